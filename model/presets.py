@@ -1,0 +1,32 @@
+"""Sizes of the networks that are known by name: Wan2.1's published ones and the miniature's."""
+
+from typing import Any
+
+TRANSFORMERS: dict[str, dict[str, Any]] = {
+    "wan-1.3b": dict(num_attention_heads=12, attention_head_dim=128, ffn_dim=8960, num_layers=30, text_dim=4096),
+    "wan-14b": dict(num_attention_heads=40, attention_head_dim=128, ffn_dim=13824, num_layers=40, text_dim=4096),
+    "shapes": dict(num_attention_heads=6, attention_head_dim=32, ffn_dim=768, num_layers=6, text_dim=64),
+}
+
+VAES: dict[str, dict[str, Any]] = {
+    # 8x in space (a 2x2 patch and two stages), 4x in time, 16 channels, as Wan2.1's.
+    "shapes": dict(
+        base_dim=16,
+        decoder_base_dim=24,
+        z_dim=16,
+        dim_mult=[1, 2, 4],
+        num_res_blocks=1,
+        temperal_downsample=[True, True],
+        in_channels=12,
+        out_channels=12,
+        patch_size=2,
+        scale_factor_spatial=8,
+        latents_mean=[0.0] * 16,
+        latents_std=[1.0] * 16,
+    ),
+}
+
+TEXT_ENCODERS: dict[str, dict[str, Any]] = {
+    # 384 is ByT5's vocabulary: bytes, special tokens and spare ids.
+    "shapes": dict(vocab_size=384, d_model=64, d_kv=16, d_ff=160, num_layers=3, num_heads=4, dropout_rate=0.0),
+}

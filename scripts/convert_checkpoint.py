@@ -1,0 +1,87 @@
+"""Rewrite a transformer's weights in another layout: ours is diffusers', HiAR and Self-Forcing read `generator`.
+
+    python scripts/convert_checkpoint.py --input ckpts/hiar.pt --use_ema --output hiar-diffusers --to diffusers
+    python scripts/convert_checkpoint.py --input hiar-diffusers --output hiar.pt --to generator --dtype bf16
+
+The input is any transformer that model/weights.py reads. The output's suffix chooses its format: .safetensors, or .pt
+or .pth for a torch file; without a suffix it is a folder (config.json and weights) that diffusers can open.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from model.weights import TRANSFORMER_FILE, export_state, read_checkpoint, transformer_config
+from utils.errors import UserError, command
+from utils.files import atomic_path, writable_folder
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "keep": None}
+TORCH_SUFFIXES = (".pt", ".pth")
+
+
+def convert(
+    source: Path, output: Path, layout: str, use_ema: bool = False, dtype: str = "keep", num_heads: int | None = None
+) -> str:
+    """Read `source`, write `output`; returns one line that says what was written.
+
+    Raises:
+        UserError: unreadable input, or a layout that the output's format cannot hold.
+    """
+    formats = {"diffusers": ("", ".safetensors", *TORCH_SUFFIXES), "native": (".safetensors", *TORCH_SUFFIXES)}
+    allowed = formats.get(layout, TORCH_SUFFIXES)
+    if output.suffix not in allowed:
+        names = ", ".join(suffix or "no suffix (a folder)" for suffix in allowed)
+        raise UserError(f"--to {layout} cannot be written as {output.name}; end --output with one of: {names}")
+
+    state = read_checkpoint(source, use_ema)
+    config = transformer_config(state, num_heads) if output.suffix == "" else {}
+    target = DTYPES[dtype]
+    if target is not None:
+        state = {name: tensor.to(target) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    content = export_state(state, layout)  # type: ignore[arg-type]
+
+    if output.suffix == "":
+        writable_folder(output)
+        _save(content, output / TRANSFORMER_FILE)
+        with atomic_path(output / "config.json") as file:
+            file.write_text(json.dumps({"_class_name": "WanTransformer3DModel", **config}, indent=2) + "\n")
+        shape = (
+            f"{config['num_layers']} layers, {config['num_attention_heads']} heads of {config['attention_head_dim']}, "
+        )
+    else:
+        writable_folder(output.parent)
+        _save(content, output)
+        shape = ""
+    return f"wrote {output} ({layout}: {shape}{len(state)} tensors, {sum(t.numel() for t in state.values()):,} weights)"
+
+
+def _save(content: dict[str, Any], path: Path) -> None:
+    with atomic_path(path) as file:
+        if path.suffix == ".safetensors":
+            save_file({name: tensor.contiguous() for name, tensor in content.items()}, file, metadata={"format": "pt"})
+        else:
+            torch.save(content, file)
+
+
+@command
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input", type=Path, required=True, help="checkpoint file, weights folder or model folder")
+    parser.add_argument("--output", type=Path, required=True, help="file to write, or folder (no suffix)")
+    parser.add_argument("--to", choices=("diffusers", "native", "generator"), required=True, help="layout to write")
+    parser.add_argument("--use_ema", action="store_true", help="take the checkpoint's moving average")
+    parser.add_argument("--dtype", choices=DTYPES, default="keep", help="cast the weights (default: as stored)")
+    parser.add_argument("--num_heads", type=int, help="for a folder: attention heads, if not of 128 channels each")
+    args = parser.parse_args()
+    print(convert(args.input, args.output, args.to, args.use_ema, args.dtype, args.num_heads))
+
+
+if __name__ == "__main__":
+    main()

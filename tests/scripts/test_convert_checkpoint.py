@@ -1,0 +1,103 @@
+"""scripts/convert_checkpoint.py: there and back without changing a bit, as files that others read."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+from safetensors.torch import load_file
+
+from model.weights import DIT_NAMES, State, inverse, rename
+from scripts.convert_checkpoint import convert, main
+from utils.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def state() -> State:
+    torch.manual_seed(0)
+    shape = dict(num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4)
+    net = WanTransformer3DModel(**shape, text_dim=16, freq_dim=8, ffn_dim=20, num_layers=2)
+    return {name: tensor.to(torch.bfloat16) for name, tensor in net.state_dict().items()}
+
+
+@pytest.fixture
+def checkpoint(tmp_path, state) -> Path:
+    native = {f"model.{name}": tensor for name, tensor in rename(state, inverse(DIT_NAMES)).items()}
+    other = {name: torch.zeros_like(tensor) for name, tensor in native.items()}
+    torch.save({"generator": other, "generator_ema": native}, tmp_path / "hiar.pt")
+    return tmp_path / "hiar.pt"
+
+
+def assert_same(actual: State, expected: State) -> None:
+    assert set(actual) == set(expected)
+    assert [name for name in expected if not torch.equal(actual[name], expected[name])] == []
+    assert {tensor.dtype for tensor in actual.values()} == {tensor.dtype for tensor in expected.values()}
+
+
+@pytest.mark.parametrize(
+    ("middle", "layout"),
+    [("folder", "diffusers"), ("a.safetensors", "diffusers"), ("a.safetensors", "native"), ("a.pth", "native")],
+)
+def test_there_and_back(tmp_path, checkpoint, state, middle, layout):
+    convert(checkpoint, tmp_path / middle, layout, use_ema=True, num_heads=2)
+    convert(tmp_path / middle, tmp_path / "back.pt", "generator")
+    content = torch.load(tmp_path / "back.pt", weights_only=True)
+    assert content.keys() == {"generator"}
+    assert_same(content["generator"], torch.load(checkpoint, weights_only=True)["generator_ema"])
+
+
+def test_folder_opens_in_diffusers(tmp_path, checkpoint, state):
+    line = convert(checkpoint, tmp_path / "new" / "folder", "diffusers", use_ema=True, num_heads=2)
+    assert "2 layers, 2 heads of 12" in line
+    net = WanTransformer3DModel.from_pretrained(tmp_path / "new" / "folder", torch_dtype=None)
+    assert net.config.num_attention_heads == 2 and net.config.ffn_dim == 20
+    assert_same({name: tensor.to(torch.bfloat16) for name, tensor in net.state_dict().items()}, state)
+
+
+def test_native_file(tmp_path, checkpoint, state):
+    convert(checkpoint, tmp_path / "wan.safetensors", "native", use_ema=True, dtype="fp32")
+    expected = {name: tensor.float() for name, tensor in rename(state, inverse(DIT_NAMES)).items()}
+    assert_same(load_file(tmp_path / "wan.safetensors"), expected)
+
+
+def test_in_place(checkpoint, state):
+    convert(checkpoint, checkpoint, "generator", use_ema=True)
+    assert len(torch.load(checkpoint, weights_only=True)["generator"]) == len(state)
+    assert [file.name for file in checkpoint.parent.iterdir()] == [checkpoint.name]
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"), [("x.safetensors", "generator"), ("folder", "native"), ("x.bin", "diffusers")]
+)
+def test_formats_that_cannot_be(tmp_path, checkpoint, name, layout):
+    with pytest.raises(UserError, match=f"--to {layout} cannot be written as {name}"):
+        convert(checkpoint, tmp_path / name, layout)
+    assert not (tmp_path / name).exists()
+
+
+def test_heads_must_be_known(tmp_path, checkpoint):
+    with pytest.raises(UserError, match="--num_heads"):
+        convert(checkpoint, tmp_path / "folder", "diffusers")
+    assert not (tmp_path / "folder").exists()
+
+
+def test_command_line(tmp_path, checkpoint):
+    arguments = ["--input", checkpoint, "--output", tmp_path / "out.pt", "--to", "native", "--dtype", "fp16"]
+    command = [sys.executable, "scripts/convert_checkpoint.py", *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("wrote "), done.stderr
+    assert {tensor.dtype for tensor in torch.load(tmp_path / "out.pt", weights_only=True).values()} == {torch.float16}
+
+
+def test_command_line_without_input(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(
+        sys, "argv", ["x", "--input", "none.pt", "--output", str(tmp_path / "out.pt"), "--to", "native"]
+    )
+    with pytest.raises(SystemExit) as exit:
+        main()
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and error.startswith("error: weights none.pt do not exist") and error.count("\n") == 1

@@ -1,0 +1,126 @@
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from utils.errors import UserError, command
+from utils.files import atomic_path, writable_folder
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+def run(error: BaseException | None) -> int:
+    """Exit code of a command whose body raises `error`; 0 if it returns."""
+
+    @command
+    def main() -> None:
+        if error is not None:
+            raise error
+
+    try:
+        main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+# ---- atomic_path ----
+
+
+def test_the_final_name_appears_at_the_end_with_all_its_content(tmp_path):
+    path = tmp_path / "a.json"
+    with atomic_path(path) as temporary:
+        temporary.write_text("half")
+        assert not path.exists()
+        assert temporary.parent == path.parent and temporary.suffix == ".json" and temporary.name.startswith(".")
+    assert names(tmp_path) == ["a.json"] and path.read_text() == "half"
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_a_failure_leaves_the_older_file_and_nothing_else(tmp_path, error):
+    path = tmp_path / "a.json"
+    path.write_text("older")
+    with pytest.raises(error), atomic_path(path) as temporary:
+        temporary.write_text("half")
+        raise error
+    assert names(tmp_path) == ["a.json"] and path.read_text() == "older"
+
+
+def test_a_body_that_writes_nothing_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError), atomic_path(tmp_path / "a.json"):
+        pass
+    assert names(tmp_path) == []
+
+
+def test_nesting_on_the_temporary_name_works(tmp_path):
+    with atomic_path(tmp_path / "a.mp4") as outer:
+        outer.write_text("first")
+        with atomic_path(outer) as inner:
+            inner.write_text("second")
+            assert inner != outer
+    assert names(tmp_path) == ["a.mp4"] and (tmp_path / "a.mp4").read_text() == "second"
+
+
+# ---- writable_folder ----
+
+
+def test_folders_are_made_and_left_empty(tmp_path):
+    folder = writable_folder(tmp_path / "a" / "b")
+    assert writable_folder(str(folder)) == folder and names(folder) == []
+
+
+def test_a_file_in_the_way_is_a_user_error(tmp_path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "folder"):
+        with pytest.raises(UserError, match="choose another output folder"):
+            writable_folder(path)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_folder_is_a_user_error(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(UserError, match="Permission denied"):
+        writable_folder(tmp_path)
+
+
+# ---- command ----
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (None, 0, ""),
+        (UserError("frames: 20\nuse 18 or 21"), 2, "error: frames: 20 use 18 or 21"),
+        (KeyboardInterrupt(), 130, "error: interrupted; finished files are kept, run the same command again to go on"),
+        (OSError(errno.ENOSPC, "Disk full", "a.mp4"), 1, "error: cannot write a.mp4: Disk full"),
+        (PermissionError(errno.EACCES, "Permission denied"), 1, "error: cannot write output: Permission denied"),
+        (SystemExit(7), 7, ""),
+    ],
+)
+def test_expected_failures_are_one_line_and_an_exit_code(capsys, error, code, line):
+    assert run(error) == code
+    assert capsys.readouterr() == ("", line and line + "\n")
+
+
+@pytest.mark.parametrize("bug", [KeyError("x"), ValueError("x"), OSError(errno.EIO, "broken")])
+def test_our_own_bugs_keep_their_traceback(bug):
+    with pytest.raises(type(bug)):
+        run(bug)
+
+
+def test_command_keeps_the_name_and_prints_no_traceback():
+    @command
+    def main() -> None:
+        """Docs."""
+
+    assert main.__name__ == "main" and main.__doc__ == "Docs."
+    code = "from utils.errors import *\n@command\ndef main():\n    raise UserError('a is wrong: do b')\nmain()"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).resolve().parents[2], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: a is wrong: do b\n")

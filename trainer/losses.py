@@ -1,0 +1,27 @@
+"""The losses, as pure functions of tensors."""
+
+from torch import Tensor
+
+
+def flow_matching_loss(flow: Tensor, x0: Tensor, noise: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean squared error of a predicted flow against noise - x0 (Lipman et al., arXiv 2210.02747; Wan2.1, section 4.2).
+
+    Args:
+        flow, x0, noise: [B, F, C, h, w].
+        mask: [B, F], 1 where a frame counts; None counts all.
+    """
+    return masked_mse(flow, noise - x0, mask)
+
+
+def masked_mse(prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean squared error in float32 over the frames [B, F] that `mask` keeps (all where it is None; 0 if it keeps none)."""
+    error = (prediction.float() - target.float()).square()
+    if mask is None:
+        return error.mean()
+    per_frame = error.flatten(2).mean(dim=2)
+    return (per_frame * mask).sum() / mask.sum().clamp(min=1)
+
+
+def kl_to_standard_normal(mean: Tensor, log_variance: Tensor) -> Tensor:
+    """KL(N(mean, exp(log_variance)) || N(0, 1)) per element, averaged (Kingma & Welling, arXiv 1312.6114, appendix B)."""
+    return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()

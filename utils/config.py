@@ -1,0 +1,252 @@
+"""The configuration schema: every key, its unit and its default, and the only place where they are read.
+
+A YAML file states what differs from these defaults; `key=value` words on the command line differ from the YAML. What
+comes back is plain dataclasses: a typo or a wrong type never gets past `load_config`.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from utils.errors import UserError
+
+DType = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass
+class ModelConfig:
+    """Which networks, from where, and how they run."""
+
+    base: str = "wan_models/Wan2.1-T2V-1.3B"
+    """Model directory, diffusers or native Wan layout: DiT, VAE, text encoder, tokenizer."""
+    generator: str = ""
+    """Weights of the causal generator: a checkpoint file or diffusers folder. Empty: the base's transformer."""
+    use_ema: bool = False
+    """Take `generator_ema` from a checkpoint that holds both."""
+    dtype: DType = "bfloat16"
+    """Type of the networks' weights and arithmetic. Latents are float32 throughout."""
+    attention_backend: str = "native"
+    """A diffusers attention backend: native (SDPA, every device), flash, _flash_3, sage, ..."""
+    text_length: int = 512
+    """Text tokens that cross-attention sees; shorter prompts are padded with zero embeddings."""
+    text_cache: str = ""
+    """Folder in which prompt embeddings are kept between runs. Empty: none."""
+    lora: str = ""
+    """LoRA weights (diffusers or PEFT safetensors) that are fused into the generator. Empty: none."""
+    lora_scale: float = 1.0
+    """Strength of the LoRA."""
+    compile: bool = False
+    """torch.compile the generator's layers."""
+    offload: bool = True
+    """Move the text encoder to the CPU once the prompts are encoded."""
+
+
+@dataclass
+class RolloutConfig:
+    """The order of denoising, and what a block sees of its past. See pipeline/schedule.py."""
+
+    schedule: Literal["timestep_first", "block_first"] = "timestep_first"
+    """timestep_first: one step over all blocks before the next (HiAR). block_first: all steps of a block (Self-Forcing)."""
+    leading_blocks: int = 0
+    """Hybrid: so many leading blocks are denoised block-first, and every step sees them clean."""
+    leading_steps: int = 0
+    """Hybrid: so many leading steps are done block by block before the rest goes timestep-first."""
+    context: Literal["output", "input", "clean"] = "output"
+    """Level of a timestep-first context: the step's output (HiAR), its input (fully matched noise), or clean."""
+    order: Literal["step_major", "diagonal"] = "step_major"
+    """Order of the same ops. diagonal: blocks finish early and memory stays constant. Same latents either way."""
+    block_frames: int = 3
+    """Latent frames that are denoised together."""
+    denoising_step_list: list[float] = field(default_factory=lambda: [1000.0, 750.0, 500.0, 250.0])
+    """Timesteps of the steps' inputs, 1000 sigma (before warping); a trailing 0 means clean and may be left out."""
+    warp_denoising_step: bool = True
+    """Whether the list is positions on the unshifted grid, to be warped by the shift, or timesteps as they are."""
+    timestep_shift: float = 5.0
+    """Shift of the noise levels: sigma = s u / (1 + (s-1) u)."""
+    use_ode_trajectory: bool = False
+    """Between steps: false re-noises the predicted x0 with fresh noise, true takes the Euler step along the flow."""
+    window: int = 21
+    """Latent frames that attention spans, the current block and the sink included. 0: the whole video."""
+    sink: int = 0
+    """Latent frames at the start of the video that never leave the window."""
+
+
+@dataclass
+class VideoConfig:
+    """Size and length of the videos."""
+
+    height: int = 480
+    """Pixels."""
+    width: int = 832
+    """Pixels."""
+    fps: int = 16
+    """Pixel frames per second in the written file."""
+    num_output_frames: int = 21
+    """Latent frames, given first frames included."""
+
+
+@dataclass
+class DataConfig:
+    """What a training run learns from."""
+
+    source: Literal["shapes", "ode_pairs"] = "shapes"
+    """shapes: the miniature world, rendered on the fly. ode_pairs: a folder of teacher trajectories."""
+    path: str = ""
+    """Folder of the ODE pairs."""
+    num_frames: int = 21
+    """Latent frames of a training clip."""
+
+
+@dataclass
+class TrainConfig:
+    """One training run: an objective and the loop around it."""
+
+    objective: Literal["", "text_attributes", "vae_reconstruction", "flow_matching", "ode_regression"] = ""
+    """What is learned. Empty: this configuration does not train."""
+    network: str = ""
+    """Preset of the network that is trained from nothing (model/presets.py)."""
+    init: str = ""
+    """Folder or checkpoint of weights to start from. Empty: random."""
+    output: str = ""
+    """Folder that receives the finished (EMA) weights, in the diffusers layout."""
+    iterations: int = 1000
+    """Optimizer updates of the whole run."""
+    batch_size: int = 8
+    """Clips per iteration; for the VAE, of the shortest length in clip_frames (fewer of longer ones)."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: Muon for matrices inside the layers, AdamW for everything else."""
+    learning_rate: float = 1e-3
+    """Peak rate of AdamW."""
+    muon_learning_rate: float = 5e-3
+    """Peak rate of Muon's matrices."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    """AdamW's decay rates."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay of both optimizers."""
+    warmup: int = 100
+    """Iterations of linear warm-up; the rate then falls to a twentieth along a cosine."""
+    grad_clip: float = 1.0
+    """Largest gradient norm."""
+    ema_decay: float = 0.999
+    """Decay of the exponential moving average of the weights, shortened early in the run."""
+    text_dropout: float = 0.1
+    """Share of clips trained without their caption, for classifier-free guidance."""
+    timestep_shift: float = 5.0
+    """Shift of the noise levels that are trained on."""
+    kl_weight: float = 1e-6
+    """Weight of the VAE's KL term."""
+    clip_frames: list[int] = field(default_factory=lambda: [9])
+    """Pixel frames of the VAE's training clips; one of these lengths is drawn per iteration."""
+    compile: bool = False
+    """torch.compile the layers of the trained network."""
+    log_every: int = 20
+    """Iterations between log lines."""
+    checkpoint_every: int = 200
+    """Iterations between checkpoints."""
+    wandb: Literal["off", "offline", "online"] = "off"
+    """Weights & Biases mode; credentials come from its own environment variables."""
+    project: str = "hiar"
+    """Weights & Biases project."""
+
+
+@dataclass
+class RuntimeConfig:
+    """Where it runs."""
+
+    device: str = "auto"
+    """auto takes CUDA when there is one; or cuda, cuda:1, mps, cpu."""
+    seed: int = 0
+    """All randomness is a pure function of it."""
+
+
+@dataclass
+class Config:
+    """Everything that a YAML file may say."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    video: VideoConfig = field(default_factory=VideoConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+
+    def to_yaml(self) -> str:
+        """This configuration as YAML that `load_config` reads back."""
+        return OmegaConf.to_yaml(OmegaConf.structured(self))
+
+
+def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file over the schema's defaults, then `section.key=value` overrides.
+
+    Raises:
+        UserError: for a missing or malformed file, an unknown key, a wrong type or a bad choice, naming the key.
+    """
+    if not os.path.isfile(path):
+        raise UserError(f"no config file {path}; see configs/ for those that exist")
+    try:
+        loaded = OmegaConf.load(path)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(loaded, DictConfig):
+        raise UserError(f"{path} must hold a mapping of sections, see utils/config.py")
+    for word in overrides:
+        if "=" not in word or word.startswith("-"):
+            raise UserError(f"cannot read {word!r}: options are --name value, config overrides are section.key=value")
+    try:
+        schema = OmegaConf.structured(Config)
+        merged = OmegaConf.merge(schema, loaded)
+        merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(list(overrides)))
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        key = f" (key {error.full_key})" if error.full_key else ""
+        raise UserError(f"in {path} or the overrides: {str(error).splitlines()[0]}{key}") from None
+    assert isinstance(config, Config)
+    check_config(config)
+    return config
+
+
+def check_config(config: Config) -> None:
+    """Check what types cannot say.
+
+    Raises:
+        UserError: naming the key and the values that would do.
+    """
+    rollout, video = config.rollout, config.video
+    positive = {
+        "rollout.block_frames": rollout.block_frames,
+        "rollout.timestep_shift": rollout.timestep_shift,
+        "video.height": video.height,
+        "video.width": video.width,
+        "video.fps": video.fps,
+        "video.num_output_frames": video.num_output_frames,
+        "model.text_length": config.model.text_length,
+        "train.iterations": config.train.iterations,
+        "train.batch_size": config.train.batch_size,
+        "train.log_every": config.train.log_every,
+        "train.checkpoint_every": config.train.checkpoint_every,
+    }
+    for key, value in positive.items():
+        if value <= 0:
+            raise UserError(f"{key} must be positive, not {value}")
+    for key in ("leading_blocks", "leading_steps", "window", "sink"):
+        if getattr(rollout, key) < 0:
+            raise UserError(f"rollout.{key} must not be negative, not {getattr(rollout, key)}")
+    steps = rollout.denoising_step_list
+    if steps and steps[-1] == 0:
+        steps = steps[:-1]
+    if not steps or sorted(set(steps), reverse=True) != list(steps) or steps[0] > 1000 or steps[-1] <= 0:
+        raise UserError(
+            f"rollout.denoising_step_list must fall from at most 1000 towards 0, not {rollout.denoising_step_list}"
+        )
+    if rollout.leading_steps > len(steps):
+        raise UserError(f"rollout.leading_steps is {rollout.leading_steps}, but there are only {len(steps)} steps")
+    if rollout.window and rollout.window < rollout.block_frames + rollout.sink:
+        raise UserError(
+            f"rollout.window {rollout.window} must hold a block ({rollout.block_frames}) and the sink ({rollout.sink}); "
+            "or 0 for the whole video"
+        )

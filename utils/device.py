@@ -1,0 +1,21 @@
+"""Which device to run on."""
+
+import torch
+
+from utils.errors import UserError
+
+
+def pick_device(name: str) -> torch.device:
+    """The device `name`; `auto` takes CUDA, then Apple's GPU, then the CPU.
+
+    Raises:
+        UserError: for a name torch does not know, or a device that is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"no device {name!r} here ({str(error).splitlines()[0]}); try --device cpu") from None
+    return device

@@ -1,0 +1,40 @@
+"""Files that are complete or absent: written beside their final name, then renamed."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from utils.errors import UserError
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; rename it to `path` if the body succeeds, remove it otherwise.
+
+    The temporary name keeps the suffix, so that writers which choose a format by suffix still do.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def writable_folder(path: str | os.PathLike[str]) -> Path:
+    """Create the folder `path` if need be and prove that files can be made in it.
+
+    Raises:
+        UserError: if it cannot be created or written to.
+    """
+    path = Path(path)
+    probe = path / f".write-probe.{os.getpid()}"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"cannot write to folder {path}: {error.strerror}; choose another output folder") from None
+    return path

@@ -1,0 +1,18 @@
+"""Randomness as a pure function of names: order, batch size, rank count, device and resume never change it."""
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+
+def keyed_generator(*key: int | str) -> torch.Generator:
+    """A CPU generator whose stream depends on `key` alone."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def keyed_noise(seed: int, sample: int, block: int, step: int, shape: tuple[int, ...]) -> Tensor:
+    """Standard normal noise, float32 on the CPU: the noise that block `block` of sample `sample` holds when it enters
+    step `step` (step 0: the noise it starts from)."""
+    return torch.randn(shape, generator=keyed_generator("noise", seed, sample, block, step))

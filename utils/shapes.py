@@ -1,0 +1,189 @@
+"""The miniature world: coloured shapes moving over a background, rendered on the fly with exact ground truth.
+
+A clip is described by a handful of attributes, has one caption, and can be rendered at any length. The world wraps
+around at its edges, so that a direction stays defined for ever.
+"""
+
+import itertools
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+SIZE = 64  # pixels, height and width
+FPS = 16
+RADIUS = 15.0  # pixels, of the circle that has the shape's area, roughly
+
+COLORS = {
+    "red": (225, 40, 45),
+    "green": (40, 185, 70),
+    "blue": (45, 85, 235),
+    "yellow": (245, 215, 45),
+    "purple": (160, 50, 205),
+    "orange": (250, 140, 30),
+}
+BACKGROUNDS = {
+    "black": (15, 15, 20),
+    "gray": (125, 125, 130),
+    "white": (238, 238, 232),
+    "blue": (35, 70, 160),
+    "green": (30, 110, 60),
+}
+SHAPES = ("circle", "square", "triangle")
+DIRECTIONS = {  # unit steps (right, down)
+    "right": (1.0, 0.0),
+    "left": (-1.0, 0.0),
+    "up": (0.0, -1.0),
+    "down": (0.0, 1.0),
+    "up right": (0.5**0.5, -(0.5**0.5)),
+    "up left": (-(0.5**0.5), -(0.5**0.5)),
+    "down right": (0.5**0.5, 0.5**0.5),
+    "down left": (-(0.5**0.5), 0.5**0.5),
+}
+SPEEDS = {"slowly": 0.75, "fast": 2.25}  # pixels per frame
+
+_CAPTION = re.compile(
+    r"an? (?P<color>\w+) (?P<shape>\w+) moving (?P<direction>(?:up|down|left|right)(?: left| right)?) "
+    r"(?P<speed>\w+) on a (?P<graded>graded )?(?P<background>\w+) background"
+)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a caption says: everything about a clip but where it starts."""
+
+    color: str
+    shape: str
+    background: str
+    graded: bool
+    direction: str
+    speed: str
+
+    @property
+    def caption(self) -> str:
+        """The one caption of this scene."""
+        article = "an" if self.color == "orange" else "a"
+        graded = "graded " if self.graded else ""
+        return (
+            f"{article} {self.color} {self.shape} moving {self.direction} {self.speed} "
+            f"on a {graded}{self.background} background"
+        )
+
+    @property
+    def held_out(self) -> bool:
+        """Whether this combination of colour, shape and background is kept from training."""
+        key = list(COLORS).index(self.color) + 2 * SHAPES.index(self.shape) + 3 * list(BACKGROUNDS).index(self.background)
+        return key % 7 == 3
+
+    @property
+    def labels(self) -> dict[str, int]:
+        """Each attribute as a class index, for training and measuring."""
+        return {
+            "color": list(COLORS).index(self.color),
+            "shape": SHAPES.index(self.shape),
+            "background": list(BACKGROUNDS).index(self.background),
+            "graded": int(self.graded),
+            "direction": list(DIRECTIONS).index(self.direction),
+            "speed": list(SPEEDS).index(self.speed),
+        }
+
+
+NUM_CLASSES = {
+    "color": len(COLORS),
+    "shape": len(SHAPES),
+    "background": len(BACKGROUNDS),
+    "graded": 2,
+    "direction": len(DIRECTIONS),
+    "speed": len(SPEEDS),
+}
+
+
+def all_scenes(held_out: bool) -> Iterator[Scene]:
+    """Every scene of the world in a fixed order, those held out from training or those not.
+
+    A shape is never drawn on a background of its own name.
+    """
+    for color, shape, background, graded, direction, speed in itertools.product(
+        COLORS, SHAPES, BACKGROUNDS, (False, True), DIRECTIONS, SPEEDS
+    ):
+        scene = Scene(color, shape, background, graded, direction, speed)
+        if color != background and scene.held_out == held_out:
+            yield scene
+
+
+def parse_caption(caption: str) -> Scene:
+    """The scene that a caption describes.
+
+    Raises:
+        ValueError: if it is not a caption of this world.
+    """
+    match = _CAPTION.fullmatch(" ".join(caption.split()).rstrip("."))
+    if match is None:
+        raise ValueError(f"not a caption of the shapes world: {caption!r}")
+    fields: dict = match.groupdict()
+    fields["graded"] = fields["graded"] is not None
+    scene = Scene(**fields)
+    known = scene.color in COLORS and scene.shape in SHAPES and scene.background in BACKGROUNDS
+    if not (known and scene.speed in SPEEDS and scene.direction in DIRECTIONS):
+        raise ValueError(f"not a caption of the shapes world: {caption!r}")
+    return scene
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A scene and the pixel position of the shape's centre in frame 0."""
+
+    scene: Scene
+    x: float
+    y: float
+
+    def position(self, frame: np.ndarray | int) -> tuple[np.ndarray, np.ndarray]:
+        """Centre (x, y) in pixels at frame indices `frame`, wrapped into [0, SIZE)."""
+        step_x, step_y = DIRECTIONS[self.scene.direction]
+        distance = SPEEDS[self.scene.speed] * np.asarray(frame, dtype=np.float64)
+        return (self.x + step_x * distance) % SIZE, (self.y + step_y * distance) % SIZE
+
+
+def sample_clip(seed: int, index: int, held_out: bool = False) -> Clip:
+    """Clip number `index` of the endless training set `seed`: a pure function of its arguments."""
+    rng = np.random.default_rng([seed, index, int(held_out)])
+    scenes = _SCENES[held_out]
+    return Clip(scenes[rng.integers(len(scenes))], *rng.uniform(0, SIZE, 2))
+
+
+_SCENES = {held_out: tuple(all_scenes(held_out)) for held_out in (False, True)}
+
+
+def render(clip: Clip, num_frames: int, first_frame: int = 0) -> np.ndarray:
+    """Draw `num_frames` frames from `first_frame` on; uint8 [T, H, W, 3], edges anti-aliased."""
+    scene = clip.scene
+    center_x, center_y = clip.position(np.arange(first_frame, first_frame + num_frames))
+    grid = np.arange(SIZE, dtype=np.float32) + 0.5
+    half = SIZE / 2
+    # Distances on the torus: the shape that leaves on one side enters on the other.
+    dx = (grid[None, None, :] - center_x[:, None, None] + half) % SIZE - half
+    dy = (grid[None, :, None] - center_y[:, None, None] + half) % SIZE - half
+    coverage = np.clip(0.5 - _signed_distance(scene.shape, dx, dy), 0, 1)[..., None]
+    background = _background(scene)[None]
+    color = np.array(COLORS[scene.color], dtype=np.float32)
+    return np.round(background + coverage * (color - background)).astype(np.uint8)
+
+
+def _signed_distance(shape: str, dx: np.ndarray, dy: np.ndarray) -> np.ndarray:
+    """Pixels to the outline (negative inside) at offsets (dx, dy) from the centre."""
+    if shape == "circle":
+        return np.hypot(dx, dy) - RADIUS
+    if shape == "square":
+        return np.maximum(np.abs(dx), np.abs(dy)) - 0.89 * RADIUS
+    # An upright triangle: its base below, two slanted sides that meet above.
+    slant = np.abs(dx) * 0.866 - dy * 0.5
+    return np.maximum(slant, dy) - 0.72 * RADIUS
+
+
+def _background(scene: Scene) -> np.ndarray:
+    """The empty scene, float32 [H, W, 3]; graded means from 1.25 times as bright above to .55 below."""
+    color = np.array(BACKGROUNDS[scene.background], dtype=np.float32)
+    ramp = np.linspace(1.25, 0.55, SIZE, dtype=np.float32) if scene.graded else np.ones(SIZE, dtype=np.float32)
+    image = np.broadcast_to((color[None, :] + 12) * ramp[:, None] - 12 * np.ones((SIZE, 1)), (SIZE, 3))
+    return np.clip(np.broadcast_to(image[:, None, :], (SIZE, SIZE, 3)), 0, 255).astype(np.float32)
