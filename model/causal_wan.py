@@ -241,9 +241,7 @@ class CausalWanModel(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginalMode
             layer.qkv = torch.compile(layer.qkv)
             layer.after_attention = torch.compile(layer.after_attention)
 
-    def _attend(
-        self, causal: BlockCausal | None, cache: KVCache | None, write: bool, tokens_per_frame: int
-    ) -> Attend:
+    def _attend(self, causal: BlockCausal | None, cache: KVCache | None, write: bool, tokens_per_frame: int) -> Attend:
         """The way of attending that this forward takes."""
 
         def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -318,9 +316,7 @@ class CausalWanLayer(nn.Module):
         q, k, v = self.qkv(hidden, modulation, rope)
         return self.after_attention(hidden, attend(index, q, k, v), modulation, text_k, text_v)
 
-    def qkv(
-        self, hidden: Tensor, modulation: Tensor, rope: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def qkv(self, hidden: Tensor, modulation: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Self-attention's q, k, v [B, N, heads, head_dim]; q and k normalised and rotated."""
         shift, scale = self.modulation_part(modulation, 0), self.modulation_part(modulation, 1)
         normed = modulate(self.norm1(hidden.float()), shift, scale).type_as(hidden)

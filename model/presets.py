@@ -5,14 +5,14 @@ from typing import Any
 TRANSFORMERS: dict[str, dict[str, Any]] = {
     "wan-1.3b": dict(num_attention_heads=12, attention_head_dim=128, ffn_dim=8960, num_layers=30, text_dim=4096),
     "wan-14b": dict(num_attention_heads=40, attention_head_dim=128, ffn_dim=13824, num_layers=40, text_dim=4096),
-    "shapes": dict(num_attention_heads=6, attention_head_dim=32, ffn_dim=768, num_layers=6, text_dim=64),
+    "shapes": dict(num_attention_heads=4, attention_head_dim=32, ffn_dim=512, num_layers=6, text_dim=64),
 }
 
 VAES: dict[str, dict[str, Any]] = {
     # 8x in space (a 2x2 patch and two stages), 4x in time, 16 channels, as Wan2.1's.
     "shapes": dict(
-        base_dim=16,
-        decoder_base_dim=24,
+        base_dim=12,
+        decoder_base_dim=16,
         z_dim=16,
         dim_mult=[1, 2, 4],
         num_res_blocks=1,

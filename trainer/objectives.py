@@ -1,20 +1,30 @@
 """What can be learned: each objective owns its networks and computes one iteration's loss."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import ByT5Tokenizer, UMT5Config, UMT5EncoderModel
 
 from model import presets
+from model.causal_wan import BlockCausal, CausalWanModel
+from model.flow import add_noise, flow_to_x0, shifted_sigmas, step_sigmas
+from model.text_encoder import TextEncoder
 from model.vae import decode_clip, encode_clip
-from trainer.losses import kl_to_standard_normal
+from model.weights import ModelDirectory
+from trainer.losses import flow_matching_loss, kl_to_standard_normal, masked_mse
 from trainer.trainer import Objective
 from utils import shapes
+from utils.clips import read_clips
 from utils.config import Config
+from utils.files import atomic_path
+from utils.ode_pairs import read_ode_pairs
+from utils.rng import keyed_generator
 
 
 class TextAttributes:
@@ -75,9 +85,9 @@ class VAEReconstruction:
         num_frames = int(rng.choice(train.clip_frames))
         # A batch holds about as many pixels whatever its clips' length.
         num_clips = max(1, train.batch_size * min(train.clip_frames) // num_frames)
-        pixels = torch.stack(
-            [self.clip(iteration * train.batch_size + i, num_frames) for i in range(num_clips)]
-        ).to(self.device, memory_format=torch.channels_last_3d)
+        pixels = torch.stack([self.clip(iteration * train.batch_size + i, num_frames) for i in range(num_clips)]).to(
+            self.device, memory_format=torch.channels_last_3d
+        )
         mean, log_variance = encode_clip(self.net, pixels)
         noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(iteration)).to(mean)
         latents = mean + noise * (0.5 * log_variance).exp()
@@ -89,7 +99,7 @@ class VAEReconstruction:
 
     def clip(self, index: int, num_frames: int) -> Tensor:
         """Training clip number `index`: pixels [3, T, H, W] in [-1, 1]."""
-        return to_pixels(shapes.render(shapes.sample_clip(self.config.runtime.seed, index), num_frames))
+        return shapes.to_pixels(shapes.render(shapes.sample_clip(self.config.runtime.seed, index), num_frames))
 
     def export(self, folder: Path, weights: dict[str, Tensor]) -> None:
         """Measure the latents' mean and deviation per channel, write them into the config, and write `vae/`."""
@@ -101,9 +111,112 @@ class VAEReconstruction:
         self.net.to(torch.bfloat16).save_pretrained(folder / "vae")
 
 
-def to_pixels(frames: np.ndarray) -> Tensor:
-    """uint8 [T, H, W, 3] to float [3, T, H, W] in [-1, 1]."""
-    return torch.from_numpy(frames).permute(3, 0, 1, 2).float() / 127.5 - 1
+class FlowMatching:
+    """The bidirectional teacher: flow matching on encoded clips, one noise level per clip, text dropped at times."""
+
+    def __init__(self, config: Config, device: torch.device):
+        self.config, self.device = config, device
+        self.net = build_transformer(config, device)
+        self.latents, captions = read_clips(config.data.path)
+        self.text = CaptionEmbeddings(config, captions, device)
+
+    def loss(self, iteration: int) -> tuple[Tensor, dict[str, float]]:
+        """Mean squared error of the flow (Wan2.1, section 4.2)."""
+        train = self.config.train
+        generator = keyed_generator("flow matching", self.config.runtime.seed, iteration)
+        chosen = torch.randint(len(self.latents), (train.batch_size,), generator=generator)
+        x0 = self.latents[chosen].to(self.device, torch.float32)
+        # One level from each of B equal parts of [0, 1): the batch covers them all, whatever the chance.
+        u = (torch.arange(train.batch_size) + torch.rand(train.batch_size, generator=generator)) / train.batch_size
+        sigma = shifted_sigmas(u, train.timestep_shift).to(self.device)
+        noise = torch.randn(x0.shape, generator=generator).to(self.device)
+        dropped = torch.rand(train.batch_size, generator=generator) < train.text_dropout
+        x = add_noise(x0, noise, sigma.view(-1, 1, 1, 1, 1))
+        flow = self.net(x.transpose(1, 2), 1000 * sigma, self.text.of(chosen, dropped)).transpose(1, 2)
+        return flow_matching_loss(flow, x0, noise), {}
+
+    def export(self, folder: Path, weights: dict[str, Tensor]) -> None:
+        """Write the transformer to `folder`."""
+        export_transformer(self.net, folder, weights)
+
+
+class ODERegression:
+    """Causal initialisation: from every level of a teacher trajectory to its end, block-causally, each block at a level
+    of its own (CausVid, arXiv 2412.07772, section 4.2)."""
+
+    def __init__(self, config: Config, device: torch.device):
+        self.config, self.device = config, device
+        self.net = build_transformer(config, device)
+        rollout = config.rollout
+        self.sigmas = torch.tensor(
+            step_sigmas(rollout.denoising_step_list, rollout.warp_denoising_step, rollout.timestep_shift)
+        )
+        self.pairs, captions = read_ode_pairs(config.data.path, len(self.sigmas))
+        self.text = CaptionEmbeddings(config, captions, device)
+
+    def loss(self, iteration: int) -> tuple[Tensor, dict[str, float]]:
+        """Mean squared error of x0 over the frames that are not clean already."""
+        train, rollout = self.config.train, self.config.rollout
+        generator = keyed_generator("ode regression", self.config.runtime.seed, iteration)
+        chosen = torch.randint(len(self.pairs), (train.batch_size,), generator=generator)
+        points = self.pairs[chosen].to(self.device, torch.float32)  # [B, S + 1, F, C, h, w]
+        num_frames = points.shape[2]
+        num_blocks = num_frames // rollout.block_frames
+        levels = torch.randint(len(self.sigmas), (train.batch_size, num_blocks), generator=generator)
+        levels = levels.repeat_interleave(rollout.block_frames, dim=1).to(self.device)  # [B, F]
+        x = points.gather(1, levels[:, None, :, None, None, None].expand(-1, 1, -1, *points.shape[3:]))[:, 0]
+        sigma = self.sigmas.to(self.device)[levels]
+        causal = BlockCausal((rollout.block_frames,) * num_blocks)
+        flow = self.net(x.transpose(1, 2), 1000 * sigma, self.text.of(chosen), causal=causal).transpose(1, 2)
+        x0 = flow_to_x0(x, flow, sigma[:, :, None, None, None])
+        noisy = (levels < len(self.sigmas) - 1).float()
+        return masked_mse(x0, points[:, -1], noisy), {}
+
+    def export(self, folder: Path, weights: dict[str, Tensor]) -> None:
+        """Write the transformer to `folder`."""
+        export_transformer(self.net, folder, weights)
+
+
+class CaptionEmbeddings:
+    """Embeddings of a training set's captions, each distinct one encoded once."""
+
+    def __init__(self, config: Config, captions: list[str], device: torch.device):
+        encoder, tokenizer = ModelDirectory.open(config.model.base).load_text_encoder(torch.float32)
+        distinct = ["", *sorted(set(captions))]
+        number = {caption: i for i, caption in enumerate(distinct)}
+        self.rows = torch.tensor([number[caption] for caption in captions])
+        self.table = TextEncoder(encoder, tokenizer, config.model.text_length).encode(distinct).to(device)
+
+    def of(self, clips: Tensor, dropped: Tensor | None = None) -> Tensor:
+        """Embeddings [B, L, text_dim] of clips by index; the empty prompt's where `dropped` [B] is true."""
+        rows = self.rows[clips]
+        return self.table[rows if dropped is None else rows.masked_fill(dropped, 0)]
+
+
+def build_transformer(config: Config, device: torch.device) -> CausalWanModel:
+    """The DiT to train, in float32: `train.init`'s weights, or a preset's random ones."""
+    torch.manual_seed(config.runtime.seed)
+    if config.train.init:
+        directory = ModelDirectory.open(config.model.base)
+        net = directory.load_transformer(CausalWanModel, torch.float32, weights=config.train.init)
+    else:
+        net = CausalWanModel(**presets.TRANSFORMERS[config.train.network])
+        net.init_weights()
+    net.to(device).train()
+    if config.train.compile:
+        net.compile_layers()
+    return net
+
+
+def export_transformer(net: CausalWanModel, folder: Path, weights: dict[str, Tensor]) -> None:
+    """Write weights in the layout of diffusers' `WanTransformer3DModel`, in bfloat16."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {name: weight.to("cpu", torch.bfloat16).contiguous() for name, weight in weights.items()}
+    with atomic_path(folder / "diffusion_pytorch_model.safetensors") as path:
+        save_file(state, path, {"format": "pt"})
+    config = {k: v for k, v in net.config.items() if not k.startswith("_")}
+    with atomic_path(folder / "config.json") as path:
+        path.write_text(json.dumps({"_class_name": "WanTransformer3DModel"} | config, indent=2) + "\n")
 
 
 def channels_last_(net: nn.Module) -> None:
@@ -123,4 +236,6 @@ def build_objective(config: Config, device: torch.device) -> Objective:
 OBJECTIVES = {
     "text_attributes": TextAttributes,
     "vae_reconstruction": VAEReconstruction,
+    "flow_matching": FlowMatching,
+    "ode_regression": ODERegression,
 }

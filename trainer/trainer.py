@@ -211,4 +211,3 @@ class MetricsLog:
         if self.wandb is not None:
             self.wandb.log(means, step=iteration)
         self.sums, self.count = {}, 0
-

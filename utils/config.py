@@ -4,10 +4,11 @@ A YAML file states what differs from these defaults; `key=value` words on the co
 comes back is plain dataclasses: a typo or a wrong type never gets past `load_config`.
 """
 
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -76,6 +77,29 @@ class RolloutConfig:
     """Latent frames at the start of the video that never leave the window."""
 
 
+NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"
+    "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，"
+    "杂乱的背景，三条腿，背景人很多，倒着走"
+)  # Wan2.1's own; its weights expect this very string
+
+
+@dataclass
+class TeacherConfig:
+    """The bidirectional network, and how it is sampled."""
+
+    path: str = ""
+    """Its weights: folder or checkpoint. Empty: the base's transformer."""
+    guidance_scale: float = 6.0
+    """Classifier-free guidance: unconditional + scale (conditional - unconditional)."""
+    num_inference_steps: int = 48
+    """Euler steps of an ODE trajectory."""
+    timestep_shift: float = 8.0
+    """Shift of the solver's noise levels."""
+    negative_prompt: str = NEGATIVE_PROMPT
+    """What guidance leads away from."""
+
+
 @dataclass
 class VideoConfig:
     """Size and length of the videos."""
@@ -94,10 +118,8 @@ class VideoConfig:
 class DataConfig:
     """What a training run learns from."""
 
-    source: Literal["shapes", "ode_pairs"] = "shapes"
-    """shapes: the miniature world, rendered on the fly. ode_pairs: a folder of teacher trajectories."""
     path: str = ""
-    """Folder of the ODE pairs."""
+    """Folder that the objective reads: encoded clips (flow matching) or ODE pairs (ODE regression)."""
     num_frames: int = 21
     """Latent frames of a training clip."""
 
@@ -170,6 +192,7 @@ class Config:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
     video: VideoConfig = field(default_factory=VideoConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -188,8 +211,9 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
     """
     if not os.path.isfile(path):
         raise UserError(f"no config file {path}; see configs/ for those that exist")
+    record = parse_record(path)
     try:
-        loaded = OmegaConf.load(path)
+        loaded = OmegaConf.load(path) if record is None else OmegaConf.create(record["config"])
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(loaded, DictConfig):
@@ -208,6 +232,24 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
     assert isinstance(config, Config)
     check_config(config)
     return config
+
+
+def parse_record(path: str) -> dict[str, Any] | None:
+    """The record beside a video, if `path` is one (.json): what was generated, and under "config" how; else None.
+
+    Raises:
+        UserError: if it is a JSON file of another kind.
+    """
+    if not path.endswith(".json"):
+        return None
+    try:
+        with open(path, encoding="utf-8") as file:
+            record = json.load(file)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    if not isinstance(record, dict) or not {"config", "prompt", "name", "sample"} <= record.keys():
+        raise UserError(f"{path} is not the record of a video: it lacks config, prompt, name or sample")
+    return record
 
 
 def check_config(config: Config) -> None:

@@ -2,17 +2,20 @@
 
 import torch
 
+from utils.distributed import local_rank
 from utils.errors import UserError
 
 
 def pick_device(name: str) -> torch.device:
-    """The device `name`; `auto` takes CUDA, then Apple's GPU, then the CPU.
+    """The device `name`; `auto` takes CUDA, then Apple's GPU, then the CPU. Under torchrun, `cuda` is this rank's GPU.
 
     Raises:
         UserError: for a name torch does not know, or a device that is not there.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{local_rank()}"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

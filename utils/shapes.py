@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch import Tensor
 
 SIZE = 64  # pixels, height and width
 FPS = 16
@@ -73,7 +75,9 @@ class Scene:
     @property
     def held_out(self) -> bool:
         """Whether this combination of colour, shape and background is kept from training."""
-        key = list(COLORS).index(self.color) + 2 * SHAPES.index(self.shape) + 3 * list(BACKGROUNDS).index(self.background)
+        key = (
+            list(COLORS).index(self.color) + 2 * SHAPES.index(self.shape) + 3 * list(BACKGROUNDS).index(self.background)
+        )
         return key % 7 == 3
 
     @property
@@ -187,3 +191,8 @@ def _background(scene: Scene) -> np.ndarray:
     ramp = np.linspace(1.25, 0.55, SIZE, dtype=np.float32) if scene.graded else np.ones(SIZE, dtype=np.float32)
     image = np.broadcast_to((color[None, :] + 12) * ramp[:, None] - 12 * np.ones((SIZE, 1)), (SIZE, 3))
     return np.clip(np.broadcast_to(image[:, None, :], (SIZE, SIZE, 3)), 0, 255).astype(np.float32)
+
+
+def to_pixels(frames: np.ndarray) -> Tensor:
+    """Rendered frames uint8 [T, H, W, 3] as the VAE takes them: float32 [3, T, H, W] in [-1, 1]."""
+    return torch.from_numpy(frames).permute(3, 0, 1, 2).float() / 127.5 - 1

@@ -1,0 +1,44 @@
+"""The causal DiT as the rollout sees it: x at a noise level in, x0 out, on latents [B, F, C, h, w]."""
+
+import torch
+from torch import Tensor
+
+from model.causal_wan import CausalWanModel, TextContext
+from model.flow import flow_to_x0
+from model.kv_cache import KVCache
+
+
+class Denoiser:
+    """One prompt's denoiser: a network with the text it is conditioned on."""
+
+    def __init__(self, net: CausalWanModel, text: TextContext):
+        self.net = net
+        self.text = text
+
+    def denoise(self, x: Tensor, sigma: float, first_frame: int, lane: KVCache, write: bool = False) -> Tensor:
+        """Predict the block x0, float32 [B, F, C, h, w], from x at level sigma beside the lane's context.
+
+        Args:
+            first_frame: absolute index of the block's first frame.
+            write: also append the block, at this level, to the lane.
+        """
+        flow = self.net(
+            x.transpose(1, 2), self._timestep(x, sigma), self.text, first_frame=first_frame, cache=lane, write=write
+        )
+        return flow_to_x0(x, flow.transpose(1, 2), sigma)
+
+    def write_context(self, x: Tensor, sigma: float, first_frame: int, lane: KVCache) -> None:
+        """Append the block x, at level sigma, to the lane."""
+        self.net(
+            x.transpose(1, 2),
+            self._timestep(x, sigma),
+            self.text,
+            first_frame=first_frame,
+            cache=lane,
+            write=True,
+            head=False,
+        )
+
+    def _timestep(self, x: Tensor, sigma: float) -> Tensor:
+        # Filled on the device: nothing is copied to it, nothing waits for it.
+        return torch.full(x.shape[:2], 1000 * sigma, dtype=torch.float32, device=x.device)

@@ -1,0 +1,68 @@
+"""Prompts to embeddings: UMT5, encoded once per prompt, optionally kept on disk."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from utils.files import atomic_path, writable_folder
+from utils.prompts import clean_prompt
+
+
+class TextEncoder:
+    """Wan's use of UMT5: cleaned prompts, a fixed number of tokens, zero embeddings behind the prompt's end.
+
+    All positions are attended later, the zero ones too: public weights were trained so.
+    """
+
+    def __init__(self, encoder: nn.Module, tokenizer: Any, length: int = 512, cache: str = "", name: str = ""):
+        """
+        Args:
+            encoder: transformers' `UMT5EncoderModel`.
+            length: tokens; longer prompts are cut.
+            cache: folder of embeddings that were computed before; empty for none.
+            name: what tells this encoder's embeddings from another's in the cache.
+        """
+        self.encoder = encoder.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.length = length
+        self.cache = writable_folder(cache) if cache else None
+        self.name = name
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """Embeddings [B, length, text_dim] of the prompts, one by one, so that a prompt's never depend on its batch."""
+        return torch.cat([self._encode(clean_prompt(prompt)) for prompt in prompts])
+
+    def to(self, device: torch.device | str) -> "TextEncoder":
+        """Move the weights, for example off the device after use."""
+        self.encoder.to(device)
+        return self
+
+    def _encode(self, prompt: str) -> Tensor:
+        file = self._cache_file(prompt)
+        if file is not None and file.exists():
+            return load_file(file, device=str(self._device))["embedding"]
+        tokens = self.tokenizer(
+            [prompt], padding="max_length", truncation=True, max_length=self.length, return_tensors="pt"
+        ).to(self._device)
+        hidden = self.encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
+        embedding = hidden * tokens.attention_mask[..., None].to(hidden.dtype)
+        if file is not None:
+            with atomic_path(file) as path:
+                save_file({"embedding": embedding.contiguous()}, path)
+        return embedding
+
+    def _cache_file(self, prompt: str) -> Path | None:
+        if self.cache is None:
+            return None
+        key = hashlib.sha256("\0".join([self.name, str(self.length), prompt]).encode()).hexdigest()
+        return self.cache / f"{key[:32]}.safetensors"
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.encoder.parameters()).device

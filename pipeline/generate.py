@@ -1,0 +1,242 @@
+"""From prompts to files: every block that is finished goes to the decoder and on to the disk at once."""
+
+import contextlib
+import json
+import os
+import platform
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import diffusers
+import torch
+import transformers
+from torch import Tensor
+from tqdm import tqdm
+
+from model.vae import WanVAE
+from pipeline.schedule import Op
+from pipeline.text_to_video import TextToVideo
+from utils.config import Config
+from utils.device import pick_device
+from utils.distributed import rank
+from utils.errors import UserError
+from utils.files import atomic_path, writable_folder
+from utils.latents import LatentsWriter, read_latents
+from utils.prompts import Prompt
+from utils.video import ContactSheetSampler, VideoWriter, fit, read_image, read_video, save_contact_sheet
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+@dataclass(frozen=True)
+class Files:
+    """The files of one video."""
+
+    folder: Path
+    stem: str
+
+    @property
+    def video(self) -> Path:
+        """The video; the last file to appear."""
+        return self.folder / f"{self.stem}.mp4"
+
+    @property
+    def record(self) -> Path:
+        """What it takes to make the video again."""
+        return self.folder / f"{self.stem}.json"
+
+    @property
+    def sheet(self) -> Path:
+        """A few of its frames."""
+        return self.folder / f"{self.stem}.png"
+
+    @property
+    def latents(self) -> Path:
+        """Its latents."""
+        return self.folder / f"{self.stem}.safetensors"
+
+    def remove_leftovers(self) -> None:
+        """Delete what a killed run was writing."""
+        for file in self.folder.iterdir():
+            if file.name.startswith(f".{self.stem}.") and ".partial" in file.name:
+                file.unlink(missing_ok=True)
+
+
+def generate_videos(
+    config: Config,
+    items: list[tuple[Prompt, int, str]],
+    folder: str,
+    condition: str = "",
+    save_latents: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """Make a video of every (prompt, sample, stem), one at a time, so that none depends on which others are made.
+
+    Args:
+        condition: image, video or saved latents that every video starts with; empty for none.
+        save_latents: also write `latents` [F, C, h, w] as float32 safetensors.
+        overwrite: make videos that exist once more.
+
+    Raises:
+        UserError: for anything that the user can mend.
+    """
+    output = writable_folder(folder)
+    todo = []
+    for prompt, sample, stem in items:
+        files = Files(output, stem)
+        complete = files.video.exists() and (files.latents.exists() or not save_latents)
+        if overwrite or not complete:
+            todo.append((prompt, sample, files))
+        else:
+            warn_if_different(files.record, make_record(config, prompt, sample, condition))
+    if len(todo) < len(items):
+        print(f"{len(items) - len(todo)} of {len(items)} videos exist already and are kept")
+    if not todo:
+        return
+
+    device = pick_device(config.runtime.device)
+    TextToVideo.check(config, has_condition=bool(condition))
+    pipeline = TextToVideo.load(config, device)
+    given = read_condition(condition, config, pipeline.vae) if condition else None
+    given_frames = 0 if given is None else given.shape[1]
+    num_ops = pipeline.num_ops(given_frames)
+    pipeline.embed(list(dict.fromkeys(prompt.text for prompt, _, _ in todo)))
+    quiet = rank() != 0
+    interval = 0.5 if sys.stderr.isatty() else 15
+    with tqdm(total=num_ops * len(todo), unit="op", disable=quiet, mininterval=interval, smoothing=0.1) as bar:
+        for number, (prompt, sample, files) in enumerate(todo):
+            bar.set_description(f"video {number + 1}/{len(todo)}", refresh=False)
+            make_video(pipeline, prompt, sample, files, given, condition, save_latents, bar)
+
+
+def make_video(
+    pipeline: TextToVideo,
+    prompt: Prompt,
+    sample: int,
+    files: Files,
+    given: Tensor | None,
+    condition: str,
+    save_latents: bool,
+    bar: tqdm,
+) -> None:
+    """Generate, decode and write one video; `files.video` appears last, when all else is there."""
+    config, vae = pipeline.config, pipeline.vae
+    files.remove_leftovers()
+    started = time.perf_counter()
+    num_frames = config.video.num_output_frames
+    shape = (
+        num_frames,
+        vae.channels,
+        config.video.height // vae.spatial_stride,
+        config.video.width // vae.spatial_stride,
+    )
+    decoder = vae.stream()
+    sheet = ContactSheetSampler(vae.num_pixel_frames(num_frames), fps=config.video.fps)
+
+    def progress(op: Op) -> None:
+        bar.set_postfix_str(f"block {op.block + 1}", refresh=False)
+        bar.update()
+
+    with contextlib.ExitStack() as stack:
+        video = stack.enter_context(VideoWriter(files.video, fps=config.video.fps))
+        latents_file = stack.enter_context(LatentsWriter(files.latents, shape)) if save_latents else None
+
+        def emit(latents: Tensor) -> None:
+            pixels = decoder.push(latents)[0]
+            video.write(pixels)
+            sheet.add(pixels)
+            if latents_file is not None:
+                latents_file.write(latents[0])
+
+        if given is not None:
+            emit(given)
+        for latents in pipeline.generate(prompt.text, [sample], given, progress):
+            emit(latents)
+        save_contact_sheet(files.sheet, [sheet.strip(prompt.name)], fps=config.video.fps)
+        record = make_record(config, prompt, sample, condition) | {
+            "latent_frames": num_frames,
+            "pixel_frames": vae.num_pixel_frames(num_frames),
+            "seconds": round(time.perf_counter() - started, 3),
+            "device": device_name(pipeline.net.device),
+        }
+        with atomic_path(files.record) as path:
+            path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def make_record(config: Config, prompt: Prompt, sample: int, condition: str) -> dict:
+    """What decides about a video: `inference.py --config_path` reads it back."""
+    return {
+        "prompt": prompt.text,
+        "name": prompt.name,
+        "sample": sample,
+        "condition": os.path.abspath(condition) if condition else "",
+        "config": asdict(config),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+
+
+def warn_if_different(file: Path, record: dict) -> None:
+    """Say so if a video that is kept was made with other settings than those asked for now."""
+    try:
+        before = json.loads(file.read_text(encoding="utf-8"))
+        sections = before["config"]
+    except (OSError, ValueError, KeyError):
+        return
+    changed = [
+        f"{name}.{key}"
+        for name in ("model", "rollout", "video", "runtime")
+        for key, value in record["config"][name].items()
+        if sections.get(name, {}).get(key) != value and (name, key) not in IRRELEVANT
+    ]
+    changed += [key for key in ("prompt", "condition") if before.get(key) != record[key]]
+    if changed:
+        print(
+            f"kept {file.with_suffix('.mp4')}, made with other settings ({', '.join(changed)}); --overwrite remakes it"
+        )
+
+
+IRRELEVANT = {  # keys that do not change what is in a video
+    ("rollout", "order"),
+    ("model", "text_cache"),
+    ("model", "offload"),
+    ("model", "compile"),
+    ("runtime", "device"),
+}
+
+
+def read_condition(path: str, config: Config, vae: WanVAE) -> Tensor:
+    """The latents [1, F, C, h, w] of the image, clip or saved latents that videos start with.
+
+    A clip is resampled to the video's frame rate, fitted to its size, and cut to 4n+1 frames.
+
+    Raises:
+        UserError: if the file cannot be read or does not fit.
+    """
+    video = config.video
+    if path.endswith(".safetensors"):
+        latents = read_latents(path)[None]
+        expected = (vae.channels, video.height // vae.spatial_stride, video.width // vae.spatial_stride)
+        if latents.shape[2:] != expected:
+            raise UserError(f"latents in {path} are {list(latents.shape[2:])}, the video's are {list(expected)}")
+        return latents
+    if path.lower().endswith(IMAGE_SUFFIXES):
+        frames = read_image(path)[None]
+    else:
+        longest = vae.num_pixel_frames(video.num_output_frames)
+        frames, _ = read_video(path, max_frames=longest, fps=video.fps)
+    stride = vae.temporal_stride
+    frames = frames[: (len(frames) - 1) // stride * stride + 1]
+    pixels = torch.from_numpy(fit(frames, video.height, video.width).copy()).permute(0, 3, 1, 2)[None]
+    return vae.encode(pixels.float() / 127.5 - 1).float().cpu()
+
+
+def device_name(device: torch.device) -> str:
+    """What the record calls a device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -1,0 +1,222 @@
+"""The one executor of schedules: nothing else in this repository loops over steps and blocks."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from model.flow import add_noise
+from pipeline.schedule import Denoise, Fused, Op, WriteContext
+
+Lane = Any  # whatever the denoiser keeps its context in; a KVCache for the real one
+
+
+class BlockDenoiser(Protocol):
+    """What a rollout needs of a network. Blocks are [B, F, C, h, w], sigma is a noise level in [0, 1]."""
+
+    def denoise(self, x: Tensor, sigma: float, first_frame: int, lane: Lane, write: bool = False) -> Tensor:
+        """x0 of the block; with `write` the block at this level is appended to the lane by the same pass."""
+        ...
+
+    def write_context(self, x: Tensor, sigma: float, first_frame: int, lane: Lane) -> None:
+        """Append the block at this level to the lane."""
+        ...
+
+
+class Transport(Protocol):
+    """How a pipeline rank exchanges blocks with its neighbours."""
+
+    last_level: int
+    """The level to which this rank brings a block before another rank goes on with it; S on the last rank."""
+
+    def receive(self, block: int) -> tuple[int, Tensor, Tensor]:
+        """Level, x and x0 of a block as the rank before has left it."""
+        ...
+
+    def send(self, block: int, level: int, x: Tensor, x0: Tensor) -> None:
+        """Hand a block on to the rank after."""
+        ...
+
+
+@dataclass
+class BlockState:
+    """A block under way."""
+
+    level: int
+    x: Tensor  # at `level`
+    x0: Tensor  # the latest estimate
+    before: Tensor  # x at the level before, which context `input` writes
+
+
+@dataclass(frozen=True)
+class BlockLayout:
+    """Which frames belong to which block. Given frames that fill no whole block make a short first block."""
+
+    block_frames: int
+    given_frames: int = 0
+
+    @property
+    def given_blocks(self) -> int:
+        """Blocks that are given."""
+        return -(-self.given_frames // self.block_frames)
+
+    def start(self, block: int) -> int:
+        """Absolute index of the block's first frame."""
+        if block == 0:
+            return 0
+        short = self.given_frames % self.block_frames
+        return block * self.block_frames - (self.block_frames - short if short else 0)
+
+    def frames(self, block: int) -> int:
+        """Frames of the block."""
+        return self.start(block + 1) - self.start(block)
+
+
+class Rollout:
+    """Executes ops from noise to finished blocks."""
+
+    def __init__(
+        self,
+        denoiser: BlockDenoiser,
+        sigmas: Sequence[float],
+        noise: Callable[[int, int], Tensor],
+        new_lane: Callable[[], Lane],
+        layout: BlockLayout,
+        given: Tensor | None = None,
+        deterministic: bool = False,
+        transport: Transport | None = None,
+        observe: Callable[[Op], None] | None = None,
+    ):
+        """
+        Args:
+            sigmas: noise levels 0..S, falling from the start to 0.
+            noise: (block, step) to the noise [B, F, C, h, w] that the block enters the step with.
+            new_lane: makes an empty lane; called when a schedule first touches one, and as few times as possible.
+            given: clean latents [B, given frames, C, h, w] of the blocks that are not generated.
+            deterministic: between steps go along the predicted flow (an Euler step) instead of drawing fresh noise.
+            transport: for a rank that owns some lanes only: where blocks come from and go to.
+            observe: called after every op, for progress and profiles.
+        """
+        self.denoiser = denoiser
+        self.sigmas = list(sigmas)
+        self.noise = noise
+        self.new_lane = new_lane
+        self.layout = layout
+        self.given = given
+        self.deterministic = deterministic
+        self.transport = transport
+        self.observe = observe or (lambda op: None)
+        self.blocks: dict[int, BlockState] = {}
+        self.lanes: dict[int, Lane] = {}
+        self._free_lanes: list[Lane] = []
+        self._reached: dict[int, int] = {}  # the block that each lane has come to
+
+    @property
+    def num_steps(self) -> int:
+        """S."""
+        return len(self.sigmas) - 1
+
+    def run(self, ops: Iterable[Op], lanes: Iterable[int]) -> Iterator[tuple[int, Tensor]]:
+        """Execute ops in the order given; yield (block, latents [B, F, C, h, w]) as blocks are finished.
+
+        Args:
+            ops: a list, or an iterator that may be endless. Given a list, lanes are used again once they are done with.
+            lanes: all the lanes that the ops touch.
+        """
+        self._reached = dict.fromkeys(lanes, -1)
+        last_use = {op.lane: index for index, op in enumerate(ops)} if isinstance(ops, Sequence) else {}
+        for index, op in enumerate(ops):
+            finished = self.execute(op)
+            self.observe(op)
+            if finished is not None:
+                yield op.block, finished
+            if last_use.get(op.lane) == index:
+                self._release_lane(op.lane)
+
+    @torch.no_grad()
+    def execute(self, op: Op) -> Tensor | None:
+        """Execute one op; returns the block's latents if it is finished now."""
+        lane = self._lane(op.lane)
+        if isinstance(op, WriteContext):
+            self._write(op, lane)
+            result = None
+        elif isinstance(op, Fused):
+            assert op.write.level == op.denoise.step, op
+            result = self._denoise(op.denoise, lane, write=True)
+        else:
+            result = self._denoise(op, lane, write=False)
+        self._leave_behind(op)
+        return result
+
+    def _denoise(self, op: Denoise, lane: Lane, write: bool) -> Tensor | None:
+        state = self._state(op.block, op.step)
+        assert state.level == op.step, f"block {op.block} is at level {state.level}, not ready for {op}"
+        sigma, next_sigma = self.sigmas[op.step : op.step + 2]
+        x0 = self.denoiser.denoise(state.x, sigma, self.layout.start(op.block), lane, write)
+        level = op.step + 1
+        if level == self.num_steps:
+            x = x0
+        elif self.deterministic:
+            x = x0 + (next_sigma / sigma) * (state.x - x0)
+        else:
+            x = add_noise(x0, self.noise(op.block, level), next_sigma)
+        self.blocks[op.block] = BlockState(level, x, x0, before=state.x)
+        self._hand_on(op.block)
+        return x0 if level == self.num_steps else None
+
+    def _write(self, op: WriteContext, lane: Lane) -> None:
+        state = self._state(op.block, op.level)
+        if op.level == state.level:
+            x = state.x
+        elif op.level == self.num_steps:
+            x = state.x0
+        else:
+            assert op.level == state.level - 1, f"block {op.block} is at level {state.level}, too late for {op}"
+            x = state.before
+        self.denoiser.write_context(x, self.sigmas[op.level], self.layout.start(op.block), lane)
+
+    def _state(self, block: int, level: int) -> BlockState:
+        """The block as it is; one that is not here yet is given, or received, or starts from noise."""
+        if block not in self.blocks:
+            if block < self.layout.given_blocks:
+                assert self.given is not None
+                start = self.layout.start(block)
+                x = self.given[:, start : start + self.layout.frames(block)]
+                self.blocks[block] = BlockState(self.num_steps, x, x, before=x)
+            elif 0 in self._reached:  # this rank owns the first lane
+                assert level == 0, f"block {block} is needed at level {level} before it is there"
+                x = self.noise(block, 0)
+                self.blocks[block] = BlockState(0, x, x, before=x)
+            else:
+                assert self.transport is not None, f"block {block} is needed at level {level} before it is there"
+                came_at, x, x0 = self.transport.receive(block)
+                self.blocks[block] = BlockState(came_at, x, x0, before=x)
+                self._hand_on(block)
+        return self.blocks[block]
+
+    def _hand_on(self, block: int) -> None:
+        """Send a block to the rank after as soon as this rank will not change it: before its context is written."""
+        state = self.blocks[block]
+        last = self.num_steps if self.transport is None else self.transport.last_level
+        if last < self.num_steps and state.level in (last, self.num_steps):
+            assert self.transport is not None
+            self.transport.send(block, state.level, state.x, state.x0)
+
+    def _lane(self, number: int) -> Lane:
+        if number not in self.lanes:
+            self.lanes[number] = self._free_lanes.pop() if self._free_lanes else self.new_lane()
+        return self.lanes[number]
+
+    def _release_lane(self, number: int) -> None:
+        lane = self.lanes.pop(number)
+        lane.reset()
+        self._free_lanes.append(lane)
+
+    def _leave_behind(self, op: Op) -> None:
+        """Drop the blocks that every lane has gone past: no op on them can come any more."""
+        self._reached[op.lane] = op.block
+        passed = min(self._reached.values())
+        for block in [b for b in self.blocks if b < passed]:
+            del self.blocks[block]

@@ -1,0 +1,202 @@
+"""In which order blocks are denoised: schedules as data. Knows no tensors.
+
+A schedule is a few *streams* of ops, one per lane: each stream is in order by itself, and the streams together are
+interleaved step by step (`step_major`) or along anti-diagonals (`diagonal`). Any other interleaving that keeps the
+dependencies gives the same latents.
+
+    block_first, 2 steps:        D00 D01 W0   D10 D11 W1   D20 D21 W2  ...
+    timestep_first, step_major:  D00 W0 D10 W1 D20 W2 ...  then  D01 W0 D11 W1 D21 W2 ...
+    timestep_first, diagonal:    D00 W0   D10 W1 D01 W0   D20 W2 D11 W1   D30 W3 D21 W2 ...
+
+(Dbs is Denoise of block b at step s; W is a WriteContext into the lane of that stream.)
+"""
+
+import heapq
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True)
+class Denoise:
+    """Take `block` from level `step` to level `step + 1`, attending to `lane`."""
+
+    block: int
+    step: int
+    lane: int
+
+
+@dataclass(frozen=True, slots=True)
+class WriteContext:
+    """Append `block` at `level` to `lane`."""
+
+    block: int
+    level: int
+    lane: int
+
+
+@dataclass(frozen=True, slots=True)
+class Fused:
+    """A Denoise and the WriteContext of the very same latents, by one forward pass."""
+
+    denoise: Denoise
+    write: WriteContext
+
+    @property
+    def block(self) -> int:
+        """The block of both."""
+        return self.denoise.block
+
+    @property
+    def lane(self) -> int:
+        """The lane of both."""
+        return self.denoise.lane
+
+
+Op = Denoise | WriteContext | Fused
+Context = Literal["output", "input", "clean"]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Everything that fixes the ops: the method, the number of blocks and steps, and what blocks see of their past."""
+
+    num_steps: int
+    num_blocks: int | None
+    """Blocks of the video, given ones included; None for a video without an end."""
+    method: Literal["timestep_first", "block_first"] = "timestep_first"
+    context: Context = "output"
+    """Level of a timestep-first context: the step's output (HiAR), its input, or clean. Block-first is always clean."""
+    leading_blocks: int = 0
+    """Generated blocks at the start that are denoised block-first and seen clean by every later step."""
+    leading_steps: int = 0
+    """Steps that each block takes at once, over one lane, before the rest goes timestep-first."""
+    given_blocks: int = 0
+    """Blocks at the start that are not generated: their clean latents are written into every lane."""
+
+    def __post_init__(self) -> None:
+        if self.leading_steps > 1 and self.context == "input":
+            raise ValueError("leading steps share one lane, so they cannot each see their own input level")
+        if self.num_blocks is not None and self.num_blocks <= self.given_blocks:
+            raise ValueError(f"{self.num_blocks} blocks, of which {self.given_blocks} are given: nothing to generate")
+
+    @property
+    def phases(self) -> list[range]:
+        """Steps that share a lane; the lane has the number of its first step."""
+        if self.method == "block_first":
+            return [range(self.num_steps)]
+        together = max(1, self.leading_steps)
+        return [range(together), *(range(step, step + 1) for step in range(together, self.num_steps))]
+
+    @property
+    def lanes(self) -> list[int]:
+        """The lanes that the ops use."""
+        return [phase[0] for phase in self.phases]
+
+    def streams(self) -> list[Iterator[Op]]:
+        """The ops, one ordered stream per lane."""
+        return [self._stream(phase[0], phase, first=phase[0] == 0) for phase in self.phases]
+
+    def _stream(self, lane: int, steps: range, first: bool) -> Iterator[Op]:
+        """All ops on one lane, which serves `steps`."""
+        clean = self.num_steps
+        leading_end = self.given_blocks + self.leading_blocks
+        for block in itertools.count() if self.num_blocks is None else range(self.num_blocks):
+            if block < self.given_blocks:
+                yield WriteContext(block, clean, lane)
+            elif block < leading_end:
+                if first:
+                    yield from (Denoise(block, step, lane) for step in range(self.num_steps))
+                yield WriteContext(block, clean, lane)
+            else:
+                yield from (Denoise(block, step, lane) for step in steps)
+                yield WriteContext(block, self._context_level(steps), lane)
+
+    def _context_level(self, steps: range) -> int:
+        if self.method == "block_first" or self.context == "clean":
+            return self.num_steps
+        return steps[-1] if self.context == "input" else steps[-1] + 1
+
+    def ops(self, order: Literal["step_major", "diagonal"] = "step_major") -> Iterator[Op]:
+        """All ops in one order, without writes that nobody reads, with those fused that one forward can serve.
+
+        Raises:
+            ValueError: for step_major order of a video without an end: its second step would never come.
+        """
+        streams = self.streams()
+        if order == "step_major" and len(streams) > 1 and self.num_blocks is None:
+            raise ValueError("a video without an end needs the diagonal order: step-major finishes no block of it")
+        ops = step_major(streams) if order == "step_major" else diagonal(streams)
+        return fuse(ops if self.num_blocks is None else drop_unread_writes(ops))
+
+
+def step_major(streams: Sequence[Iterable[Op]]) -> Iterator[Op]:
+    """One stream after the other: a step over all blocks before the next."""
+    return itertools.chain.from_iterable(streams)
+
+
+def diagonal(streams: Sequence[Iterable[Op]]) -> Iterator[Op]:
+    """Streams in parallel, each one block behind the one before: blocks finish early, few are under way at a time."""
+
+    def numbered(index: int, stream: Iterable[Op]) -> Iterator[tuple[int, int, Op]]:
+        return ((op.block + index, index, op) for op in stream)
+
+    merged = heapq.merge(*(numbered(i, s) for i, s in enumerate(streams)), key=lambda item: item[:2])
+    return (op for _, _, op in merged)
+
+
+def drop_unread_writes(ops: Iterable[Op]) -> Iterator[Op]:
+    """Leave out the writes into a lane after its last Denoise: the last block's context."""
+    ops = list(ops)
+    last_read = {op.lane: i for i, op in enumerate(ops) if not isinstance(op, WriteContext)}
+    return (op for i, op in enumerate(ops) if not isinstance(op, WriteContext) or i < last_read.get(op.lane, -1))
+
+
+def fuse(ops: Iterable[Op]) -> Iterator[Op]:
+    """Join a Denoise with the write of its own input that follows it (context `input`): one pass does both."""
+    held: Op | None = None
+    for op in ops:
+        if (
+            isinstance(held, Denoise)
+            and isinstance(op, WriteContext)
+            and (held.block, held.step, held.lane) == (op.block, op.level, op.lane)
+        ):
+            held = Fused(held, op)
+            continue
+        if held is not None:
+            yield held
+        held = op
+    if held is not None:
+        yield held
+
+
+def for_stage(ops: Iterable[Op], lanes: Iterable[int]) -> Iterator[Op]:
+    """Only the ops of the rank that owns `lanes`, in their order."""
+    owned = frozenset(lanes)
+    return (op for op in ops if op.lane in owned)
+
+
+def dependencies(ops: Sequence[Op]) -> list[set[int]]:
+    """For every op the indices of earlier ops that must come before it in any order.
+
+    A Denoise reads its lane and changes its block; a WriteContext reads its block and its lane, and changes the lane.
+    Whatever reads a thing stays between the changes that it stood between.
+    """
+    changed: dict[tuple[str, int], int] = {}
+    readers: dict[tuple[str, int], set[int]] = {}
+    result: list[set[int]] = []
+    for index, op in enumerate(ops):
+        block, lane = ("block", op.block), ("lane", op.lane)
+        changes = {block} if isinstance(op, Denoise) else {lane} if isinstance(op, WriteContext) else {block, lane}
+        before: set[int] = set()
+        for thing in (block, lane):
+            if thing in changed:
+                before.add(changed[thing])
+            if thing in changes:
+                before |= readers.pop(thing, set())
+                changed[thing] = index
+            else:
+                readers.setdefault(thing, set()).add(index)
+        result.append(before)
+    return result

@@ -1,0 +1,209 @@
+"""From a prompt to finished blocks of latents: loads the networks and sets up a rollout. No loop over steps in here."""
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from model.causal_wan import CausalWanModel
+from model.denoiser import Denoiser
+from model.flow import step_sigmas
+from model.kv_cache import KVCache
+from model.lora import fuse_lora
+from model.text_encoder import TextEncoder
+from model.vae import WanVAE
+from model.weights import ModelDirectory
+from pipeline.rollout import BlockLayout, Rollout
+from pipeline.schedule import Op, Schedule
+from utils.config import Config, RolloutConfig
+from utils.errors import UserError
+from utils.rng import keyed_noise
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class TextToVideo:
+    """The networks of one configuration on one device, ready to generate."""
+
+    def __init__(self, config: Config, net: CausalWanModel, text_encoder: TextEncoder, vae: WanVAE):
+        self.config = config
+        self.net = net
+        self.text_encoder = text_encoder
+        self.vae = vae
+        self._embeddings: dict[str, Tensor] = {}
+
+    @classmethod
+    def load(cls, config: Config, device: torch.device) -> "TextToVideo":
+        """Load everything that `config.model` names.
+
+        Raises:
+            UserError: for missing or broken files, and for a size that VAE and patches do not divide.
+        """
+        model, dtype = config.model, DTYPES[config.model.dtype]
+        directory = ModelDirectory.open(model.base)
+        weights = model.generator or None
+        net = directory.load_transformer(CausalWanModel, dtype, weights=weights, use_ema=model.use_ema)
+        if model.lora:
+            fuse_lora(net, model.lora, model.lora_scale)
+        net.to(device).eval().requires_grad_(False)
+        choose_attention_backend(net, model.attention_backend)
+        if model.compile:
+            net.compile_layers()
+        encoder, tokenizer = directory.load_text_encoder(dtype)
+        text_encoder = TextEncoder(encoder, tokenizer, model.text_length, model.text_cache, name=model.base)
+        return cls(config, net, text_encoder.to(device), WanVAE(directory.load_vae(dtype).to(device)))
+
+    @staticmethod
+    def check(config: Config, has_condition: bool = False) -> None:
+        """Find out before any weights are loaded whether the video's size and length can be made.
+
+        How many frames a condition gives, and so whether blocks divide the rest, is known once it has been read.
+
+        Raises:
+            UserError: naming what would work.
+        """
+        check_size(config, ModelDirectory.open(config.model.base))
+        if not has_condition:
+            build_schedule(config.rollout, config.video.num_output_frames)
+
+    def embed(self, prompts: list[str]) -> None:
+        """Encode prompts ahead of their videos, then move the text encoder off the device if so configured."""
+        for prompt in prompts:
+            if prompt not in self._embeddings:
+                self._embeddings[prompt] = self.text_encoder.encode([prompt]).cpu()
+        if self.config.model.offload:
+            self.text_encoder.to("cpu")
+
+    def num_ops(self, given_frames: int = 0) -> int:
+        """Ops of one video, for progress."""
+        return sum(1 for _ in self.schedule(given_frames).ops(self.config.rollout.order))
+
+    def schedule(self, given_frames: int = 0) -> Schedule:
+        """The schedule of a video that continues `given_frames` latent frames.
+
+        Raises:
+            UserError: if blocks do not divide the frames to generate.
+        """
+        return build_schedule(self.config.rollout, self.config.video.num_output_frames, given_frames)
+
+    def generate(
+        self,
+        prompt: str,
+        samples: list[int],
+        given: Tensor | None = None,
+        observe: Callable[[Op], None] | None = None,
+    ) -> Iterator[Tensor]:
+        """Generate samples of one prompt as one batch; yields latents [B, F, C, h, w] as blocks are finished.
+
+        Args:
+            samples: numbers of the samples. With the seed, they decide about the noise; nothing else does.
+            given: clean latents [1 or B, F, C, h, w] that the video starts with; they are not yielded.
+            observe: called after every op.
+        """
+        config, net = self.config, self.net
+        given_frames = 0 if given is None else given.shape[1]
+        schedule = self.schedule(given_frames)
+        layout = BlockLayout(config.rollout.block_frames, given_frames)
+        height, width = (size // self.vae.spatial_stride for size in (config.video.height, config.video.width))
+
+        def noise(block: int, step: int) -> Tensor:
+            shape = (layout.frames(block), self.vae.channels, height, width)
+            each = [keyed_noise(config.runtime.seed, sample, block, step, shape) for sample in samples]
+            return torch.stack(each).to(net.device)
+
+        def new_lane() -> KVCache:
+            context, sink = context_frames(config.rollout, config.video.num_output_frames)
+            return net.new_cache(len(samples), height, width, context, config.rollout.block_frames, sink)
+
+        self.embed([prompt])
+        with torch.no_grad():
+            embedding = self._embeddings[prompt].to(net.device)
+            text = net.encode_text(embedding.expand(len(samples), -1, -1))
+        rollout = Rollout(
+            Denoiser(net, text),
+            rollout_sigmas(config.rollout),
+            noise,
+            new_lane,
+            layout,
+            given=None if given is None else given.to(net.device, torch.float32).expand(len(samples), -1, -1, -1, -1),
+            deterministic=config.rollout.use_ode_trajectory,
+            observe=observe,
+        )
+        for _, latents in rollout.run(list(schedule.ops(config.rollout.order)), schedule.lanes):
+            yield latents
+
+
+def choose_attention_backend(net: CausalWanModel, name: str) -> None:
+    """Have every layer attend by one of diffusers' backends.
+
+    Raises:
+        UserError: for a name it does not know, or a package that is not installed.
+    """
+    if name == "native":
+        return
+    try:
+        net.set_attention_backend(name)
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise UserError(f"model.attention_backend={name}: {str(error).splitlines()[0]}") from None
+
+
+def rollout_sigmas(rollout: RolloutConfig) -> list[float]:
+    """The noise levels 0..S of a configuration."""
+    return step_sigmas(rollout.denoising_step_list, rollout.warp_denoising_step, rollout.timestep_shift)
+
+
+def context_frames(rollout: RolloutConfig, num_frames: int) -> tuple[int, int]:
+    """Frames that a lane holds, and how many of them are the sink, for a video of `num_frames` latent frames."""
+    window = min(rollout.window or num_frames, num_frames)
+    context = max(0, window - rollout.block_frames)
+    return context, min(rollout.sink, context)
+
+
+def build_schedule(rollout: RolloutConfig, num_frames: int, given_frames: int = 0) -> Schedule:
+    """The schedule of a video of `num_frames` latent frames, the first `given_frames` of which are given.
+
+    Raises:
+        UserError: if blocks do not divide the frames to generate, naming the nearest counts that work.
+    """
+    block = rollout.block_frames
+    generated = num_frames - given_frames
+    if generated <= 0 or generated % block:
+        lower = given_frames + max(1, generated // block) * block
+        choices = " or ".join(str(n) for n in dict.fromkeys([lower, lower + block]))
+        after = f" after {given_frames} given ones" if given_frames else ""
+        raise UserError(
+            f"{num_frames} latent frames cannot be made{after} in blocks of {block}; "
+            f"the nearest valid --num_output_frames: {choices}"
+        )
+    layout = BlockLayout(block, given_frames)
+    try:
+        return Schedule(
+            num_steps=len(rollout_sigmas(rollout)) - 1,
+            num_blocks=layout.given_blocks + generated // block,
+            method=rollout.schedule,
+            context=rollout.context,
+            leading_blocks=rollout.leading_blocks,
+            leading_steps=rollout.leading_steps,
+            given_blocks=layout.given_blocks,
+        )
+    except ValueError as error:
+        raise UserError(f"rollout: {error}") from None
+
+
+def check_size(config: Config, directory: ModelDirectory) -> None:
+    """Refuse a video size that the VAE's stride and the patches do not divide, before weights are loaded.
+
+    Raises:
+        UserError: naming the nearest sizes that work.
+    """
+    patch = directory.transformer_config().get("patch_size", (1, 2, 2))
+    stride = math.lcm(*(VAE_STRIDE * p for p in patch[1:]))
+    for key in ("height", "width"):
+        size = getattr(config.video, key)
+        if size % stride:
+            nearest = " or ".join(str(n) for n in (size // stride * stride, -(-size // stride) * stride) if n)
+            raise UserError(f"--{key} {size} is not a multiple of {stride} (VAE and patches); the nearest: {nearest}")
+
+
+VAE_STRIDE = 8  # pixels per latent of every Wan2.1 VAE; WanVAE reads it from the loaded network

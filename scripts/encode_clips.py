@@ -1,0 +1,57 @@
+"""Encode clips of the miniature world to latents, so that training the DiT need not.
+
+python scripts/encode_clips.py --base data/shapes-wan --output runs/shapes/clips --num_clips 2048 --num_frames 21
+
+Shards that exist are kept, so the same command goes on where it stopped.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from tqdm import tqdm
+
+from model.vae import encode_clip, normalise
+from model.weights import ModelDirectory
+from utils import shapes
+from utils.clips import write_shard
+from utils.device import pick_device
+from utils.errors import UserError, command
+from utils.files import writable_folder
+
+SHARD = 64  # clips
+
+
+@command
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", default="data/shapes-wan", help="model directory with the VAE")
+    parser.add_argument("--output", required=True, help="folder of the shards")
+    parser.add_argument("--num_clips", type=int, default=2048)
+    parser.add_argument("--num_frames", type=int, default=21, help="latent frames of a clip")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto")
+    args = parser.parse_args()
+    if args.num_clips <= 0 or args.num_frames <= 0:
+        raise UserError("--num_clips and --num_frames must be positive")
+    device = pick_device(args.device)
+    vae = ModelDirectory.open(args.base).load_vae(torch.float32).to(device)
+    folder = writable_folder(args.output)
+    for start in tqdm(range(0, args.num_clips, SHARD), unit="shard"):
+        file = folder / f"{start:06d}.safetensors"
+        if file.exists():
+            continue
+        clips = [shapes.sample_clip(args.seed, i) for i in range(start, min(start + SHARD, args.num_clips))]
+        latents = []
+        for clip in clips:
+            pixels = shapes.to_pixels(shapes.render(clip, 4 * (args.num_frames - 1) + 1))[None].to(device)
+            with torch.no_grad():
+                latents.append(normalise(vae, encode_clip(vae, pixels)[0]).transpose(1, 2).cpu())
+        write_shard(file, torch.cat(latents), [clip.scene.caption for clip in clips])
+
+
+if __name__ == "__main__":
+    main()

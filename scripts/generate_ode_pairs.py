@@ -1,0 +1,124 @@
+"""Generate ODE pairs: the teacher's deterministic trajectories from noise to clip, at a few saved points.
+
+python scripts/generate_ode_pairs.py --config_path configs/shapes.yaml --caption_path captions.txt \\
+    --output_folder runs/shapes/ode_pairs --num_prompts 400 --num_inference_steps 48 --save_indices 0 12 24 36 -1
+
+A pair is a function of (seed, prompt index) alone. Files that exist are kept, so the same command goes on where it
+stopped; under torchrun the prompts are shared out among the ranks.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from utils.config import load_config
+from utils.distributed import rank, world_size
+from utils.errors import UserError, command
+from utils.files import writable_folder
+from utils.ode_pairs import pair_file, write_ode_pair
+from utils.prompts import read_prompts
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config_path", required=True, help="YAML that names the teacher and the video size")
+    parser.add_argument("--caption_path", required=True, help="prompts, one per line")
+    parser.add_argument("--output_folder", required=True)
+    parser.add_argument("--guidance_scale", type=float, help="default: the config's teacher.guidance_scale")
+    parser.add_argument("--num_inference_steps", type=int, help="default: the config's teacher.num_inference_steps")
+    parser.add_argument("--timestep_shift", type=float, help="default: the config's teacher.timestep_shift")
+    parser.add_argument("--num_prompts", type=int, help="take the first so many prompts; default: all")
+    parser.add_argument("--num_frames", type=int, help="latent frames; default: the config's data.num_frames")
+    parser.add_argument("--save_indices", type=int, nargs="+", help="saved points; default: the denoising steps', and -1")
+    parser.add_argument("--batch_size", type=int, default=1, help="trajectories at a time")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", help="default: the config's")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the configuration")
+    args = parser.parse_intermixed_args()
+    for flag in ("num_inference_steps", "num_prompts", "num_frames", "batch_size"):
+        value = getattr(args, flag)
+        if value is not None and value < 1:
+            raise UserError(f"--{flag} must be at least 1, not {value}")
+    return args
+
+
+@command
+def main() -> None:
+    args = parse_arguments()
+    flags = {
+        "teacher.guidance_scale": args.guidance_scale,
+        "teacher.num_inference_steps": args.num_inference_steps,
+        "teacher.timestep_shift": args.timestep_shift,
+        "data.num_frames": args.num_frames,
+        "runtime.device": args.device,
+    }
+    words = [f"{key}={value}" for key, value in flags.items() if value is not None]
+    config = load_config(args.config_path, [*words, *args.overrides])
+    teacher, num_frames = config.teacher, config.data.num_frames
+    num_points = teacher.num_inference_steps + 1
+    prompts = read_prompts(args.caption_path)[: args.num_prompts]
+
+    import torch
+    from tqdm import tqdm
+
+    from model.causal_wan import CausalWanModel
+    from model.flow import solver_sigmas
+    from model.text_encoder import TextEncoder
+    from model.weights import ModelDirectory
+    from pipeline.teacher import guided_flow, sample_euler
+    from pipeline.text_to_video import DTYPES, VAE_STRIDE, check_size, rollout_sigmas
+    from utils.device import pick_device
+    from utils.rng import keyed_noise
+
+    sigmas = solver_sigmas(teacher.num_inference_steps, teacher.timestep_shift)
+    saved = args.save_indices or matching_indices(sigmas, rollout_sigmas(config.rollout))
+    if any(not -num_points <= index < num_points for index in saved):
+        raise UserError(f"--save_indices {saved} must be among the {num_points} points 0..{num_points - 1}, -1")
+    folder = writable_folder(args.output_folder)
+    todo = [p for p in prompts[rank() :: world_size()] if not pair_file(folder, p.index).exists()]
+    if len(todo) < len(prompts[rank() :: world_size()]):
+        print(f"{len(prompts[rank() :: world_size()]) - len(todo)} pairs exist already and are kept")
+    if not todo:
+        return
+
+    device, dtype = pick_device(config.runtime.device), DTYPES[config.model.dtype]
+    directory = ModelDirectory.open(config.model.base)
+    check_size(config, directory)
+    net = directory.load_transformer(CausalWanModel, dtype, weights=teacher.path or None).to(device)
+    net.eval().requires_grad_(False)
+    encoder, tokenizer = directory.load_text_encoder(dtype)
+    text_encoder = TextEncoder(encoder.to(device), tokenizer, config.model.text_length, config.model.text_cache)
+    negative = text_encoder.encode([teacher.negative_prompt])
+    shape = (
+        num_frames,
+        net.config.in_channels,
+        config.video.height // VAE_STRIDE,
+        config.video.width // VAE_STRIDE,
+    )
+    batches = [todo[i : i + args.batch_size] for i in range(0, len(todo), args.batch_size)]
+    with tqdm(total=len(todo) * teacher.num_inference_steps, unit="step", disable=rank() != 0) as bar:
+        for batch in batches:
+            text = text_encoder.encode([p.text for p in batch])
+            noise = torch.stack([keyed_noise(args.seed, p.index, 0, 0, shape) for p in batch]).to(device)
+
+            def flow(x: torch.Tensor, sigma: float, text: torch.Tensor = text) -> torch.Tensor:
+                other = negative.expand(len(x), -1, -1)
+                return guided_flow(net, x, sigma, text, other, teacher.guidance_scale)
+
+            count = len(batch)
+            points = sample_euler(flow, noise, sigmas, on_step=lambda _, count=count: bar.update(count))
+            trajectories = torch.stack([points[index] for index in saved], dim=1)
+            for prompt, trajectory in zip(batch, trajectories, strict=True):
+                write_ode_pair(pair_file(folder, prompt.index), prompt.text, trajectory)
+
+
+def matching_indices(sigmas: list[float], wanted: list[float]) -> list[int]:
+    """For every wanted noise level the teacher's point that is nearest to it."""
+    return [min(range(len(sigmas)), key=lambda i: abs(sigmas[i] - sigma)) for sigma in wanted]
+
+
+if __name__ == "__main__":
+    main()

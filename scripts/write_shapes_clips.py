@@ -1,0 +1,45 @@
+"""Write clips of the miniature world as mp4 files with their captions, for those who want files.
+
+python scripts/write_shapes_clips.py --output outputs/shapes --num_clips 16 --num_frames 81
+python scripts/write_shapes_clips.py --output runs/shapes --num_clips 400 --captions_only
+
+Writes 00000.mp4, 00001.mp4, ... and captions.txt, line i for clip i.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tqdm import tqdm
+
+from utils import shapes
+from utils.errors import UserError, command
+from utils.files import atomic_path, writable_folder
+from utils.video import VideoWriter
+
+
+@command
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", required=True, help="folder")
+    parser.add_argument("--num_clips", type=int, default=16)
+    parser.add_argument("--num_frames", type=int, default=81, help="pixel frames")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--held_out", action="store_true", help="combinations that training never shows")
+    parser.add_argument("--captions_only", action="store_true", help="no videos")
+    args = parser.parse_args()
+    if args.num_clips < 1 or args.num_frames < 1:
+        raise UserError("--num_clips and --num_frames must be positive")
+    folder = writable_folder(args.output)
+    clips = [shapes.sample_clip(args.seed, index, args.held_out) for index in range(args.num_clips)]
+    with atomic_path(folder / "captions.txt") as path:
+        path.write_text("".join(clip.scene.caption + "\n" for clip in clips))
+    for index, clip in enumerate(tqdm([] if args.captions_only else clips, unit="clip")):
+        with VideoWriter(folder / f"{index:05d}.mp4", fps=shapes.FPS) as video:
+            video.write(shapes.render(clip, args.num_frames))
+
+
+if __name__ == "__main__":
+    main()

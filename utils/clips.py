@@ -1,0 +1,39 @@
+"""Encoded training clips on disk: shards of latents with their captions."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from utils.errors import UserError
+from utils.files import atomic_path
+
+
+def write_shard(path: Path, latents: Tensor, captions: Sequence[str]) -> None:
+    """Write clips [N, F, C, h, w], as float16, with their N captions; atomic."""
+    with atomic_path(path) as temporary:
+        save_file({"latents": latents.half().contiguous()}, temporary, {"captions": json.dumps(list(captions))})
+
+
+def read_clips(folder: str) -> tuple[Tensor, list[str]]:
+    """All clips of a folder: latents [N, F, C, h, w] in float16, and N captions.
+
+    Raises:
+        UserError: if there is none, or one is broken.
+    """
+    files = sorted(Path(folder).glob("*.safetensors"))
+    if not folder or not files:
+        raise UserError(f"no encoded clips in {folder or 'data.path'}; make them with scripts/encode_clips.py")
+    latents, captions = [], []
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as shard:
+                latents.append(shard.get_tensor("latents"))
+                captions += json.loads(shard.metadata()["captions"])
+        except (SafetensorError, KeyError, TypeError) as error:
+            raise UserError(f"{file} is no shard of clips ({error}); delete it and run scripts/encode_clips.py") from None
+    return torch.cat(latents), captions

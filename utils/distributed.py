@@ -1,0 +1,18 @@
+"""Which process this is under torchrun; a single process needs no special case."""
+
+import os
+
+
+def rank() -> int:
+    """Number of this process, from 0."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """Number of processes."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_rank() -> int:
+    """Number of this process on its machine, which is also its GPU's."""
+    return int(os.environ.get("LOCAL_RANK", "0"))

@@ -1,0 +1,50 @@
+"""Teacher ODE trajectories on disk: one file per prompt, as CausVid and Self-Forcing write them.
+
+`{index:05d}.pt` holds {prompt: float tensor [1, saves, F, C, h, w]}, noisy to clean.
+"""
+
+import pickle
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from utils.errors import UserError
+from utils.files import atomic_path
+
+
+def pair_file(folder: Path, index: int) -> Path:
+    """The file of pair number `index`."""
+    return folder / f"{index:05d}.pt"
+
+
+def write_ode_pair(file: Path, prompt: str, points: Tensor) -> None:
+    """Write the saved points [saves, F, C, h, w] of one trajectory, noisy to clean; atomic."""
+    with atomic_path(file) as path:
+        torch.save({prompt: points[None].cpu().clone()}, path)
+
+
+def read_ode_pairs(folder: str, num_saves: int) -> tuple[Tensor, list[str]]:
+    """All pairs of a folder: points [N, saves, F, C, h, w] in their stored type, and N prompts.
+
+    Raises:
+        UserError: if there is none, one is broken, or one does not hold `num_saves` points.
+    """
+    files = sorted(Path(folder).glob("*.pt"))
+    if not folder or not files:
+        raise UserError(f"no ODE pairs in {folder or 'data.path'}; make them with scripts/generate_ode_pairs.py")
+    points, prompts = [], []
+    for file in tqdm(files, desc="reading ODE pairs", unit="pair", disable=len(files) < 1000):
+        try:
+            [(prompt, trajectory)] = torch.load(file, weights_only=True, map_location="cpu").items()
+        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, AttributeError) as error:
+            raise UserError(f"{file} is no ODE pair ({str(error).splitlines()[0]}); delete it and make it again") from None
+        if trajectory.shape[1] != num_saves:
+            raise UserError(
+                f"{file} holds {trajectory.shape[1]} points, but the rollout has {num_saves} levels; make the pairs with "
+                "as many --save_indices as denoising steps and one"
+            )
+        points.append(trajectory[0])
+        prompts.append(prompt)
+    return torch.stack(points), prompts
