@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Make the miniature model, data/shapes-wan, from nothing: text encoder, VAE, encoded clips, teacher, ODE pairs, generator.
+#
+#   scripts/train_shapes.sh [section.key=value ...]
+#
+# Kill it at any moment and run it again: every stage goes on where it stopped. RUNS (default runs/shapes) holds logs and
+# checkpoints, MODEL (default data/shapes-wan) receives the weights, CLIPS and PAIRS are how many of each are made;
+# words are passed on to every train.py.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+runs=${RUNS:-runs/shapes}
+model=${MODEL:-data/shapes-wan}
+python=${PYTHON:-python}
+
+train() { # stage output [override ...]
+    local stage=$1 output=$2
+    shift 2
+    echo "== $stage"
+    "$python" train.py --config_path "configs/shapes/$stage.yaml" --logdir "$runs/$stage" \
+        model.base="$model" train.output="$output" "$@"
+}
+
+train text_encoder "$model" "$@"
+train vae "$model" "$@"
+
+echo "== clips"
+"$python" scripts/encode_clips.py --base "$model" --output "$runs/clips" --num_clips "${CLIPS:-2048}"
+
+train teacher "$model/transformer" data.path="$runs/clips" "$@"
+
+echo "== ODE pairs"
+"$python" scripts/write_shapes_clips.py --output "$runs" --num_clips "${PAIRS:-400}" --seed 1 --captions_only
+"$python" scripts/generate_ode_pairs.py --config_path configs/shapes.yaml --caption_path "$runs/captions.txt" \
+    --output_folder "$runs/ode_pairs" --batch_size 8 --num_inference_steps 24 model.base="$model"
+
+train generator "$model/generator" data.path="$runs/ode_pairs" train.init="$model/transformer" "$@"

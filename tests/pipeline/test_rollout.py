@@ -1,0 +1,561 @@
+"""pipeline/rollout.py: executing ops in any order, on any number of ranks, is one and the same function.
+
+Claims: law 1, bit for bit (step-major, diagonal, random orders that keep the dependencies, 1, 2 and 4 ranks), with a
+fake denoiser and with the tiny net; the executor equals naive nested loops written down from METHOD section 3, and the
+context it reads equals one masked pass without any cache; the formulas between steps; given frames; the memory that a
+long video takes; videos without an end; fused passes; batches.
+"""
+
+import itertools
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from random import Random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from model.causal_wan import BlockCausal
+from model.denoiser import Denoiser
+from model.flow import add_noise
+from pipeline.rollout import BlockLayout, Rollout
+from pipeline.schedule import (
+    Denoise,
+    Op,
+    Schedule,
+    WriteContext,
+    dependencies,
+    diagonal,
+    drop_unread_writes,
+    for_stage,
+    step_major,
+)
+from utils.rng import keyed_noise
+
+SIGMAS = [1.0, 0.9, 0.7, 0.4, 0.0]
+FRAME = (4, 4, 6)  # channels, height, width of the tiny net's latents
+BLOCKS = 5
+
+VARIANTS = {
+    "timestep_first": dict(),
+    "block_first": dict(method="block_first"),
+    "clean": dict(context="clean"),
+    "input": dict(context="input"),
+    "leading_blocks": dict(leading_blocks=2),
+    "leading_steps": dict(leading_steps=2),
+    "both_hybrids": dict(leading_blocks=1, leading_steps=3),
+}
+variants = pytest.mark.parametrize("variant", VARIANTS)
+
+
+def noise_of(layout: BlockLayout, samples: Sequence[int] = (0,), frame=FRAME) -> Callable[[int, int], Tensor]:
+    def noise(block: int, step: int) -> Tensor:
+        return torch.stack([keyed_noise(7, s, block, step, (layout.frames(block), *frame)) for s in samples])
+
+    return noise
+
+
+def random_order(ops: Sequence[Op], random: Random) -> list[Op]:
+    """Some order that keeps the dependencies."""
+    waiting = dict(enumerate(dependencies(ops)))
+    order: list[Op] = []
+    while waiting:
+        index = random.choice([i for i, before in waiting.items() if before.isdisjoint(waiting)])
+        del waiting[index]
+        order.append(ops[index])
+    return order
+
+
+def finish(rollout: Rollout, ops, lanes) -> Tensor:
+    """All blocks that the ops generate, [B, F, C, h, w]; each must come once."""
+    blocks = list(rollout.run(ops, lanes))
+    assert len(dict(blocks)) == len(blocks)
+    return torch.cat([latents for _, latents in sorted(blocks, key=lambda item: item[0])], dim=1)
+
+
+# ---- a fake denoiser ----
+
+
+class FakeLane(deque):
+    """A lane that holds what was written; at most the last three blocks."""
+
+    def __init__(self) -> None:
+        super().__init__(maxlen=3)
+
+    def reset(self) -> None:
+        self.clear()
+
+
+@dataclass
+class FakeDenoiser:
+    """Depends on all that it is given, and on the order within a lane; remembers what it was asked."""
+
+    calls: list[tuple] = field(default_factory=list)
+
+    def denoise(self, x: Tensor, sigma: float, first_frame: int, lane: FakeLane, write: bool = False) -> Tensor:
+        context = sum(((i + 1) * c.mean() for i, c in enumerate(lane)), torch.zeros(()))
+        if write:
+            lane.append(x * (1 + sigma))
+        x0 = torch.sin(x + context + first_frame * 0.01 + sigma)
+        self.calls.append(("denoise", first_frame, sigma, x, x0))
+        return x0
+
+    def write_context(self, x: Tensor, sigma: float, first_frame: int, lane: FakeLane) -> None:
+        self.calls.append(("write", first_frame, sigma, x, None))
+        lane.append(x * (1 + sigma))
+
+
+def fake_rollout(layout: BlockLayout = BlockLayout(2), **changes) -> Rollout:  # noqa: B008
+    noise = noise_of(layout, frame=(1, 1, 1))
+    return Rollout(FakeDenoiser(), SIGMAS, noise, FakeLane, layout, **changes)
+
+
+@variants
+@pytest.mark.parametrize("deterministic", [False, True])
+@settings(max_examples=10)
+@given(random=st.randoms(use_true_random=False))
+def test_any_order_gives_the_same_latents(variant, deterministic, random):
+    schedule = Schedule(4, BLOCKS, **VARIANTS[variant])
+    ops = list(schedule.ops())
+    expected = finish(fake_rollout(deterministic=deterministic), ops, schedule.lanes)
+    for order in (list(schedule.ops("diagonal")), random_order(ops, random)):
+        assert torch.equal(finish(fake_rollout(deterministic=deterministic), order, schedule.lanes), expected)
+
+
+def test_variants_differ():
+    """Otherwise comparing orders would prove little."""
+    schedules = [Schedule(4, BLOCKS, **variant) for variant in VARIANTS.values()]
+    results = [finish(fake_rollout(), list(s.ops()), s.lanes) for s in schedules]
+    for a, b in itertools.combinations(results, 2):
+        assert not torch.equal(a, b)
+
+
+def test_an_order_against_the_dependencies_is_refused_or_differs():
+    ops = list(Schedule(4, 3).ops())
+    with pytest.raises(AssertionError, match="not ready"):
+        finish(fake_rollout(), [ops[5], *ops[:5], *ops[6:]], range(4))
+
+
+# ---- what happens between steps ----
+
+
+def denoise_calls(rollout: Rollout, schedule: Schedule) -> list[tuple]:
+    list(rollout.run(list(schedule.ops()), schedule.lanes))
+    return [call for call in rollout.denoiser.calls if call[0] == "denoise"]
+
+
+def test_steps_renoise_with_fresh_noise():
+    rollout = fake_rollout()
+    calls = denoise_calls(rollout, Schedule(4, 1))
+    assert torch.equal(calls[0][3], rollout.noise(0, 0))
+    for step in (1, 2, 3):
+        assert calls[step][2] == SIGMAS[step]
+        x0, sigma = calls[step - 1][4], SIGMAS[step]
+        torch.testing.assert_close(calls[step][3], (1 - sigma) * x0 + sigma * rollout.noise(0, step))
+
+
+def test_the_deterministic_variant_keeps_the_noise_that_the_flow_points_at():
+    rollout = fake_rollout(deterministic=True)
+    calls = denoise_calls(rollout, Schedule(4, 1))
+    for step in (0, 1, 2):
+        (_, _, sigma, x, x0), after, following = calls[step], calls[step + 1][3], SIGMAS[step + 1]
+        flow = (x - x0) / sigma
+        torch.testing.assert_close(after, x + (following - sigma) * flow)
+
+
+@pytest.mark.parametrize(
+    ("variant", "levels"),
+    [("timestep_first", [1, 2, 3, 4]), ("input", [0, 1, 2, 3]), ("clean", [4] * 4), ("block_first", [4])],
+)
+def test_contexts_are_written_at_the_levels_of_the_rule(variant, levels):
+    """Unfused, so that the writes are seen: block 0 of two, at every step."""
+    schedule = Schedule(4, 2, **VARIANTS[variant])
+    rollout = fake_rollout()
+    list(rollout.run(list(drop_unread_writes(step_major(schedule.streams()))), schedule.lanes))
+    denoised = {sigma: (x, x0) for kind, frame, sigma, x, x0 in rollout.denoiser.calls if (kind, frame) == ("denoise", 0)}
+    writes = [(sigma, x) for kind, _, sigma, x, _ in rollout.denoiser.calls if kind == "write"]
+    assert [sigma for sigma, _ in writes] == [SIGMAS[level] for level in levels]
+    for step, (sigma, x) in enumerate(writes):
+        if sigma:
+            assert torch.equal(x, denoised[sigma][0])  # the very latents that the block's own step sees
+        else:
+            last = 3 if variant == "block_first" else step
+            assert torch.equal(x, denoised[SIGMAS[last]][1])
+
+
+# ---- layout and given frames ----
+
+
+@pytest.mark.parametrize(
+    ("given_frames", "given_blocks", "starts"),
+    [(0, 0, [0, 3, 6, 9]), (3, 1, [0, 3, 6, 9]), (1, 1, [0, 1, 4, 7]), (5, 2, [0, 2, 5, 8]), (6, 2, [0, 3, 6, 9])],
+)
+def test_given_frames_end_where_a_block_ends(given_frames, given_blocks, starts):
+    layout = BlockLayout(3, given_frames)
+    assert layout.given_blocks == given_blocks
+    assert [layout.start(block) for block in range(4)] == starts
+    assert [layout.frames(block) for block in range(3)] == [b - a for a, b in itertools.pairwise(starts)]
+    assert layout.start(given_blocks) == given_frames
+
+
+@variants
+def test_given_frames_are_clean_context_in_every_lane_and_are_not_yielded(variant):
+    layout = BlockLayout(2, given_frames=3)
+    frames = torch.arange(3.0).view(1, 3, 1, 1, 1)
+    schedule = Schedule(4, 4, given_blocks=2, **VARIANTS[variant])
+    rollout = fake_rollout(layout, given=frames)
+    yielded = [block for block, _ in rollout.run(list(schedule.ops()), schedule.lanes)]
+    assert yielded == [2, 3]
+    given_writes = [(frame, sigma, x) for kind, frame, sigma, x, _ in rollout.denoiser.calls if kind == "write" and frame < 3]
+    assert [(frame, sigma) for frame, sigma, _ in given_writes] == [(0, 0.0), (1, 0.0)] * len(schedule.lanes)
+    assert all(torch.equal(x, frames[:, frame : frame + x.shape[1]]) for frame, _, x in given_writes)
+
+
+# ---- memory ----
+
+
+def test_diagonal_order_holds_a_few_blocks_and_one_lane_per_step():
+    held: list[tuple[int, int]] = []
+    rollout = fake_rollout(observe=lambda op: held.append((len(rollout.blocks), len(rollout.lanes))))
+    rollout.denoiser.calls = deque(maxlen=1)
+    schedule = Schedule(4, 200)
+    assert len(list(rollout.run(schedule.ops("diagonal"), schedule.lanes))) == 200
+    assert max(blocks for blocks, _ in held) <= 5
+    assert max(lanes for _, lanes in held) == 4
+
+
+@pytest.mark.parametrize(("variant", "order", "lanes"), [
+    ("timestep_first", "step_major", 1),
+    ("timestep_first", "diagonal", 4),
+    ("block_first", "step_major", 1),
+    ("leading_steps", "step_major", 1),
+])  # fmt: skip
+def test_lanes_are_used_again(variant, order, lanes):
+    made: list[FakeLane] = []
+
+    def new_lane() -> FakeLane:
+        made.append(FakeLane())
+        return made[-1]
+
+    schedule = Schedule(4, BLOCKS, **VARIANTS[variant])
+    rollout = Rollout(FakeDenoiser(), SIGMAS, noise_of(BlockLayout(2), frame=(1, 1, 1)), new_lane, BlockLayout(2))
+    list(rollout.run(list(schedule.ops(order)), schedule.lanes))
+    assert len(made) == lanes
+    assert not any(made)  # and nothing is kept
+
+
+def test_block_first_order_holds_one_block():
+    held = []
+    rollout = fake_rollout(observe=lambda op: held.append(len(rollout.blocks)))
+    list(rollout.run(Schedule(4, 50, "block_first").ops(), [0]))
+    assert max(held) <= 2
+
+
+def test_blocks_come_out_as_early_as_they_can():
+    """In diagonal order the first block is there after the ops of S diagonals, not after the whole video."""
+    for order, ops_before in (("diagonal", 2 * (1 + 2 + 3) + 7), ("step_major", 3 * (2 * 50 - 1) + 1)):
+        seen: list[Op] = []
+        ops = Schedule(4, 50).ops(order)
+        next(iter(fake_rollout(observe=seen.append).run(ops, range(4))))
+        assert len(seen) == ops_before
+
+
+def test_observers_see_every_op_in_order():
+    seen: list[Op] = []
+    ops = list(Schedule(4, 3).ops("diagonal"))
+    list(fake_rollout(observe=seen.append).run(ops, range(4)))
+    assert seen == ops
+
+
+# ---- pipeline ranks ----
+
+
+class Pipe:
+    """One rank's ends of the queues between neighbours."""
+
+    def __init__(self, before: queue.Queue | None, after: queue.Queue | None):
+        self.before, self.after = before, after
+        self.sent: list[int] = []
+
+    def receive(self, block: int) -> tuple[Tensor, Tensor]:
+        assert self.before is not None
+        number, x, x0 = self.before.get(timeout=30)
+        assert number == block
+        return x, x0
+
+    def send(self, block: int, x: Tensor, x0: Tensor) -> None:
+        self.sent.append(block)
+        if self.after is not None:
+            self.after.put((block, x.clone(), x0.clone()))
+
+
+def run_ranks(make: Callable[..., Rollout], schedule: Schedule, stages: list[list[int]], order: str) -> Tensor:
+    """What the ranks finish together, each in a thread of its own."""
+    queues = [None, *(queue.Queue() for _ in stages[1:]), None]
+    finished: dict[int, Tensor] = {}
+    errors: list[BaseException] = []
+
+    def work(rank: int) -> None:
+        try:
+            torch.set_num_threads(1)
+            ops = for_stage(schedule.ops(order), stages[rank])
+            rollout = make(transport=Pipe(queues[rank], queues[rank + 1]))
+            for block, latents in rollout.run(ops, stages[rank]):
+                if block not in finished or rank == len(stages) - 1:
+                    finished[block] = latents
+        except BaseException as error:
+            errors.append(error)
+            raise
+
+    threads = [threading.Thread(target=work, args=[rank], daemon=True) for rank in range(len(stages))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert not errors, errors
+    assert all(pipe.empty() for pipe in queues if pipe is not None), "blocks were sent that nobody wanted"
+    return torch.cat([finished[block] for block in sorted(finished)], dim=1)
+
+
+STAGES = {
+    "two ranks": [[0, 1], [2, 3]],
+    "four ranks": [[0], [1], [2], [3]],
+    "uneven ranks": [[0], [1, 2], [3]],
+}
+
+
+@pytest.mark.parametrize("stages", STAGES)
+@pytest.mark.parametrize("order", ["step_major", "diagonal"])
+@pytest.mark.parametrize("variant", ["timestep_first", "clean", "input"])
+def test_ranks_give_the_same_latents(variant, order, stages):
+    schedule = Schedule(4, BLOCKS, **VARIANTS[variant])
+    expected = finish(fake_rollout(), list(schedule.ops()), schedule.lanes)
+    assert torch.equal(run_ranks(fake_rollout, schedule, STAGES[stages], order), expected)
+
+
+@pytest.mark.parametrize(
+    ("variant", "stages"),
+    [
+        ("leading_blocks", [[0, 1], [2, 3]]),
+        ("leading_blocks", [[0], [1], [2], [3]]),
+        ("leading_steps", [[0], [2, 3]]),
+        ("leading_steps", [[0, 2], [3]]),
+        ("both_hybrids", [[0], [3]]),
+    ],
+)
+def test_ranks_of_hybrids_give_the_same_latents(variant, stages):
+    schedule = Schedule(4, BLOCKS, **VARIANTS[variant])
+    expected = finish(fake_rollout(), list(schedule.ops()), schedule.lanes)
+    assert torch.equal(run_ranks(fake_rollout, schedule, stages, "diagonal"), expected)
+
+
+def test_ranks_continue_given_frames():
+    layout, frames = BlockLayout(2, given_frames=3), torch.arange(3.0).view(1, 3, 1, 1, 1)
+    schedule = Schedule(4, 5, given_blocks=2)
+
+    def make(**changes) -> Rollout:
+        return fake_rollout(layout, given=frames, **changes)
+
+    expected = finish(make(), list(schedule.ops()), schedule.lanes)
+    assert torch.equal(run_ranks(make, schedule, STAGES["four ranks"], "diagonal"), expected)
+
+
+def test_a_rank_sends_a_block_before_it_writes_its_context():
+    """Else the next rank would wait for a pass that it does not need."""
+    events: list[str] = []
+    pipe = Pipe(None, None)
+    pipe.send = lambda block, x, x0: events.append(f"send {block}")
+    schedule = Schedule(4, 3)
+    rollout = fake_rollout(transport=pipe, observe=lambda op: events.append(f"{type(op).__name__} {op.block}"))
+    list(rollout.run(for_stage(schedule.ops(), [0]), [0]))
+    assert [e for e in events if e.endswith(" 1")] == ["send 1", "Denoise 1", "WriteContext 1"]
+
+
+# ---- the tiny net ----
+
+
+def net_rollout(net, text, layout=BlockLayout(2), context=4, sink=0, samples=(0,), sigmas=SIGMAS, **changes):  # noqa: B008
+    def new_lane():
+        return net.new_cache(len(samples), *FRAME[1:], context, layout.block_frames, sink)
+
+    return Rollout(Denoiser(net, text), sigmas, noise_of(layout, samples), new_lane, layout, **changes)
+
+
+CASES = {
+    "timestep_first, short window": ("timestep_first", dict(context=4)),
+    "timestep_first, sink and given frames": (
+        "timestep_first",
+        dict(context=5, sink=1, layout=BlockLayout(2, 3), given=torch.linspace(-1, 1, 3 * 96).view(1, 3, *FRAME)),
+    ),
+    "block_first, short window": ("block_first", dict(context=4)),
+    "clean, sink": ("clean", dict(context=4, sink=2)),
+    "input, short window": ("input", dict(context=3, sink=1)),
+    "leading_blocks": ("leading_blocks", dict(context=4)),
+    "leading_steps, deterministic": ("leading_steps", dict(context=4, deterministic=True)),
+}
+
+
+def case_schedule(case: str) -> Schedule:
+    variant, changes = CASES[case]
+    given_blocks = changes["layout"].given_blocks if "layout" in changes else 0
+    return Schedule(4, BLOCKS, given_blocks=given_blocks, **VARIANTS[variant])
+
+
+@pytest.fixture(scope="module")
+def small_net(make_net):
+    return make_net(num_layers=2).requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def small_text(small_net):
+    return small_net.encode_text(torch.randn(1, 3, 24, generator=torch.Generator().manual_seed(2)))
+
+
+@pytest.fixture(scope="module")
+def expected(small_net, small_text) -> Callable[[str], Tensor]:
+    """The step-major latents of every case, computed once."""
+    known: dict[str, Tensor] = {}
+
+    def compute(case: str) -> Tensor:
+        if case not in known:
+            schedule = case_schedule(case)
+            rollout = net_rollout(small_net, small_text, **CASES[case][1])
+            known[case] = finish(rollout, list(schedule.ops()), schedule.lanes)
+        return known[case]
+
+    return compute
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_net_in_diagonal_order(small_net, small_text, expected, case):
+    schedule = case_schedule(case)
+    rollout = net_rollout(small_net, small_text, **CASES[case][1])
+    assert torch.equal(finish(rollout, schedule.ops("diagonal"), schedule.lanes), expected(case))
+
+
+@pytest.mark.parametrize("case", CASES)
+@settings(max_examples=2)
+@given(random=st.randoms(use_true_random=False))
+def test_the_net_in_any_order(small_net, small_text, expected, case, random):
+    schedule = case_schedule(case)
+    rollout = net_rollout(small_net, small_text, **CASES[case][1])
+    order = random_order(list(schedule.ops()), random)
+    assert torch.equal(finish(rollout, order, schedule.lanes), expected(case))
+
+
+@pytest.mark.parametrize("stages", [[[0, 1, 2, 3]], *STAGES.values()], ids=["one rank", *STAGES])
+def test_the_net_on_ranks(small_net, small_text, expected, stages):
+    case = "timestep_first, sink and given frames"
+
+    def make(**changes) -> Rollout:
+        return net_rollout(small_net, small_text, **CASES[case][1], **changes)
+
+    assert torch.equal(run_ranks(make, case_schedule(case), stages, "diagonal"), expected(case))
+
+
+def net_x0(net, text, x: Tensor, sigma: float, first_frame: int, **how) -> Tensor:
+    flow = net(x.transpose(1, 2), torch.full(x.shape[:2], 1000 * sigma), text, first_frame=first_frame, **how)
+    return None if flow is None else x - sigma * flow.transpose(1, 2)
+
+
+def test_block_first_equals_self_forcings_loop(small_net, small_text, expected):
+    layout = BlockLayout(2)
+    noise, cache, blocks = noise_of(layout), small_net.new_cache(1, *FRAME[1:], 4, 2), []
+    for block in range(BLOCKS):
+        x = noise(block, 0)
+        for step in range(4):
+            x0 = net_x0(small_net, small_text, x, SIGMAS[step], 2 * block, cache=cache)
+            if step < 3:
+                x = add_noise(x0, noise(block, step + 1), SIGMAS[step + 1])
+        net_x0(small_net, small_text, x0, 0.0, 2 * block, cache=cache, write=True)
+        blocks.append(x0)
+    assert torch.equal(torch.cat(blocks, dim=1), expected("block_first, short window"))
+
+
+def test_timestep_first_equals_hiars_loop(small_net, small_text, expected):
+    layout = BlockLayout(2)
+    noise = noise_of(layout)
+    blocks = [noise(block, 0) for block in range(BLOCKS)]
+    for step in range(4):
+        cache = small_net.new_cache(1, *FRAME[1:], 4, 2)
+        for block in range(BLOCKS):
+            x0 = net_x0(small_net, small_text, blocks[block], SIGMAS[step], 2 * block, cache=cache)
+            blocks[block] = x0 if step == 3 else add_noise(x0, noise(block, step + 1), SIGMAS[step + 1])
+            net_x0(small_net, small_text, blocks[block], SIGMAS[step + 1], 2 * block, cache=cache, write=True, head=False)
+    assert torch.equal(torch.cat(blocks, dim=1), expected("timestep_first, short window"))
+
+
+@pytest.mark.parametrize("variant", ["timestep_first", "input", "clean"])
+def test_timestep_first_equals_masked_passes_without_a_cache(small_net, small_text, variant):
+    """Every Denoise again as one block-causal pass over [earlier blocks at their context level, this block]."""
+    num_blocks, noise = 3, noise_of(BlockLayout(2))
+    now, estimates = [noise(block, 0) for block in range(num_blocks)], [torch.empty(0)] * num_blocks
+    for step in range(4):
+        level = {"timestep_first": step + 1, "input": step, "clean": 4}[variant]
+        context: list[Tensor] = []
+        for block in range(num_blocks):
+            x = now[block]
+            sigmas = torch.tensor([SIGMAS[level]] * 2 * block + [SIGMAS[step]] * 2)
+            causal = BlockCausal((2,) * (block + 1), context_frames=4)
+            whole = torch.cat([*context, x], dim=1).transpose(1, 2)
+            flow = small_net(whole, 1000 * sigmas[None], small_text, causal=causal)[:, :, -2:].transpose(1, 2)
+            estimates[block] = x - SIGMAS[step] * flow
+            now[block] = add_noise(estimates[block], noise(block, step + 1), SIGMAS[step + 1])
+            context.append({"timestep_first": now[block], "input": x, "clean": estimates[block]}[variant])
+    schedule = Schedule(4, num_blocks, **VARIANTS[variant])
+    actual = finish(net_rollout(small_net, small_text, context=4), schedule.ops("diagonal"), schedule.lanes)
+    torch.testing.assert_close(actual, torch.cat(estimates, dim=1), atol=2e-4, rtol=0)
+
+
+def test_fused_passes_change_nothing(small_net, small_text, expected):
+    case = "input, short window"
+    schedule = case_schedule(case)
+    unfused = list(drop_unread_writes(diagonal(schedule.streams())))
+    assert len(unfused) > len(list(schedule.ops()))
+    actual = finish(net_rollout(small_net, small_text, **CASES[case][1]), unfused, schedule.lanes)
+    assert torch.equal(actual, expected(case))
+
+
+def test_a_batch_is_its_samples(small_net, small_text):
+    schedule = Schedule(4, 3)
+    wide = type(small_text)(*([x.expand(2, -1, -1, -1) for x in xs] for xs in (small_text.k, small_text.v)))
+    both = finish(net_rollout(small_net, wide, samples=(3, 4)), schedule.ops(), schedule.lanes)
+    for row, sample in enumerate((3, 4)):
+        one = finish(net_rollout(small_net, small_text, samples=(sample,)), schedule.ops(), schedule.lanes)
+        torch.testing.assert_close(both[row : row + 1], one, atol=1e-5, rtol=1e-5)
+
+
+def test_an_endless_video_passes_frame_1024(make_net):
+    """Wan's table of positions ends there. The same blocks as of a video with an end, bit for bit."""
+    net = make_net(num_layers=1, in_channels=1, out_channels=1).requires_grad_(False)
+    text = net.encode_text(torch.ones(1, 2, 24))
+    layout = BlockLayout(16)
+
+    def rollout() -> Rollout:
+        noise = noise_of(layout, frame=(1, 2, 2))
+        return Rollout(Denoiser(net, text), [1.0, 0.5, 0.0], noise, lambda: net.new_cache(1, 2, 2, 16, 16), layout)
+
+    num_blocks = 1024 // 16 + 3
+    endless = Schedule(2, None).ops("diagonal")
+    blocks = list(itertools.islice(rollout().run(endless, [0, 1]), num_blocks))
+    assert [block for block, _ in blocks] == list(range(num_blocks))
+    ended = finish(rollout(), list(Schedule(2, num_blocks).ops()), [0, 1])
+    assert torch.equal(torch.cat([latents for _, latents in blocks], dim=1), ended)
+    assert ended[:, 1024:].isfinite().all() and ended[:, 1024:].std() > 0.1
+
+
+def test_a_rollout_keeps_no_graph(make_net, small_text):
+    """Inference never grows with autograd, whatever mode the caller is in."""
+    net = make_net(num_layers=2)
+    with torch.enable_grad():
+        latents = finish(net_rollout(net, small_text), Schedule(4, 2).ops(), range(4))
+    assert not latents.requires_grad
+
+
+def test_ops_know_what_they_are():
+    assert Denoise(1, 0, 0) != WriteContext(1, 0, 0)
