@@ -1,16 +1,16 @@
 """The causal Wan DiT: one network that runs bidirectionally, block-causally over a whole clip, or one block at a time
 against a KV cache.
 
-The parameters, their names and the arithmetic are those of diffusers' `WanTransformer3DModel`, so Wan2.1 weights load as
-they are and the bidirectional mode equals it. What is ours: one timestep per frame, positions without an end, and the
-three ways of attending.
+The parameters, their names and the arithmetic are those of diffusers' `WanTransformer3DModel`, so Wan2.1 weights load
+as they are and the bidirectional mode equals it. What is ours: one timestep per frame, positions without an end, and
+the three ways of attending.
 
 Shapes: B batch, C channels, F frames, h and w latent height and width, P tokens per frame, N = F P tokens, D width.
 """
 
 from dataclasses import dataclass
 from math import prod
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 import torch.nn as nn
@@ -119,6 +119,11 @@ class CausalWanModel(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginalMode
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
         self.gradient_checkpointing = False
 
+    @property
+    def layers(self) -> "list[CausalWanLayer]":
+        """The transformer layers; diffusers names them blocks, a word that means frames here."""
+        return cast("list[CausalWanLayer]", list(self.blocks))
+
     def forward(
         self,
         x: Tensor,
@@ -147,7 +152,7 @@ class CausalWanModel(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginalMode
         Returns:
             The flow noise - x0, [B, C, F, h, w] in the network's dtype; None without the head.
         """
-        batch, _, frames, height, width = x.shape
+        frames, height, width = x.shape[2:]
         _, patch_h, patch_w = self.config.patch_size
         grid = (frames, height // patch_h, width // patch_w)
         if height % patch_h or width % patch_w:
@@ -162,8 +167,8 @@ class CausalWanModel(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginalMode
         rope = rotary_table(self.config.attention_head_dim, first_frame, grid, hidden.device)
         attend = self._attend(causal, cache, write, tokens_per_frame=grid[1] * grid[2])
 
-        for index, layer in enumerate(self.blocks):
-            if not head and index == len(self.blocks) - 1:
+        for index, layer in enumerate(self.layers):
+            if not head and index == len(self.layers) - 1:
                 _, k, v = layer.qkv(hidden, modulation, rope)
                 assert cache is not None
                 cache.append(index, k, v)
@@ -190,7 +195,7 @@ class CausalWanModel(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginalMode
     def encode_text(self, embeddings: Tensor) -> TextContext:
         """Cross-attention keys and values of prompt embeddings [B, L, text_dim]."""
         hidden = self.condition_embedder.text_embedder(embeddings.to(self.dtype))
-        pairs = [layer.text_kv(hidden) for layer in self.blocks]
+        pairs = [layer.text_kv(hidden) for layer in self.layers]
         return TextContext([k for k, _ in pairs], [v for _, v in pairs])
 
     def embed_timestep(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
@@ -223,7 +228,7 @@ class CausalWanModel(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginalMode
         """An empty lane for latents of height x width, in this network's dtype and on its device."""
         _, patch_h, patch_w = self.config.patch_size
         return KVCache(
-            num_layers=len(self.blocks),
+            num_layers=len(self.layers),
             batch_size=batch_size,
             num_heads=self.config.num_attention_heads,
             head_dim=self.config.attention_head_dim,
@@ -237,15 +242,15 @@ class CausalWanModel(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginalMode
 
     def compile_layers(self) -> None:
         """torch.compile what surrounds attention in every layer; the cache's changing lengths stay outside of it."""
-        for layer in self.blocks:
-            layer.qkv = torch.compile(layer.qkv)
-            layer.after_attention = torch.compile(layer.after_attention)
+        for layer in self.layers:
+            layer.qkv = torch.compile(layer.qkv)  # type: ignore[method-assign]
+            layer.after_attention = torch.compile(layer.after_attention)  # type: ignore[method-assign]
 
     def _attend(self, causal: BlockCausal | None, cache: KVCache | None, write: bool, tokens_per_frame: int) -> Attend:
         """The way of attending that this forward takes."""
 
         def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            backend = self.blocks[0].attn1.processor._attention_backend
+            backend = self.layers[0].attn1.processor._attention_backend
             return dispatch_attention_fn(q, k, v, backend=backend).type_as(q)
 
         def full(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -278,7 +283,7 @@ class CausalWanModel(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginalMode
         # A checkpointed layer reads its context again in the backward pass, when the lane has moved on.
         past = None
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            past = [tuple(x.clone() for x in cache.read(layer)) for layer in range(len(self.blocks))]
+            past = [tuple(x.clone() for x in cache.read(layer)) for layer in range(len(self.layers))]
         return cached
 
 

@@ -78,7 +78,7 @@ class KVCache:
 
     @torch.no_grad()
     def append(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Put a block's k, v [B, tokens, heads, head_dim] of one layer into the lane; `commit` follows the last layer."""
+        """Put a block's k, v [B, tokens, heads, head_dim] of one layer into the lane; `commit` follows them all."""
         for slot, frame, count in self._placement(k.shape[1] // self.tokens_per_frame):
             to = slice(slot * self.tokens_per_frame, (slot + count) * self.tokens_per_frame)
             of = slice(frame * self.tokens_per_frame, (frame + count) * self.tokens_per_frame)

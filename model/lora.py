@@ -25,8 +25,11 @@ def fuse_lora(net: CausalWanModel, path: str, scale: float = 1.0) -> None:
     try:
         if foreign:
             state = _convert_non_diffusers_wan_lora_to_diffusers(state)
-        if not any(name.startswith("transformer.") for name in state):
-            state = {f"transformer.{name}": value for name, value in state.items()}
+        state = {f"transformer.{name.removeprefix('transformer.')}": value for name, value in state.items()}
+        layers = {name.removeprefix("transformer.").partition(".lora_")[0] for name in state}
+        unknown = sorted(layers - dict(net.named_modules()).keys())
+        if unknown:
+            raise ValueError(f"the generator has no layer {unknown[0]} ({len(unknown)} of {len(layers)} are unknown)")
         net.load_lora_adapter(state, prefix="transformer", adapter_name="fused")
         net.fuse_lora(lora_scale=scale, adapter_names=["fused"])
         net.unload_lora()

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import platform
+import re
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -59,8 +60,10 @@ class Files:
 
     def remove_leftovers(self) -> None:
         """Delete what a killed run was writing."""
+        # Names as `atomic_path` makes them, once or, while a video is rewritten, twice over.
+        ours = re.compile(rf"\.+{re.escape(self.stem)}(\.\d+\.partial)+(\.\w+)?")
         for file in self.folder.iterdir():
-            if file.name.startswith(f".{self.stem}.") and ".partial" in file.name:
+            if ours.fullmatch(file.name):
                 file.unlink(missing_ok=True)
 
 
@@ -231,6 +234,11 @@ def read_condition(path: str, config: Config, vae: WanVAE) -> Tensor:
     else:
         longest = vae.num_pixel_frames(video.num_output_frames)
         frames, _ = read_video(path, max_frames=longest, fps=video.fps)
+        if len(frames) == longest:
+            raise UserError(
+                f"{path} fills all {video.num_output_frames} latent frames of the video; "
+                "cut it shorter, or raise --num_output_frames"
+            )
     stride = vae.temporal_stride
     frames = frames[: (len(frames) - 1) // stride * stride + 1]
     pixels = torch.from_numpy(fit(frames, video.height, video.width).copy()).permute(0, 3, 1, 2)[None]

@@ -1,5 +1,6 @@
 """Sampling the bidirectional teacher: many steps over a whole clip, with classifier-free guidance."""
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -34,9 +35,9 @@ def sample_euler(
     sigmas: Sequence[float],
     on_step: Callable[[int], None] | None = None,
 ) -> list[Tensor]:
-    """Follow the probability-flow ODE by Euler steps through `sigmas`; returns x at every one of them, first to last."""
+    """Follow the probability-flow ODE by Euler steps through `sigmas`; returns x at each of them, first to last."""
     points = [noise]
-    for index, (sigma, next_sigma) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
+    for index, (sigma, next_sigma) in enumerate(itertools.pairwise(sigmas)):
         x = points[-1]
         points.append(x + (next_sigma - sigma) * flow(x, sigma))
         if on_step is not None:

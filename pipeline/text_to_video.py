@@ -110,7 +110,10 @@ class TextToVideo:
         def noise(block: int, step: int) -> Tensor:
             shape = (layout.frames(block), self.vae.channels, height, width)
             each = [keyed_noise(config.runtime.seed, sample, block, step, shape) for sample in samples]
-            return torch.stack(each).to(net.device)
+            drawn = torch.stack(each)
+            if net.device.type == "cuda":  # pinned, the copy is queued; otherwise the host would wait for the queue
+                drawn = drawn.pin_memory()
+            return drawn.to(net.device, non_blocking=True)
 
         def new_lane() -> KVCache:
             context, sink = context_frames(config.rollout, config.video.num_output_frames)

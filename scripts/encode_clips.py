@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from tqdm import tqdm
 
-from model.vae import encode_clip, normalise
+from model.vae import channels_last_, encode_clip, normalise
 from model.weights import ModelDirectory
 from utils import shapes
 from utils.clips import write_shard
@@ -39,6 +39,7 @@ def main() -> None:
         raise UserError("--num_clips and --num_frames must be positive")
     device = pick_device(args.device)
     vae = ModelDirectory.open(args.base).load_vae(torch.float32).to(device)
+    channels_last_(vae)
     folder = writable_folder(args.output)
     for start in tqdm(range(0, args.num_clips, SHARD), unit="shard"):
         file = folder / f"{start:06d}.safetensors"
@@ -47,7 +48,8 @@ def main() -> None:
         clips = [shapes.sample_clip(args.seed, i) for i in range(start, min(start + SHARD, args.num_clips))]
         latents = []
         for clip in clips:
-            pixels = shapes.to_pixels(shapes.render(clip, 4 * (args.num_frames - 1) + 1))[None].to(device)
+            pixels = shapes.to_pixels(shapes.render(clip, 4 * (args.num_frames - 1) + 1))[None]
+            pixels = pixels.to(device, memory_format=torch.channels_last_3d)
             with torch.no_grad():
                 latents.append(normalise(vae, encode_clip(vae, pixels)[0]).transpose(1, 2).cpu())
         write_shard(file, torch.cat(latents), [clip.scene.caption for clip in clips])

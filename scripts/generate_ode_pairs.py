@@ -32,7 +32,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--timestep_shift", type=float, help="default: the config's teacher.timestep_shift")
     parser.add_argument("--num_prompts", type=int, help="take the first so many prompts; default: all")
     parser.add_argument("--num_frames", type=int, help="latent frames; default: the config's data.num_frames")
-    parser.add_argument("--save_indices", type=int, nargs="+", help="saved points; default: the denoising steps', and -1")
+    parser.add_argument("--save_indices", type=int, nargs="+", help="saved points; default: the steps' levels")
     parser.add_argument("--batch_size", type=int, default=1, help="trajectories at a time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="default: the config's")

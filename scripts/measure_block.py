@@ -1,4 +1,4 @@
-"""Time one Denoise of a full-size network with random weights beside a full window, by the executor that inference uses.
+"""Time one Denoise of a full-size network with random weights beside a full window, by inference's own executor.
 
 python scripts/measure_block.py --preset wan-1.3b --height 480 --width 832 --window 21 --dtype bfloat16 --device cpu
 
@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
     if args.height % 16 or args.width % 16 or args.window <= BLOCK or args.repeat < 1:
-        raise UserError("height and width must be multiples of 16, the window longer than a block of 3, repeat positive")
+        raise UserError("height and width must be multiples of 16, --window more than 3, --repeat at least 1")
     device = pick_device(args.device)
     net = random_network(args.preset, DTYPES[args.dtype], device)
     height, width = args.height // VAE_STRIDE, args.width // VAE_STRIDE

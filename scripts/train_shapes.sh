@@ -23,6 +23,7 @@ train() { # stage output [override ...]
 
 train text_encoder "$model" "$@"
 train vae "$model" "$@"
+train vae_long "$model" train.init="$model" "$@"
 
 echo "== clips"
 "$python" scripts/encode_clips.py --base "$model" --output "$runs/clips" --num_clips "${CLIPS:-2048}"

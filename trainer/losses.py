@@ -14,7 +14,7 @@ def flow_matching_loss(flow: Tensor, x0: Tensor, noise: Tensor, mask: Tensor | N
 
 
 def masked_mse(prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean squared error in float32 over the frames [B, F] that `mask` keeps (all where it is None; 0 if it keeps none)."""
+    """Mean squared error in float32 over the frames that `mask` [B, F] keeps: all without one, 0 if it keeps none."""
     error = (prediction.float() - target.float()).square()
     if mask is None:
         return error.mean()
@@ -23,5 +23,5 @@ def masked_mse(prediction: Tensor, target: Tensor, mask: Tensor | None = None) -
 
 
 def kl_to_standard_normal(mean: Tensor, log_variance: Tensor) -> Tensor:
-    """KL(N(mean, exp(log_variance)) || N(0, 1)) per element, averaged (Kingma & Welling, arXiv 1312.6114, appendix B)."""
+    """KL(N(mean, exp(log_variance)) || N(0, 1)), mean over elements (Kingma & Welling, arXiv 1312.6114, app. B)."""
     return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()

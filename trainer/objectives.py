@@ -1,6 +1,7 @@
 """What can be learned: each objective owns its networks and computes one iteration's loss."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from model import presets
 from model.causal_wan import BlockCausal, CausalWanModel
 from model.flow import add_noise, flow_to_x0, shifted_sigmas, step_sigmas
 from model.text_encoder import TextEncoder
-from model.vae import decode_clip, encode_clip
+from model.vae import channels_last_, decode_clip, encode_clip
 from model.weights import ModelDirectory
 from trainer.losses import flow_matching_loss, kl_to_standard_normal, masked_mse
 from trainer.trainer import Objective
@@ -39,6 +40,7 @@ class TextAttributes:
         encoder = UMT5EncoderModel(UMT5Config(**presets.TEXT_ENCODERS[config.train.network]))
         width = encoder.config.d_model
         heads = nn.ModuleDict({name: nn.Linear(width, size) for name, size in shapes.NUM_CLASSES.items()})
+        self.encoder, self.heads = encoder, heads
         self.net = nn.ModuleDict({"encoder": encoder, "heads": heads}).to(device)
         self.tokenizer = ByT5Tokenizer()
 
@@ -50,11 +52,11 @@ class TextAttributes:
             for i in range(train.batch_size)
         ]
         tokens = self.tokenizer([scene.caption for scene in scenes], padding=True, return_tensors="pt").to(self.device)
-        hidden = self.net["encoder"](**tokens).last_hidden_state
+        hidden = self.encoder(**tokens).last_hidden_state
         mask = tokens.attention_mask[..., None]
         pooled = (hidden * mask).sum(1) / mask.sum(1)
         losses, correct = [], []
-        for name, head in self.net["heads"].items():
+        for name, head in self.heads.items():
             target = torch.tensor([scene.labels[name] for scene in scenes], device=self.device)
             logits = head(pooled)
             losses.append(F.cross_entropy(logits, target))
@@ -63,9 +65,9 @@ class TextAttributes:
 
     def export(self, folder: Path, weights: dict[str, Tensor]) -> None:
         """Write `text_encoder/` and `tokenizer/`."""
-        encoder = self.net["encoder"]
-        encoder.load_state_dict({k.removeprefix("encoder."): v for k, v in weights.items() if k.startswith("encoder.")})
-        encoder.to(torch.bfloat16).save_pretrained(folder / "text_encoder")
+        encoder = {k.removeprefix("encoder."): v for k, v in weights.items() if k.startswith("encoder.")}
+        self.encoder.load_state_dict(encoder)
+        self.encoder.to(torch.bfloat16).save_pretrained(folder / "text_encoder")
         self.tokenizer.save_pretrained(folder / "tokenizer")
 
 
@@ -75,8 +77,14 @@ class VAEReconstruction:
     def __init__(self, config: Config, device: torch.device):
         self.config, self.device = config, device
         torch.manual_seed(config.runtime.seed)
-        self.net = AutoencoderKLWan(**presets.VAES[config.train.network]).to(device)
+        if config.train.init:
+            self.net = ModelDirectory.open(config.train.init).load_vae(torch.float32).to(device).train()
+        else:
+            self.net = AutoencoderKLWan(**presets.VAES[config.train.network]).to(device)
         channels_last_(self.net)
+        if config.train.decoder_only:
+            self.net.encoder.requires_grad_(False)
+            self.net.quant_conv.requires_grad_(False)
 
     def loss(self, iteration: int) -> tuple[Tensor, dict[str, float]]:
         """Absolute and squared error of the reconstruction, and the KL term."""
@@ -102,12 +110,13 @@ class VAEReconstruction:
         return shapes.to_pixels(shapes.render(shapes.sample_clip(self.config.runtime.seed, index), num_frames))
 
     def export(self, folder: Path, weights: dict[str, Tensor]) -> None:
-        """Measure the latents' mean and deviation per channel, write them into the config, and write `vae/`."""
+        """Write `vae/`, with the latents' mean and deviation per channel, measured unless the encoder is as it was."""
         self.net.load_state_dict(weights)
-        with torch.no_grad():
-            latents = torch.cat([encode_clip(self.net, self.clip(i, 33)[None])[0] for i in range(64)])
-        std, mean = torch.std_mean(latents, dim=(0, 2, 3, 4))
-        self.net.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
+        if not self.config.train.decoder_only:
+            with torch.no_grad():
+                latents = torch.cat([encode_clip(self.net, self.clip(i, 33)[None])[0] for i in range(64)])
+            std, mean = torch.std_mean(latents, dim=(0, 2, 3, 4))
+            self.net.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
         self.net.to(torch.bfloat16).save_pretrained(folder / "vae")
 
 
@@ -219,21 +228,12 @@ def export_transformer(net: CausalWanModel, folder: Path, weights: dict[str, Ten
         path.write_text(json.dumps({"_class_name": "WanTransformer3DModel"} | config, indent=2) + "\n")
 
 
-def channels_last_(net: nn.Module) -> None:
-    """Lay convolution weights out channels last, which convolutions on CPUs and tensor cores run faster in."""
-    for parameter in net.parameters():
-        if parameter.ndim == 5:
-            parameter.data = parameter.data.to(memory_format=torch.channels_last_3d)
-        elif parameter.ndim == 4:
-            parameter.data = parameter.data.to(memory_format=torch.channels_last)
-
-
 def build_objective(config: Config, device: torch.device) -> Objective:
     """The objective that `config.train.objective` names."""
     return OBJECTIVES[config.train.objective](config, device)
 
 
-OBJECTIVES = {
+OBJECTIVES: dict[str, Callable[[Config, torch.device], Objective]] = {
     "text_attributes": TextAttributes,
     "vae_reconstruction": VAEReconstruction,
     "flow_matching": FlowMatching,

@@ -18,8 +18,10 @@ from utils.files import atomic_path, writable_folder
 class Objective(Protocol):
     """A network, and the loss it is trained with."""
 
-    net: nn.Module
-    """What the optimizer updates."""
+    @property
+    def net(self) -> nn.Module:
+        """What the optimizer updates."""
+        ...
 
     def loss(self, iteration: int) -> tuple[Tensor, dict[str, float]]:
         """The loss of iteration `iteration` and what to log beside it. All its randomness is a pure function of

@@ -35,5 +35,5 @@ def read_clips(folder: str) -> tuple[Tensor, list[str]]:
                 latents.append(shard.get_tensor("latents"))
                 captions += json.loads(shard.metadata()["captions"])
         except (SafetensorError, KeyError, TypeError) as error:
-            raise UserError(f"{file} is no shard of clips ({error}); delete it and run scripts/encode_clips.py") from None
+            raise UserError(f"{file} is no shard of clips ({error}); delete it and encode again") from None
     return torch.cat(latents), captions

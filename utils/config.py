@@ -52,7 +52,7 @@ class RolloutConfig:
     """The order of denoising, and what a block sees of its past. See pipeline/schedule.py."""
 
     schedule: Literal["timestep_first", "block_first"] = "timestep_first"
-    """timestep_first: one step over all blocks before the next (HiAR). block_first: all steps of a block (Self-Forcing)."""
+    """timestep_first: one step over all blocks before the next (HiAR). block_first: all steps of a block first."""
     leading_blocks: int = 0
     """Hybrid: so many leading blocks are denoised block-first, and every step sees them clean."""
     leading_steps: int = 0
@@ -164,6 +164,8 @@ class TrainConfig:
     """Weight of the VAE's KL term."""
     clip_frames: list[int] = field(default_factory=lambda: [9])
     """Pixel frames of the VAE's training clips; one of these lengths is drawn per iteration."""
+    decoder_only: bool = False
+    """Train the VAE's decoder beside a fixed encoder, so that latents made before stay valid."""
     compile: bool = False
     """torch.compile the layers of the trained network."""
     log_every: int = 20
@@ -289,6 +291,6 @@ def check_config(config: Config) -> None:
         raise UserError(f"rollout.leading_steps is {rollout.leading_steps}, but there are only {len(steps)} steps")
     if rollout.window and rollout.window < rollout.block_frames + rollout.sink:
         raise UserError(
-            f"rollout.window {rollout.window} must hold a block ({rollout.block_frames}) and the sink ({rollout.sink}); "
+            f"rollout.window {rollout.window} must hold a block ({rollout.block_frames}) and the sink ({rollout.sink}), "
             "or 0 for the whole video"
         )

@@ -284,7 +284,7 @@ class Pipe:
 
     def receive(self, block: int) -> tuple[Tensor, Tensor]:
         assert self.before is not None
-        number, x, x0 = self.before.get(timeout=30)
+        number, x, x0 = self.before.get(timeout=10)
         assert number == block
         return x, x0
 
@@ -316,7 +316,7 @@ def run_ranks(make: Callable[..., Rollout], schedule: Schedule, stages: list[lis
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout=60)
+        thread.join(timeout=30)
     assert not errors, errors
     assert all(pipe.empty() for pipe in queues if pipe is not None), "blocks were sent that nobody wanted"
     return torch.cat([finished[block] for block in sorted(finished)], dim=1)
