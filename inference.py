@@ -8,6 +8,7 @@ among the ranks. A video's JSON makes it again: python inference.py --config_pat
 """
 
 import argparse
+import json
 
 from utils.config import Config, load_config, parse_record
 from utils.distributed import rank, world_size
@@ -82,7 +83,7 @@ def resolve_config(args: argparse.Namespace) -> Config:
         if value is None:
             continue
         try:
-            words.append(f"{key}={kind(value)}" if kind is not str else f"{key}={value!r}")
+            words.append(f"{key}={kind(value) if kind is not str else json.dumps(value, ensure_ascii=False)}")
         except ValueError:
             raise UserError(f"--{flag} takes a whole number, not {value!r}") from None
     if args.use_ema:

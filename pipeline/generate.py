@@ -99,6 +99,8 @@ def generate_videos(
     if not todo:
         return
 
+    if condition and not Path(condition).is_file():
+        raise UserError(f"cannot read {condition}: there is no such file")
     device = pick_device(config.runtime.device)
     TextToVideo.check(config, has_condition=bool(condition))
     pipeline = TextToVideo.load(config, device)

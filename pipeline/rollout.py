@@ -1,5 +1,6 @@
 """The one executor of schedules: nothing else in this repository loops over steps and blocks."""
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -127,8 +128,9 @@ class Rollout:
         """
         self._reached = dict.fromkeys(lanes, -1)
         last_use = {op.lane: index for index, op in enumerate(ops)} if isinstance(ops, Sequence) else {}
-        for index, op in enumerate(ops):
-            finished = self.execute(op)
+        for index, (op, following) in enumerate(itertools.pairwise(itertools.chain(ops, [None]))):
+            assert op is not None
+            finished = self.execute(op, following)
             self.observe(op)
             if finished is not None:
                 yield op.block, finished
@@ -136,17 +138,19 @@ class Rollout:
                 self._release_lane(op.lane)
 
     @torch.no_grad()
-    def execute(self, op: Op) -> Tensor | None:
-        """Execute one op; returns the block's latents if it is finished now."""
+    def execute(self, op: Op, following: Op | None = None) -> Tensor | None:
+        """Execute one op, which `following` comes after; returns the block's latents if it is finished now."""
         lane = self._lane(op.lane)
         if isinstance(op, WriteContext):
             self._write(op, lane)
             result = None
-        elif isinstance(op, Fused):
-            assert op.write.level == op.denoise.step, op
-            result = self._denoise(op.denoise, lane, write=True)
         else:
-            result = self._denoise(op, lane, write=False)
+            denoise = op.denoise if isinstance(op, Fused) else op
+            assert not isinstance(op, Fused) or op.write.level == denoise.step, op
+            result = self._denoise(denoise, lane, write=isinstance(op, Fused))
+            # A leading block goes through all its steps at once: it passes the level at which others are handed on.
+            if not isinstance(following, Denoise) or (following.block, following.lane) != (op.block, op.lane):
+                self._hand_on(op.block)
         self._leave_behind(op)
         return result
 
@@ -163,7 +167,6 @@ class Rollout:
         else:
             x = add_noise(x0, self.noise(op.block, level), next_sigma)
         self.blocks[op.block] = BlockState(level, x, x0, before=state.x)
-        self._hand_on(op.block)
         return x0 if level == self.num_steps else None
 
     def _write(self, op: WriteContext, lane: Lane) -> None:

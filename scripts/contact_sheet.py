@@ -25,8 +25,8 @@ def main() -> None:
     videos = sorted(path for path in folder.glob("*.mp4") if not path.name.startswith("."))
     if not videos:
         raise UserError(f"no mp4 files in {folder}; make some with inference.py")
-    if args.columns < 1:
-        raise UserError(f"--columns must be at least 1, not {args.columns}")
+    if args.columns < 2:
+        raise UserError(f"--columns must be at least 2, not {args.columns}")
     output = Path(args.output or folder / "contact_sheet.png")
     save_contact_sheet(output, [strip(video, args.columns) for video in videos], columns=args.columns)
     print(f"wrote {output}: {len(videos)} videos")

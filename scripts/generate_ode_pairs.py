@@ -90,7 +90,8 @@ def main() -> None:
     net = directory.load_transformer(CausalWanModel, dtype, weights=teacher.path or None).to(device)
     net.eval().requires_grad_(False)
     encoder, tokenizer = directory.load_text_encoder(dtype)
-    text_encoder = TextEncoder(encoder.to(device), tokenizer, config.model.text_length, config.model.text_cache)
+    model = config.model
+    text_encoder = TextEncoder(encoder.to(device), tokenizer, model.text_length, model.text_cache, name=model.base)
     negative = text_encoder.encode([teacher.negative_prompt])
     shape = (
         num_frames,

@@ -21,6 +21,10 @@ train() { # stage output [override ...]
         model.base="$model" train.output="$output" "$@"
 }
 
+# What is not trained comes with the repository.
+mkdir -p "$model"
+[[ -e $model/model_index.json ]] || cp -r data/shapes-wan/model_index.json data/shapes-wan/scheduler "$model"
+
 train text_encoder "$model" "$@"
 train vae "$model" "$@"
 train vae_long "$model" train.init="$model" "$@"

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from trainer.trainer import Objective
 from utils import shapes
 from utils.clips import read_clips
 from utils.config import Config
+from utils.errors import UserError
 from utils.files import atomic_path
 from utils.ode_pairs import read_ode_pairs
 from utils.rng import keyed_generator
@@ -37,7 +39,7 @@ class TextAttributes:
     def __init__(self, config: Config, device: torch.device):
         self.config, self.device = config, device
         torch.manual_seed(config.runtime.seed)
-        encoder = UMT5EncoderModel(UMT5Config(**presets.TEXT_ENCODERS[config.train.network]))
+        encoder = UMT5EncoderModel(UMT5Config(**preset(presets.TEXT_ENCODERS, config)))
         width = encoder.config.d_model
         heads = nn.ModuleDict({name: nn.Linear(width, size) for name, size in shapes.NUM_CLASSES.items()})
         self.encoder, self.heads = encoder, heads
@@ -80,7 +82,7 @@ class VAEReconstruction:
         if config.train.init:
             self.net = ModelDirectory.open(config.train.init).load_vae(torch.float32).to(device).train()
         else:
-            self.net = AutoencoderKLWan(**presets.VAES[config.train.network]).to(device)
+            self.net = AutoencoderKLWan(**preset(presets.VAES, config)).to(device)
         channels_last_(self.net)
         if config.train.decoder_only:
             self.net.encoder.requires_grad_(False)
@@ -209,12 +211,26 @@ def build_transformer(config: Config, device: torch.device) -> CausalWanModel:
         directory = ModelDirectory.open(config.model.base)
         net = directory.load_transformer(CausalWanModel, torch.float32, weights=config.train.init)
     else:
-        net = CausalWanModel(**presets.TRANSFORMERS[config.train.network])
+        net = CausalWanModel(**preset(presets.TRANSFORMERS, config))
         net.init_weights()
     net.to(device).train()
     if config.train.compile:
         net.compile_layers()
     return net
+
+
+def preset(table: dict[str, dict[str, Any]], config: Config) -> dict[str, Any]:
+    """The sizes that `config.train.network` names.
+
+    Raises:
+        UserError: if there are none of this name.
+    """
+    name = config.train.network
+    if name not in table:
+        raise UserError(
+            f"train.network={name!r} is no preset of {config.train.objective}; choose from {', '.join(table)}"
+        )
+    return table[name]
 
 
 def export_transformer(net: CausalWanModel, folder: Path, weights: dict[str, Tensor]) -> None:

@@ -1,8 +1,12 @@
 """The one training loop: optimizer, EMA, checkpoints, logging. What is learned is the objective's business."""
 
+import contextlib
 import json
 import math
+import signal
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -59,8 +63,9 @@ class Trainer:
         with MetricsLog(self.logdir, config, self.config, self.iteration) as log:
             try:
                 while self.iteration < config.iterations:
-                    metrics = self.step()
-                    self.iteration += 1
+                    with ctrl_c_waits():
+                        metrics = self.step()
+                        self.iteration += 1
                     log.write(self.iteration, metrics)
                     if self.iteration % config.checkpoint_every == 0 or self.iteration == config.iterations:
                         self.save()
@@ -125,12 +130,33 @@ class Trainer:
             raise UserError(
                 f"{self.checkpoint} is of another network; choose another --logdir or the config it was made with"
             ) from None
-        for optimizer, optimizer_state in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(optimizer_state)
+        try:
+            for optimizer, optimizer_state in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(optimizer_state)
+        except ValueError:
+            raise UserError(
+                f"{self.checkpoint} was made with another optimizer; choose another --logdir or its train.optimizer"
+            ) from None
         for name, value in state["ema"].items():
             self.ema[name].copy_(value)
         self.iteration = state["iteration"]
         print(f"resumed from {self.checkpoint} at iteration {self.iteration}")
+
+
+@contextlib.contextmanager
+def ctrl_c_waits() -> Iterator[None]:
+    """Hold Ctrl-C back until the block is done: in between, weights, optimizer and EMA are not of one iteration."""
+    if threading.current_thread() is not threading.main_thread():  # the others are not interrupted
+        yield
+        return
+    pressed = []
+    before = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        raise KeyboardInterrupt
 
 
 def learning_rate_scale(iteration: int, config: TrainConfig) -> float:

@@ -23,9 +23,9 @@ def read_clips(folder: str) -> tuple[Tensor, list[str]]:
     """All clips of a folder: latents [N, F, C, h, w] in float16, and N captions.
 
     Raises:
-        UserError: if there is none, or one is broken.
+        UserError: if there is none, one is broken, or they are not of one size.
     """
-    files = sorted(Path(folder).glob("*.safetensors"))
+    files = sorted(file for file in Path(folder).glob("*.safetensors") if not file.name.startswith("."))
     if not folder or not files:
         raise UserError(f"no encoded clips in {folder or 'data.path'}; make them with scripts/encode_clips.py")
     latents, captions = [], []
@@ -34,6 +34,8 @@ def read_clips(folder: str) -> tuple[Tensor, list[str]]:
             with safe_open(file, framework="pt") as shard:
                 latents.append(shard.get_tensor("latents"))
                 captions += json.loads(shard.metadata()["captions"])
-        except (SafetensorError, KeyError, TypeError) as error:
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{file} is no shard of clips ({error}); delete it and encode again") from None
+        if latents[-1].shape[1:] != latents[0].shape[1:] or sum(map(len, latents)) != len(captions):
+            raise UserError(f"{file} has clips of another size, or lacks captions; delete it and encode again")
     return torch.cat(latents), captions

@@ -224,9 +224,12 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
         if "=" not in word or word.startswith("-"):
             raise UserError(f"cannot read {word!r}: options are --name value, config overrides are section.key=value")
     try:
-        schema = OmegaConf.structured(Config)
-        merged = OmegaConf.merge(schema, loaded)
-        merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(list(overrides)))
+        changes = OmegaConf.from_dotlist(list(overrides))
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"cannot read a value in {' '.join(overrides)}: it is not valid YAML ({reason})") from None
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Config), loaded, changes)
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         key = f" (key {error.full_key})" if error.full_key else ""
@@ -249,7 +252,8 @@ def parse_record(path: str) -> dict[str, Any] | None:
             record = json.load(file)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
-    if not isinstance(record, dict) or not {"config", "prompt", "name", "sample"} <= record.keys():
+    known = isinstance(record, dict) and {"config", "prompt", "name", "sample"} <= record.keys()
+    if not known or not isinstance(record["config"], dict):
         raise UserError(f"{path} is not the record of a video: it lacks config, prompt, name or sample")
     return record
 
@@ -291,6 +295,6 @@ def check_config(config: Config) -> None:
         raise UserError(f"rollout.leading_steps is {rollout.leading_steps}, but there are only {len(steps)} steps")
     if rollout.window and rollout.window < rollout.block_frames + rollout.sink:
         raise UserError(
-            f"rollout.window {rollout.window} must hold a block ({rollout.block_frames}) and the sink ({rollout.sink}), "
-            "or 0 for the whole video"
+            f"rollout.window {rollout.window} must hold a block ({rollout.block_frames}) and the sink "
+            f"({rollout.sink}), or be 0 for the whole video"
         )

@@ -29,22 +29,26 @@ def read_ode_pairs(folder: str, num_saves: int) -> tuple[Tensor, list[str]]:
     """All pairs of a folder: points [N, saves, F, C, h, w] in their stored type, and N prompts.
 
     Raises:
-        UserError: if there is none, one is broken, or one does not hold `num_saves` points.
+        UserError: if there is none, one is broken, does not hold `num_saves` points or is of another size.
     """
-    files = sorted(Path(folder).glob("*.pt"))
+    files = sorted(file for file in Path(folder).glob("*.pt") if not file.name.startswith("."))
     if not folder or not files:
         raise UserError(f"no ODE pairs in {folder or 'data.path'}; make them with scripts/generate_ode_pairs.py")
     points, prompts = [], []
     for file in tqdm(files, desc="reading ODE pairs", unit="pair", disable=len(files) < 1000):
         try:
             [(prompt, trajectory)] = torch.load(file, weights_only=True, map_location="cpu").items()
-        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, AttributeError) as error:
-            raise UserError(f"{file} is no ODE pair ({str(error).splitlines()[0]}); delete it and make it again") from None
-        if trajectory.shape[1] != num_saves:
+            _, num_points, *_ = trajectory.shape
+        # torch.load reports broken files by any of these.
+        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, TypeError, LookupError, AttributeError):
+            raise UserError(f"{file} is no ODE pair, or cut off; delete it and make it again") from None
+        if num_points != num_saves:
             raise UserError(
-                f"{file} holds {trajectory.shape[1]} points, but the rollout has {num_saves} levels; make the pairs with "
+                f"{file} holds {num_points} points, but the rollout has {num_saves} levels; make the pairs with "
                 "as many --save_indices as denoising steps and one"
             )
         points.append(trajectory[0])
+        if points[-1].shape != points[0].shape:
+            raise UserError(f"{file} is of another size than {files[0]}; keep pairs of one size in a folder")
         prompts.append(prompt)
     return torch.stack(points), prompts

@@ -1,6 +1,7 @@
 """Randomness as a pure function of names: order, batch size, rank count, device and resume never change it."""
 
 import hashlib
+import operator
 
 import torch
 from torch import Tensor
@@ -8,7 +9,8 @@ from torch import Tensor
 
 def keyed_generator(*key: int | str) -> torch.Generator:
     """A CPU generator whose stream depends on `key` alone."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    plain = tuple(part if isinstance(part, str) else operator.index(part) for part in key)  # of NumPy's integers too
+    digest = hashlib.blake2b(repr(plain).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 

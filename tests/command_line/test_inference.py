@@ -1,4 +1,4 @@
-"""inference.py from the outside: the same video whatever the way to it, files whole or absent, and one line per mistake.
+"""inference.py from outside: the same video whatever the way to it, files whole or absent, and one line per mistake.
 
 Everything but what needs a process of its own runs in this one, with one thread, as do the processes.
 """
@@ -149,11 +149,12 @@ def test_torchrun_with_two_ranks_makes_the_same(tmp_path, world, reference):
     assert_same(tmp_path / "out", reference)
 
 
-def test_more_samples_do_not_change_the_first(tmp_path, world, infer, reference):
-    infer(tmp_path, "--num_samples", "4")
-    ours, theirs = latents(tmp_path), latents(reference)
-    assert len(ours) == 12 and all(torch.equal(ours[stem], theirs[stem]) for stem in theirs)
-    samples = [ours[f"a red circle-{sample}"] for sample in range(4)]
+def test_more_samples_do_not_change_the_first(tmp_path, world, command, reference):
+    (tmp_path / "one.txt").write_text("a red circle\n")
+    words = ("--config_path", world.config, "--data_path", tmp_path / "one.txt", "--output_folder", tmp_path / "out")
+    assert command(*words, "--save_latents", "--num_samples", 4).code == 0
+    samples = list(latents(tmp_path / "out").values())
+    assert len(samples) == 4 and torch.equal(samples[0], latents(reference)["a red circle-0"])
     assert not any(torch.equal(samples[0], other) for other in samples[1:])
 
 
@@ -242,15 +243,14 @@ KILLED = """
 import os, signal, sys
 import inference
 from pipeline.text_to_video import TextToVideo
-generate, ops = TextToVideo.generate, [0]
+generate, ops, last = TextToVideo.generate, [0], int(sys.argv.pop(1))
 def deadly(self, prompt, samples, given=None, observe=None):
     def observing(op):
         ops[0] += 1
-        if ops[0] == int(sys.argv[1]):
+        if ops[0] == last:
             os.kill(os.getpid(), signal.SIGKILL)
     return generate(self, prompt, samples, given, observing)
 TextToVideo.generate = deadly
-sys.argv[1:] = sys.argv[2:]
 inference.main()
 """
 
@@ -363,7 +363,7 @@ def dry_run(command, config: object, *words: object) -> dict:
 @pytest.mark.parametrize(
     ("words", "key", "value"),
     [
-        (["--checkpoint_path", "a dir/it's #1: {x}.pt"], "model.generator", "a dir/it's #1: {x}.pt"),
+        (["--checkpoint_path", 'a b/it\'s "1" #: {é}.pt'], "model.generator", 'a b/it\'s "1" #: {é}.pt'),
         (["--num_output_frames", "81"], "video.num_output_frames", 81),
         (["--height", "720"], "video.height", 720),
         (["--width", "1280"], "video.width", 1280),
@@ -402,7 +402,9 @@ def test_hiar_and_self_forcing_differ_in_the_schedule_only(command):
 
 
 def test_the_readme_command_of_hiar_resolves(command):
-    words = "--checkpoint_path ckpts/hiar.pt --data_path data/prompts.txt --output_folder outputs/ --num_output_frames 81"
+    words = (
+        "--checkpoint_path ckpts/hiar.pt --data_path data/prompts.txt --output_folder outputs/ --num_output_frames 81"
+    )
     words += " --use_ema --inference_method timestep_first"
     config = dry_run(command, ROOT / "configs/hiar.yaml", *words.split())
     assert config["model"]["generator"] == "ckpts/hiar.pt" and config["video"]["num_output_frames"] == 81
@@ -504,10 +506,14 @@ BAD = [
     bad("few frames", "--num_output_frames", "1", says="the nearest valid --num_output_frames: 3 or 6"),
     bad("no frames", "--num_output_frames", "0", says="must be positive"),
     bad("words for frames", "--num_output_frames", "many", says="takes a whole number, not 'many'"),
-    bad("height", "--height", "40", says="--height 40 is not a multiple of 16 (VAE and patches); the nearest: 32 or 48"),
+    bad(
+        "height", "--height", "40", says="--height 40 is not a multiple of 16 (VAE and patches); the nearest: 32 or 48"
+    ),
     bad("width", "--width", "8", says="--width 8 is not a multiple of 16 (VAE and patches); the nearest: 16"),
     bad("no prompts", "--data_path", "{}/empty.txt", says="holds no prompts", prepare=text("empty.txt", "")),
-    bad("blank prompts", "--data_path", "{}/blank.txt", says="holds no prompts", prepare=text("blank.txt", " \n\t\n\n")),
+    bad(
+        "blank prompts", "--data_path", "{}/blank.txt", says="holds no prompts", prepare=text("blank.txt", " \n\t\n\n")
+    ),
     bad("no prompt file", "--data_path", "{}/none.txt", says="No such file"),
     bad("binary prompts", "--data_path", "{}/b.txt", says="is not UTF-8", prepare=text("b.txt", b"\xff\xfe\x80")),
     bad("unequal prompts", "--extended_prompt_path", "{}/l.txt", says="3 prompts", prepare=text("l.txt", "one\n")),
@@ -515,7 +521,7 @@ BAD = [
     bad("unknown section", "vidoe.height=64", says="vidoe"),
     bad("wrong type", "video.height=tall", says="video.height"),
     bad("bad choice", "rollout.schedule=random", says="rollout.schedule"),
-    bad("section for a key", "rollout=5", says="rollout"),
+    bad("section for a key", "rollout=5", says="RolloutConfig"),
     bad("broken override", "rollout.denoising_step_list=[1000", says="rollout.denoising_step_list"),
     bad("no override", "timestep_first", says="overrides are section.key=value"),
     bad("small window", "--window", "2", says="rollout.window 2 must hold a block"),
@@ -527,9 +533,17 @@ BAD = [
     bad("file above folder", "--output_folder", "{}/f/out", says="cannot write to folder", prepare=text("f", "")),
     bad("no samples", "--num_samples", "0", says="--num_samples must be at least 1, not 0"),
     bad("image and video", "--image", "a.png", "--video", "b.mp4", says="--image or --video, not both"),
-    bad("no image", "--image", "{}/none.png", says="cannot read image"),
-    bad("no video", "--video", "{}/none.mp4", says="cannot read video"),
-    bad("no latents", "--video", "{}/none.safetensors", says="no file of saved latents"),
+    bad("no image", "--image", "{}/none.png", says="none.png: there is no such file"),
+    bad("no video", "--video", "{}/none.mp4", says="none.mp4: there is no such file"),
+    bad("no latents", "--video", "{}/none.safetensors", says="there is no such file"),
+    bad("no video inside", "--video", "{}/b.mp4", says="cannot read video", prepare=text("b.mp4", "text"), late=True),
+    bad(
+        "no latents inside",
+        *("--video", "{}/b.safetensors"),
+        says="no file of saved latents",
+        prepare=text("b.safetensors", "text"),
+        late=True,
+    ),
     bad("no image inside", "--image", "{}/b.png", says="cannot read image", prepare=text("b.png", "text"), late=True),
     bad(
         "frames after an image",
@@ -554,9 +568,11 @@ BAD = [
 
 
 @pytest.mark.parametrize(("words", "says", "prepare", "late"), BAD)
-def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, world, command, words, says, prepare, late):
+def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, world, command, monkeypatch, words, says, prepare, late):
     if prepare is not None:
         prepare(tmp_path, world)
+    if not late:
+        monkeypatch.setattr(TextToVideo, "load", None)
     words = [str(word).format(tmp_path) if "{}" in str(word) else str(word) for word in words]
     out = tmp_path / "out"
     result = command("--config_path", world.config, "--data_path", world.prompts, "--output_folder", out, *words)
@@ -568,13 +584,12 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, world, command, word
     assert not out.exists() or names(out) == []
 
 
-def test_bad_input_ends_the_process_at_once(world):
-    """Without loading torch: a second, not ten."""
+def test_bad_input_ends_the_process_before_torch_is_loaded(world):
     words = ["--config_path", str(world.config), "video.heigth=64", "--output_folder", "x"]
-    started = time.perf_counter()
-    done = subprocess.run([sys.executable, "inference.py", *words], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    code = "import atexit, sys, inference; atexit.register(lambda: print('torch' in sys.modules)); inference.main()"
+    done = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-    assert time.perf_counter() - started < 5
+    assert done.stdout == "False\n"
 
 
 def test_what_a_command_needs(world, command):
@@ -621,7 +636,7 @@ def test_the_diagonal_order_streams_frames_before_the_last_block_starts(tmp_path
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measures memory as Linux does")
 def test_the_diagonal_order_runs_in_constant_memory(tmp_path, world):
-    """Five times the length must not take more: 1300 pixel frames alone would be 16 MB."""
+    """Five times the length must not take more: 600 pixel frames alone would be 7 MB as floats."""
     config = write_config(tmp_path / "c.yaml", world.model, rollout={"denoising_step_list": [1000, 500], "window": 9})
     pipeline = TextToVideo.load(load_config(str(config)), torch.device("cpu"))
 
@@ -636,5 +651,5 @@ def test_the_diagonal_order_runs_in_constant_memory(tmp_path, world):
         return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))) // 1024
 
     peak(12)
-    short, long = peak(66), peak(330)
-    assert long - short <= 4
+    short, long = peak(30), peak(180)
+    assert long - short <= 3, (short, long)

@@ -10,6 +10,7 @@ import itertools
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -117,9 +118,7 @@ def test_diagonal_sequences(schedule, expected):
 
 @given(schedules(), st.sampled_from(ORDERS))
 def test_every_step_of_every_generated_block_once(schedule, order):
-    denoised = Counter(
-        (p.block, p.step) for op in schedule.ops(order) for p in parts(op) if isinstance(p, Denoise)
-    )
+    denoised = Counter((p.block, p.step) for op in schedule.ops(order) for p in parts(op) if isinstance(p, Denoise))
     generated = range(schedule.given_blocks, schedule.num_blocks)
     assert denoised == Counter(itertools.product(generated, range(schedule.num_steps)))
 
@@ -149,13 +148,17 @@ def test_diagonal_is_step_major_in_an_order_that_keeps_the_dependencies(schedule
 
 def keeps_dependencies(ops, other) -> bool:
     position = {op: index for index, op in enumerate(other)}
-    return all(position[ops[a]] < position[op] for op, before in zip(ops, dependencies(ops), strict=True) for a in before)
+    return all(
+        position[ops[a]] < position[op] for op, before in zip(ops, dependencies(ops), strict=True) for a in before
+    )
 
 
 @given(schedules(), st.sampled_from(ORDERS))
 def test_writes_are_read(schedule, order):
     ops = list(schedule.ops(order))
-    read_later = [any(not isinstance(o, WriteContext) and o.lane == op.lane for o in ops[i + 1 :]) for i, op in enumerate(ops)]
+    read_later = [
+        any(not isinstance(o, WriteContext) and o.lane == op.lane for o in ops[i + 1 :]) for i, op in enumerate(ops)
+    ]
     assert all(read for op, read in zip(ops, read_later, strict=True) if not isinstance(op, Denoise))
 
 
@@ -286,7 +289,7 @@ def test_what_cannot_be_is_refused():
 
 
 def test_the_schedule_knows_no_torch():
-    tree = ast.parse(open(module.__file__).read())
+    tree = ast.parse(Path(module.__file__).read_text())
     froms = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     assert {name.split(".")[0] for name in froms | names} <= sys.stdlib_module_names
@@ -296,6 +299,5 @@ def test_the_schedule_knows_no_torch():
 
 @settings(max_examples=20)
 @given(schedules())
-def test_ops_are_lazy_values(schedule):
-    """The same schedule gives the same ops again: nothing is used up."""
+def test_a_schedule_is_a_value_that_is_not_used_up(schedule):
     assert list(schedule.ops()) == list(schedule.ops())

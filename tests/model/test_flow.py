@@ -1,0 +1,98 @@
+"""model/flow.py: the maths of noise levels.
+
+Claims: adding noise and reading x0 off a flow are inverse; the closed form of the shifted levels is the table of 1000
+timesteps that Wan and Self-Forcing look up; the levels of the published configurations; guidance.
+"""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from model.flow import add_noise, flow_to_x0, guide, shift_sigma, shifted_sigmas, solver_sigmas, step_sigmas
+
+
+@given(st.floats(0, 1))
+def test_the_flow_leads_back_to_x0(sigma):
+    x0, noise = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = add_noise(x0, noise, sigma)
+    torch.testing.assert_close(flow_to_x0(x, noise - x0, sigma), x0)
+
+
+def test_the_ends_are_noise_and_x0():
+    x0, noise = torch.randn(2, 5)
+    assert torch.equal(add_noise(x0, noise, 1.0), noise)
+    assert torch.equal(add_noise(x0, noise, 0.0), x0)
+
+
+def test_levels_per_frame_broadcast():
+    x0, noise = torch.ones(2, 3, 4), torch.zeros(2, 3, 4)
+    sigma = torch.tensor([0.0, 0.5, 1.0]).view(1, 3, 1)
+    x = add_noise(x0, noise, sigma)
+    assert x[0, :, 0].tolist() == [1.0, 0.5, 0.0]
+    torch.testing.assert_close(flow_to_x0(x, noise - x0, sigma), x0)
+
+
+def test_x0_is_float32_though_the_flow_is_not():
+    x = torch.full((4,), 1.0)
+    flow = torch.full((4,), 1 / 3, dtype=torch.bfloat16)
+    x0 = flow_to_x0(x, flow, 0.9)
+    assert x0.dtype == torch.float32
+    torch.testing.assert_close(x0, 1.0 - 0.9 * flow.float())
+    assert flow_to_x0(x.bfloat16(), flow, 0.9).dtype == torch.float32
+    assert flow_to_x0(x.double(), flow.double(), 0.9).dtype == torch.float64
+
+
+# ---- levels ----
+
+
+@pytest.fixture(scope="module")
+def table() -> torch.Tensor:
+    """Timesteps as Self-Forcing's FlowMatchScheduler builds them: 1000 even levels from 1 on, shifted by 5."""
+    sigmas = torch.linspace(1.0, 0.0, 1001)[:-1]
+    return 1000 * 5 * sigmas / (1 + 4 * sigmas)
+
+
+def test_warped_steps_are_the_entries_of_the_public_table(table):
+    steps = [1000.0, 750.0, 500.0, 250.0]
+    looked_up = torch.cat([table, torch.zeros(1)])[1000 - torch.tensor(steps).long()]  # as in its `warp_denoising_step`
+    levels = step_sigmas(steps, warp=True, shift=5.0)
+    torch.testing.assert_close(torch.tensor(levels[:-1]) * 1000, looked_up)
+
+
+@given(st.integers(1, 1000))
+def test_the_closed_form_is_the_public_table(step):
+    sigmas = torch.linspace(1.0, 0.0, 1001, dtype=torch.float64)
+    entry = (5 * sigmas / (1 + 4 * sigmas))[1000 - step].item()
+    assert shift_sigma(step / 1000, 5.0) == pytest.approx(entry, abs=1e-12)
+
+
+def test_levels_of_self_forcing_and_hiar():
+    levels = step_sigmas([1000, 750, 500, 250], warp=True, shift=5.0)
+    assert levels == pytest.approx([1, 0.9375, 0.833333, 0.625, 0], abs=1e-6)
+
+
+def test_levels_of_causvid_are_literal():
+    assert step_sigmas([1000, 757, 522], warp=False, shift=8.0) == [1.0, 0.757, 0.522, 0.0]
+    assert step_sigmas([1000, 757, 522, 0], warp=False, shift=8.0) == [1.0, 0.757, 0.522, 0.0]
+
+
+def test_levels_of_the_teachers_trajectory():
+    """METHOD section 4: 48 steps, shift 8, saved at 0, 12, 24, 36, -1."""
+    levels = solver_sigmas(48, 8.0)
+    assert len(levels) == 49 and levels == sorted(levels, reverse=True)
+    assert [levels[i] for i in (0, 12, 24, 36, -1)] == pytest.approx([1, 0.96, 0.888889, 0.727273, 0], abs=1e-6)
+
+
+@given(st.floats(0, 1), st.floats(0.1, 20))
+def test_shifting_keeps_the_ends_and_the_order(u, shift):
+    assert shift_sigma(0.0, shift) == 0 and shift_sigma(1.0, shift) == pytest.approx(1)
+    assert shift_sigma(u, 1.0) == pytest.approx(u)
+    assert shift_sigma(u, shift) <= shift_sigma(min(1.0, u + 0.1), shift)
+    tensor = shifted_sigmas(torch.tensor([u], dtype=torch.float64), shift)
+    assert tensor.item() == pytest.approx(shift_sigma(u, shift))
+
+
+def test_guidance():
+    cond, uncond = torch.tensor([3.0]), torch.tensor([1.0])
+    assert [guide(cond, uncond, scale).item() for scale in (0, 1, 6)] == [1, 3, 13]

@@ -1,0 +1,143 @@
+"""model/kv_cache.py: a ring with a sink holds what a plain list would.
+
+Claims: the frames held after any appends are the sink and the newest ones; `beside` leaves the context as it is; with
+autograd nothing that autograd may keep is memory of the cache; `reset` forgets.
+"""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from model.kv_cache import KVCache
+
+TOKENS, LAYERS = 2, 2
+
+
+def make(context_frames: int, sink_frames: int = 0, block_frames: int = 5) -> KVCache:
+    return KVCache(
+        num_layers=LAYERS,
+        batch_size=1,
+        num_heads=1,
+        head_dim=1,
+        tokens_per_frame=TOKENS,
+        context_frames=context_frames,
+        block_frames=block_frames,
+        sink_frames=sink_frames,
+    )
+
+
+def block(first_frame: int, frames: int, layer: int) -> Tensor:
+    """Keys of a block: every token tells its frame, its place in it and its layer."""
+    frame = torch.arange(first_frame, first_frame + frames).repeat_interleave(TOKENS)
+    place = torch.arange(TOKENS).repeat(frames)
+    return (100.0 * frame + 10 * place + layer).view(1, -1, 1, 1)
+
+
+def append(cache: KVCache, frames: int) -> None:
+    for layer in range(LAYERS):
+        keys = block(cache.num_frames, frames, layer)
+        cache.append(layer, keys, -keys)
+    cache.commit(frames)
+
+
+def tokens(x: Tensor) -> list[float]:
+    return sorted(x.flatten().tolist())
+
+
+def expected_tokens(frames: list[int], layer: int) -> list[float]:
+    return tokens(torch.cat([block(frame, 1, layer) for frame in frames], dim=1)) if frames else []
+
+
+sizes = st.integers(0, 6).flatmap(lambda context: st.tuples(st.just(context), st.integers(0, context)))
+
+
+@settings(max_examples=60)
+@given(sizes, st.lists(st.integers(1, 5), max_size=12))
+def test_it_holds_the_sink_and_the_newest_frames(size, blocks):
+    context, sink = size
+    cache, frames = make(context, sink), []
+    for length in blocks:
+        append(cache, length)
+        frames += range(len(frames), len(frames) + length)
+        kept = frames if len(frames) <= context else frames[:sink] + frames[len(frames) - (context - sink) :]
+        assert cache.num_frames == len(frames) and cache.held_frames == len(kept)
+        for layer in range(LAYERS):
+            k, v = cache.read(layer)
+            assert tokens(k) == expected_tokens(kept, layer)
+            assert torch.equal(v, -k)
+            assert tokens(k[:, : sink * TOKENS]) == expected_tokens(frames[:sink], layer)
+
+
+@settings(max_examples=40)
+@given(sizes, st.lists(st.integers(1, 5), max_size=6), st.booleans())
+def test_beside_adds_the_block_and_leaves_the_context(size, blocks, autograd):
+    cache = make(*size)
+    for length in blocks:
+        append(cache, length)
+    before = [[x.clone() for x in cache.read(layer)] for layer in range(LAYERS)]
+    own = block(cache.num_frames, 5, layer=0)
+    with torch.set_grad_enabled(autograd):
+        k, v = cache.beside(0, own, -own)
+    assert torch.equal(k, torch.cat([before[0][0], own], dim=1))
+    assert torch.equal(v, -k)
+    for layer in range(LAYERS):
+        assert all(torch.equal(a, b) for a, b in zip(cache.read(layer), before[layer], strict=True))
+
+
+def test_autograd_keeps_no_memory_of_the_cache():
+    cache = make(4)
+    append(cache, 4)
+    own = block(4, 2, layer=0).requires_grad_()
+    k, _ = cache.beside(0, own, own)
+    loss = (k * k).sum()  # saves k for backward
+    held = k.detach().clone()
+    append(cache, 3)
+    assert torch.equal(k, held)
+    loss.backward()
+    assert torch.equal(own.grad, 2 * own)
+
+
+def test_without_autograd_nothing_is_copied():
+    cache = make(4)
+    append(cache, 3)
+    own = block(3, 2, layer=0)
+    with torch.no_grad():
+        k, _ = cache.beside(0, own, own)
+    assert k.data_ptr() == cache.read(0)[0].data_ptr()
+
+
+def test_appending_takes_no_part_in_autograd():
+    cache = make(4)
+    keys = block(0, 2, layer=0).requires_grad_()
+    cache.append(0, keys, keys)
+    cache.commit(2)
+    assert not cache.read(0)[0].requires_grad
+
+
+def test_a_block_counts_only_once_it_is_committed():
+    cache = make(4)
+    cache.append(0, *[block(0, 2, layer=0)] * 2)
+    assert cache.read(0)[0].numel() == 0
+    cache.commit(2)
+    assert cache.held_frames == 2
+
+
+def test_reset_forgets_and_keeps_the_memory():
+    cache = make(3, sink_frames=1)
+    append(cache, 5)
+    address = cache.read(0)[0].data_ptr()
+    cache.reset()
+    assert cache.held_frames == 0 and cache.read(0)[0].numel() == 0
+    append(cache, 2)
+    assert cache.read(0)[0].data_ptr() == address
+    assert tokens(cache.read(1)[0]) == expected_tokens([0, 1], layer=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_its_memory_is_what_the_window_takes(dtype):
+    cache = KVCache(30, 1, 12, 128, 1560, 18, 3, dtype=dtype, device="meta")
+    assert cache.num_bytes == 2 * 30 * 12 * 128 * 1560 * 21 * dtype.itemsize
+    if dtype == torch.bfloat16:
+        assert cache.num_bytes / 1e9 == pytest.approx(6.04, abs=0.01)  # METHOD section 1

@@ -1,0 +1,179 @@
+"""model/vae.py: Wan's VAE whole, streamed, and in one differentiable pass.
+
+Claims: `encode_clip` and `decode_clip` are diffusers' chunked encode and decode, and every parameter learns through
+them; streaming block by block is whole decoding, bit for bit, and streams do not disturb each other; latents are
+normalised on the way out and denormalised on the way in; what cannot be encoded is refused.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan
+from torch import Tensor
+
+from model import presets
+from model.vae import WanVAE, decode_clip, denormalise, encode_clip, normalise
+from utils.errors import UserError
+
+MEAN, STD = [0.1, -0.2, 0.3, 0.4], [1.5, 0.5, 2.0, 1.0]
+PLAIN: dict[str, Any] = dict(
+    base_dim=8,
+    z_dim=4,
+    dim_mult=[1, 2, 4],
+    num_res_blocks=1,
+    temperal_downsample=[True, True],
+    latents_mean=MEAN,
+    latents_std=STD,
+)
+VARIANTS: dict[str, dict[str, Any]] = {
+    # Two stages in space, of which both halve time as well; and Wan's own layout, where the first does not.
+    "plain": PLAIN | dict(scale_factor_spatial=4),
+    "three stages": PLAIN
+    | dict(dim_mult=[1, 1, 2, 2], temperal_downsample=[False, True, True], scale_factor_spatial=8, attn_scales=[]),
+    # As presets.VAES["shapes"], only smaller.
+    "patches": presets.VAES["shapes"] | PLAIN | dict(decoder_base_dim=12, in_channels=12, out_channels=12),
+}
+CLOSE = dict(atol=1e-5, rtol=1e-5)
+
+
+def tiny_vae(variant: str) -> AutoencoderKLWan:
+    torch.manual_seed(0)
+    vae = AutoencoderKLWan(**VARIANTS[variant])
+    for name, parameter in vae.named_parameters():
+        if "gamma" not in name and parameter.ndim == 1:
+            torch.nn.init.normal_(parameter, std=0.1)  # biases start at zero, which hides padding
+    return vae
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def vae(request) -> WanVAE:
+    return WanVAE(tiny_vae(request.param))
+
+
+@pytest.fixture
+def plain() -> WanVAE:
+    return WanVAE(tiny_vae("plain"))
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def statistics(like: Tensor) -> tuple[Tensor, Tensor]:
+    return like.new_tensor(MEAN).view(1, 1, 4, 1, 1), like.new_tensor(STD).view(1, 1, 4, 1, 1)
+
+
+# ---- one differentiable pass ----
+
+
+@pytest.mark.parametrize("frames", [1, 5, 9])
+@torch.no_grad()
+def test_encode_clip_is_diffusers_encode(vae, frames):
+    pixels = randn(2, 3, frames, 16, 24)
+    mean, log_variance = encode_clip(vae.net, pixels)
+    expected = vae.net.encode(pixels).latent_dist
+    assert mean.shape[2] == (frames - 1) // 4 + 1 and mean.std() > 1e-3
+    torch.testing.assert_close(mean, expected.mean, **CLOSE)
+    torch.testing.assert_close(log_variance, expected.logvar, **CLOSE)
+
+
+@pytest.mark.parametrize("frames", [1, 2, 3])
+@torch.no_grad()
+def test_decode_clip_is_diffusers_decode(vae, frames):
+    latents = randn(2, 4, frames, 2, 3)
+    pixels = decode_clip(vae.net, latents)
+    assert pixels.shape[2] == vae.num_pixel_frames(frames) and pixels.std() > 1e-3
+    torch.testing.assert_close(pixels.clamp(-1, 1), vae.net.decode(latents).sample, **CLOSE)
+
+
+def test_every_parameter_learns():
+    vae = tiny_vae("patches")
+    mean, log_variance = encode_clip(vae, randn(1, 3, 5, 16, 16))
+    decoded = decode_clip(vae, mean)
+    (decoded.square().mean() + log_variance.mean()).backward()
+    still = [name for name, p in vae.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert still == []
+
+
+def test_the_log_variance_is_bounded():
+    vae = tiny_vae("plain")
+    with torch.no_grad():
+        vae.quant_conv.bias[4:] = torch.tensor([-1000.0, 1000, 0, 0])
+        log_variance = encode_clip(vae, randn(1, 3, 1, 16, 16))[1]
+    assert log_variance.min() == -30 and log_variance.max() == 20
+
+
+# ---- streaming ----
+
+
+@pytest.mark.parametrize("cuts", [[3, 3], [1, 2, 3], [1] * 6])
+def test_streaming_is_whole_decoding(vae, cuts):
+    latents = randn(1, 6, 4, 2, 3)
+    whole = vae.decode(latents)
+    stream = vae.stream()
+    pieces = [stream.push(piece) for piece in latents.split(cuts, dim=1)]
+    assert [piece.shape[1] for piece in pieces] == [4 * n - (3 if i == 0 else 0) for i, n in enumerate(cuts)]
+    assert torch.equal(torch.cat(pieces, dim=1), whole)
+
+
+def test_decoding_is_diffusers_decode_of_denormalised_latents(vae):
+    latents = randn(2, 3, 4, 2, 3)
+    mean, std = statistics(latents)
+    expected = vae.net.decode((latents * std + mean).transpose(1, 2)).sample.transpose(1, 2)
+    pixels = vae.decode(latents)
+    assert pixels.shape[1] == 9 and pixels.dtype == torch.float32 and pixels.abs().max() <= 1
+    torch.testing.assert_close(pixels, expected, **CLOSE)
+
+
+def test_streams_do_not_disturb_each_other(plain):
+    videos = [randn(1, 4, 4, 2, 3, seed=seed) for seed in (1, 2)]
+    alone = [plain.decode(video) for video in videos]
+    streams = [plain.stream(), plain.stream()]
+    pieces: list[list[Tensor]] = [[], []]
+    for part in range(2):
+        for number in range(2):
+            pieces[number].append(streams[number].push(videos[number][:, 2 * part : 2 * part + 2]))
+        plain.encode(randn(1, 5, 3, 16, 16))  # diffusers keeps its own state on the network
+        plain.net.decode(randn(1, 4, 2, 2, 3))
+    for number in range(2):
+        assert torch.equal(torch.cat(pieces[number], dim=1), alone[number])
+
+
+def test_a_later_frame_depends_on_an_earlier_one(plain):
+    """Else streaming would prove nothing."""
+    latents = randn(1, 2, 4, 2, 3)
+    changed = torch.cat([-latents[:, :1], latents[:, 1:]], dim=1)
+    assert not torch.allclose(plain.decode(latents)[:, 1:], plain.decode(changed)[:, 1:], atol=1e-3)
+
+
+# ---- normalisation ----
+
+
+def test_normalised_latents_come_back(plain):
+    raw = randn(2, 4, 3, 2, 3)
+    torch.testing.assert_close(denormalise(plain.net, normalise(plain.net, raw)), raw)
+    assert not torch.allclose(normalise(plain.net, raw), raw, atol=0.1)
+
+
+def test_encoding_normalises_the_mean(vae):
+    pixels = randn(1, 5, 3, 16, 24).clamp(-1, 1)
+    raw = vae.net.encode(pixels.transpose(1, 2)).latent_dist.mean.transpose(1, 2)
+    mean, std = statistics(raw)
+    latents = vae.encode(pixels)
+    assert latents.dtype == torch.float32 and not latents.requires_grad
+    torch.testing.assert_close(latents, (raw - mean) / std, **CLOSE)
+    stride = vae.spatial_stride
+    assert latents.shape == (1, 2, vae.channels, 16 // stride, 24 // stride)
+
+
+@pytest.mark.parametrize(("frames", "height", "width"), [(4, 16, 16), (0, 16, 16), (5, 18, 16), (5, 16, 18)])
+def test_what_cannot_be_encoded_is_refused(plain, frames, height, width):
+    with pytest.raises(UserError, match=f"{frames} frames of {height}x{width}.*4n\\+1.*multiples of 4"):
+        plain.encode(torch.zeros(1, frames, 3, height, width))
+
+
+def test_the_wrapper_is_for_inference(plain):
+    assert not plain.net.training and not any(p.requires_grad for p in plain.net.parameters())
+    assert plain.temporal_stride == 4 and plain.num_pixel_frames(21) == 81
+    assert plain.to("cpu") is plain

@@ -1,0 +1,294 @@
+"""The scripts that make the miniature and look at it: clips, ODE pairs, contact sheets, on a tiny random model."""
+
+import importlib
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from tiny_model import ROOT, TEXT_ENCODER, TRANSFORMER, VAE, write_config, write_model
+
+from model import presets
+from model.causal_wan import CausalWanModel
+from model.flow import solver_sigmas
+from model.vae import WanVAE
+from model.weights import ModelDirectory
+from scripts import contact_sheet, encode_clips, generate_ode_pairs, write_shapes_clips
+from trainer.objectives import VAEReconstruction
+from utils import shapes
+from utils.clips import read_clips
+from utils.rng import keyed_noise
+from utils.video import VideoWriter, read_video
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model") / "model")
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """call(module, word, ...): run a script's main with these words; returns (exit code, stdout, stderr)."""
+
+    def run(module, *words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, words)])
+        code = 0
+        try:
+            module.main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.iterdir())
+
+
+# ---- write_shapes_clips ----
+
+
+def test_clips_and_captions_are_those_of_the_world(tmp_path, call):
+    assert call(write_shapes_clips, "--output", tmp_path, "--num_clips", 2, "--num_frames", 5, "--seed", 4)[0] == 0
+    assert names(tmp_path) == ["00000.mp4", "00001.mp4", "captions.txt"]
+    clips = [shapes.sample_clip(4, index) for index in range(2)]
+    assert (tmp_path / "captions.txt").read_text().splitlines() == [clip.scene.caption for clip in clips]
+    frames, fps = read_video(tmp_path / "00001.mp4")
+    assert fps == shapes.FPS and frames.shape == (5, 64, 64, 3)
+    assert abs(frames.astype(int) - shapes.render(clips[1], 5)).mean() < 8
+
+
+def test_captions_only_and_held_out(tmp_path, call):
+    assert call(write_shapes_clips, "--output", tmp_path, "--num_clips", 30, "--captions_only", "--held_out")[0] == 0
+    assert names(tmp_path) == ["captions.txt"]
+    captions = (tmp_path / "captions.txt").read_text().splitlines()
+    assert len(captions) == 30 and all(shapes.parse_caption(caption).held_out for caption in captions)
+
+
+# ---- encode_clips ----
+
+
+def test_encoded_clips_are_the_vaes_latents(tmp_path, call, model, monkeypatch):
+    monkeypatch.setattr(encode_clips, "SHARD", 2)
+    words = ("--base", model, "--output", tmp_path, "--num_clips", 3, "--num_frames", 2, "--device", "cpu")
+    assert call(encode_clips, *words)[0] == 0
+    assert names(tmp_path) == ["000000.safetensors", "000002.safetensors"]
+    latents, captions = read_clips(str(tmp_path))
+    assert latents.shape == (3, 2, 16, 8, 8)
+    assert captions == [shapes.sample_clip(0, index).scene.caption for index in range(3)]
+    pixels = shapes.to_pixels(shapes.render(shapes.sample_clip(0, 2), 5)).transpose(0, 1)[None]
+    expected = WanVAE(ModelDirectory.open(model).load_vae(torch.float32)).encode(pixels)[0]
+    torch.testing.assert_close(latents[2].float(), expected, atol=2e-3, rtol=2e-3)
+
+    before = {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in tmp_path.iterdir()}
+    (tmp_path / "000002.safetensors").unlink()
+    assert call(encode_clips, *words)[0] == 0
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == {file: old[1] for file, old in before.items()}
+    first = tmp_path / "000000.safetensors"
+    assert first.stat().st_mtime_ns == before[first][0]
+
+
+# ---- generate_ode_pairs ----
+
+
+@pytest.fixture
+def pairs(tmp_path, call, model):
+    """pairs(name, word, ...): make pairs of three captions in folder `name`; returns the folder, and what was said."""
+    config = write_config(tmp_path / "c.yaml", model, rollout={"denoising_step_list": [1000, 500]})
+    (tmp_path / "captions.txt").write_text("a red circle\na blue square\na green triangle\n")
+    words = ("--config_path", config, "--caption_path", tmp_path / "captions.txt")
+
+    def run(name: str, *more: object) -> tuple[Path, str]:
+        small = ("--num_inference_steps", 3, "--num_frames", 2)
+        code, out, err = call(generate_ode_pairs, *words, "--output_folder", tmp_path / name, *small, *more)
+        assert code == 0, err
+        return tmp_path / name, out
+
+    return run
+
+
+def read_pair(file: Path) -> tuple[str, torch.Tensor]:
+    [(prompt, points)] = torch.load(file, weights_only=True).items()
+    return prompt, points
+
+
+def test_a_pair_holds_the_teachers_points(pairs):
+    folder, _ = pairs("out")
+    assert names(folder) == ["00000.pt", "00001.pt", "00002.pt"]
+    prompt, points = read_pair(folder / "00001.pt")
+    assert prompt == "a blue square"
+    assert points.shape == (1, 3, 2, 16, 4, 4) and points.isfinite().all()  # a point per denoising step, and the end
+    assert torch.equal(points[0, 0], keyed_noise(0, 1, 0, 0, (2, 16, 4, 4)))
+    torch.save({prompt: points}, folder / "copy.pt")
+    assert (folder / "copy.pt").stat().st_size < 2 * points.nbytes  # a view would have dragged all its batch along
+
+
+def test_chosen_points_are_those_of_one_trajectory(pairs):
+    everything, _ = pairs("all", "--save_indices", 0, 1, 2, 3)
+    some, _ = pairs("some", "--save_indices", 0, 2, -1)
+    for number in range(3):
+        assert torch.equal(
+            read_pair(some / f"0000{number}.pt")[1], read_pair(everything / f"0000{number}.pt")[1][:, [0, 2, 3]]
+        )
+
+
+def test_default_points_are_nearest_to_the_students_levels():
+    sigmas = solver_sigmas(48, 5.0)
+    wanted = [sigmas[0], sigmas[12] - 1e-4, sigmas[24], sigmas[36] + 1e-4, 0.0]
+    assert generate_ode_pairs.matching_indices(sigmas, wanted) == [0, 12, 24, 36, 48]
+
+
+def test_pairs_depend_on_seed_and_index_alone(pairs, monkeypatch):
+    one, _ = pairs("one")
+    two, _ = pairs("two", "--batch_size", 2)
+    other, _ = pairs("other", "--seed", 1)
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        ranks, _ = pairs("ranks")
+    assert names(ranks) == names(one)
+    for name in names(one):
+        points = read_pair(one / name)[1]
+        torch.testing.assert_close(read_pair(two / name)[1], points, atol=1e-5, rtol=1e-5)
+        assert torch.equal(read_pair(ranks / name)[1], points)
+        assert not torch.equal(read_pair(other / name)[1], points)
+
+
+def test_pairs_that_exist_are_kept(pairs):
+    folder, _ = pairs("out")
+    before = {file.name: (file.stat().st_mtime_ns, read_pair(file)[1]) for file in folder.iterdir()}
+    (folder / "00001.pt").unlink()
+    _, out = pairs("out")
+    assert "2 pairs exist already and are kept" in out
+    for name, (time, points) in before.items():
+        assert (folder / name).stat().st_mtime_ns == time or name == "00001.pt"
+        assert torch.equal(read_pair(folder / name)[1], points)
+    assert len(names(pairs("few", "--num_prompts", 2)[0])) == 2
+
+
+def test_guidance_matters_and_one_leaves_it_out(pairs):
+    guided, _ = pairs("guided")
+    plain, _ = pairs("plain", "--guidance_scale", 1)
+    assert not torch.equal(read_pair(guided / "00000.pt")[1], read_pair(plain / "00000.pt")[1])
+
+
+# ---- contact_sheet ----
+
+
+def test_a_contact_sheet_of_a_folder(tmp_path, call):
+    for number in range(3):
+        with VideoWriter(tmp_path / f"{number}.mp4") as video:
+            video.write(shapes.render(shapes.sample_clip(0, number), 9))
+    (tmp_path / "0.json").write_text(json.dumps({"name": "the prompt"}))
+    (tmp_path / ".3.1.partial.mp4").write_bytes(b"half")
+    code, out, _ = call(contact_sheet, tmp_path, "--columns", 4)
+    assert code == 0 and "3 videos" in out
+    small = Image.open(tmp_path / "contact_sheet.png").size
+    assert call(contact_sheet, tmp_path, "--output", tmp_path / "wide.png")[0] == 0
+    wide = Image.open(tmp_path / "wide.png").size
+    assert wide[0] > 1.5 * small[0] and small[0] >= 4 * 128 and small[1] >= 3 * 128
+
+
+# ---- Bad arguments ----
+
+
+@pytest.mark.parametrize(
+    ("module", "words", "says"),
+    [
+        (write_shapes_clips, "--output {0} --num_clips 0", "must be positive"),
+        (write_shapes_clips, "--output {0}/file", "cannot write to folder"),
+        (encode_clips, "--base {0}/none --output {0}/out --device cpu", "does not exist"),
+        (encode_clips, "--base {1} --output {0}/file --device cpu", "cannot write to folder"),
+        (encode_clips, "--base {1} --output {0}/out --num_frames 0", "must be positive"),
+        (encode_clips, "--base {1} --output {0}/out --device toaster", "no device 'toaster' here"),
+        (generate_ode_pairs, "--num_inference_steps 0", "--num_inference_steps must be at least 1, not 0"),
+        (generate_ode_pairs, "--num_inference_steps 3 --save_indices 0 4", "must be among the 4 points 0..3"),
+        (generate_ode_pairs, "--caption_path {0}/none.txt", "No such file"),
+        (generate_ode_pairs, "--output_folder {0}/file", "cannot write to folder"),
+        (generate_ode_pairs, "teacher.magic=1", "magic"),
+        (generate_ode_pairs, "video.height=40", "not a multiple of 16"),
+        (generate_ode_pairs, "teacher.path={0}/none.pt", "do not exist"),
+        (contact_sheet, "{0}", "no mp4 files"),
+        (contact_sheet, "{0}/none", "no mp4 files"),
+        (contact_sheet, "{0} --columns 0", "no mp4 files"),
+        (contact_sheet, "{0}/videos --columns 1", "--columns must be at least 2"),
+        (contact_sheet, "{0}/videos", "cannot read video"),
+    ],
+)
+def test_bad_arguments_are_one_line(tmp_path, call, model, module, words, says):
+    (tmp_path / "file").touch()
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos/broken.mp4").write_bytes(b"broken")
+    (tmp_path / "captions.txt").write_text("a red circle\n")
+    config = write_config(tmp_path / "c.yaml", model)
+    always = ("--config_path", config, "--caption_path", tmp_path / "captions.txt", "--output_folder", tmp_path / "out")
+    code, _, err = call(
+        module, *(always if module is generate_ode_pairs else ()), *words.format(tmp_path, model).split()
+    )
+    assert code == 2 and says in err
+    assert err.startswith("error:") and err.count("\n") == 1
+    assert not (tmp_path / "out").exists() or names(tmp_path / "out") == []
+
+
+# ---- train_shapes.sh ----
+
+SCRIPT = ROOT / "scripts/train_shapes.sh"
+
+
+def test_the_training_script_is_valid_bash():
+    assert subprocess.run(["bash", "-n", SCRIPT], capture_output=True).returncode == 0
+
+
+@pytest.fixture
+def stages(tmp_path):
+    """stages(word, ...): run the script with a Python that only notes its words; (exit code, words of each call)."""
+
+    def run(*words: str, fail: str = "nothing") -> tuple[int, list[list[str]]]:
+        fake = tmp_path / "python"
+        fake.write_text(f'#!/usr/bin/env bash\nprintf "%q " "$@"\necho\n[[ "$*" != *{fail}* ]]\n')
+        fake.chmod(0o755)
+        places = {"PYTHON": str(fake), "RUNS": str(tmp_path / "runs"), "MODEL": str(tmp_path / "model")}
+        environment = os.environ | places | {"CLIPS": "3", "PAIRS": "2"}
+        done = subprocess.run(["bash", SCRIPT, *words], env=environment, capture_output=True, text=True)
+        return done.returncode, [shlex.split(line) for line in done.stdout.splitlines() if not line.startswith("==")]
+
+    return run
+
+
+def test_the_training_script_stops_at_a_stage_that_fails(stages):
+    code, calls = stages("train.iterations=3", fail="vae_long")
+    assert code != 0 and len(calls) == 3
+    assert all("train.iterations=3" in words for words in calls)
+
+
+def test_the_training_script_makes_a_model_from_nothing(tmp_path, stages, call, monkeypatch):
+    """Its stages, in its order and with its words, on tiny networks and in this process."""
+    overrides = ["train.network=tiny", "train.iterations=2", "train.batch_size=1", "train.clip_frames=[5]"]
+    code, calls = stages(*overrides, "train.compile=false")
+    assert code == 0
+    for table, sizes in (("TRANSFORMERS", TRANSFORMER), ("VAES", VAE), ("TEXT_ENCODERS", TEXT_ENCODER)):
+        monkeypatch.setitem(getattr(presets, table), "tiny", sizes)
+
+    def small_clip(self, index, num_frames):  # exporting the VAE takes the statistics of many
+        return 2 * torch.rand(3, 5, 32, 32, generator=torch.Generator().manual_seed(index)) - 1
+
+    monkeypatch.setattr(VAEReconstruction, "clip", small_clip)
+    monkeypatch.chdir(ROOT)
+    for script, *words in calls:
+        module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+        code, _, err = call(module, *words)
+        assert code == 0, (script, words, err)
+    assert names(tmp_path / "runs") == [
+        *("captions.txt", "clips", "generator", "ode_pairs", "teacher", "text_encoder", "vae", "vae_long")
+    ]
+    directory = ModelDirectory.open(tmp_path / "model")
+    net = directory.load_transformer(CausalWanModel, torch.float32, weights=tmp_path / "model/generator")
+    assert all(weight.isfinite().all() for weight in net.state_dict().values())
+    directory.load_vae()
+    directory.load_text_encoder()

@@ -1,0 +1,284 @@
+"""trainer/objectives.py: what the losses measure, and every objective from train.py to weights that diffusers opens."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import WanPipeline, WanTransformer3DModel
+from tiny_model import write_config, write_model_index
+
+import train
+from model.causal_wan import BlockCausal, CausalWanModel
+from model.text_encoder import TextEncoder
+from model.weights import ModelDirectory
+from trainer.objectives import (
+    OBJECTIVES,
+    FlowMatching,
+    ODERegression,
+    VAEReconstruction,
+    build_transformer,
+)
+from trainer.trainer import Trainer
+from utils.clips import read_clips
+from utils.errors import UserError
+from utils.ode_pairs import pair_file, read_ode_pairs, write_ode_pair
+
+CPU = torch.device("cpu")
+
+
+class Spy(torch.nn.Module):
+    """A net that notes its arguments and answers with `flow(x, timestep)`, [B, C, F, h, w] as the real one."""
+
+    def __init__(self, flow=lambda x, timestep: torch.zeros_like(x)):
+        super().__init__()
+        self.flow = flow
+
+    def forward(self, x, timestep, text, causal=None):
+        self.x, self.timestep, self.text, self.causal = x, timestep, text, causal
+        return self.flow(x, timestep)
+
+
+# ---- Flow matching ----
+
+
+def test_flow_matching_asks_for_noise_minus_x0(make_config, clips, tiny_presets):
+    """From x alone no net can tell the two apart; one that knows x0 can, and its loss is zero."""
+    objective = FlowMatching(make_config(clips), CPU)
+    objective.latents = objective.latents[:1].expand(6, -1, -1, -1, -1)  # whichever is chosen
+    x0 = objective.latents[:1].float().transpose(1, 2)
+    objective.net = Spy(lambda x, timestep: (x - x0) / (timestep / 1000).view(-1, 1, 1, 1, 1))
+    for iteration in range(3):
+        assert objective.loss(iteration)[0].item() < 1e-8
+    objective.net = Spy(lambda x, timestep: x0.expand_as(x))
+    assert objective.loss(0)[0].item() > 1
+
+
+def test_levels_cover_the_range_in_every_batch(make_config, clips, tiny_presets):
+    objective = FlowMatching(make_config(clips, batch_size=8, timestep_shift=1.0), CPU)
+    objective.net = Spy()
+    objective.loss(0)
+    assert objective.net.timestep.shape == (8,)
+    assert (objective.net.timestep / 125).long().tolist() == list(range(8))  # one level in every eighth
+    objective.config.train.timestep_shift = 5.0
+    even = objective.net.timestep / 1000
+    objective.loss(0)
+    torch.testing.assert_close(objective.net.timestep, 1000 * 5 * even / (1 + 4 * even))
+
+
+def test_dropped_text_is_the_empty_prompt(make_config, model, clips, tiny_presets):
+    encoder = TextEncoder(*ModelDirectory.open(model).load_text_encoder(torch.float32), length=24)
+    empty, captions = encoder.encode([""]), encoder.encode(read_clips(str(clips))[1])
+    for dropout in (0.0, 1.0):
+        objective = FlowMatching(make_config(clips, text_dropout=dropout), CPU)
+        objective.net = Spy()
+        for iteration in range(3):
+            objective.loss(iteration)
+            for embedding in objective.net.text:
+                assert torch.equal(embedding, empty[0]) == bool(dropout)
+                assert any(torch.equal(embedding, caption) for caption in captions) == (not dropout)
+
+
+def test_clips_keep_their_captions(make_config, clips, tiny_presets):
+    """Clip by clip, the text that goes with it is its own."""
+    objective = FlowMatching(make_config(clips), CPU)
+    captions = read_clips(str(clips))[1]
+    rows = objective.text.of(torch.arange(6))
+    for clip, caption in enumerate(captions):
+        same = [torch.equal(rows[clip], rows[other]) for other in range(6)]
+        assert same == [caption == captions[other] for other in range(6)]
+
+
+# ---- ODE regression ----
+
+
+def one_end(folder: Path) -> torch.Tensor:
+    """ODE pairs from different noise that all end in one clip, which is returned: [F, C, h, w]."""
+    x0 = torch.randn(6, 16, 4, 4, generator=torch.Generator().manual_seed(9))
+    for index in range(3):
+        points = torch.randn(5, 6, 16, 4, 4, generator=torch.Generator().manual_seed(index))
+        points[-1] = x0
+        write_ode_pair(pair_file(folder, index), "a red circle", points)
+    return x0
+
+
+def test_ode_regression_of_a_perfect_prediction_is_zero(tmp_path, make_config, tiny_presets):
+    x0 = one_end(tmp_path).transpose(0, 1)[None]
+    objective = ODERegression(make_config(tmp_path), CPU)
+
+    def perfect(x, timestep):
+        sigma = (timestep / 1000)[:, None, :, None, None]
+        return torch.where(sigma > 0, (x - x0) / sigma.clamp(min=1e-6), 1e6)  # nonsense where nothing is asked
+
+    objective.net = Spy(perfect)
+    for iteration in range(5):
+        assert objective.loss(iteration)[0].item() < 1e-8
+    objective.net = Spy()
+    assert max(objective.loss(iteration)[0].item() for iteration in range(5)) > 0.1
+
+
+def test_every_block_has_one_level_and_its_own_point(tmp_path, make_config, tiny_presets):
+    one_end(tmp_path)
+    points, _ = read_ode_pairs(str(tmp_path), 5)
+    objective = ODERegression(make_config(tmp_path, batch_size=4), CPU)
+    objective.net = Spy()
+    seen = set()
+    for iteration in range(20):
+        objective.loss(iteration)
+        levels = (objective.net.timestep[..., None] - 1000 * objective.sigmas).abs().argmin(-1)  # [B, F]
+        assert torch.equal(objective.net.timestep, 1000 * objective.sigmas[levels])
+        blocks = levels.unflatten(1, (2, 3))
+        assert torch.equal(blocks, blocks[..., :1].expand(-1, -1, 3))
+        for x, level in zip(objective.net.x.transpose(1, 2), levels, strict=True):
+            fitting = [all(torch.equal(x[f], pair[level[f], f]) for f in range(6)) for pair in points]
+            assert any(fitting)
+        seen |= {tuple(pair) for pair in blocks[..., 0].tolist()}
+    assert objective.net.causal == BlockCausal((3, 3))
+    assert {level for pair in seen for level in pair} == set(range(5)) and len(seen) > 12  # independent of each other
+
+
+def test_pairs_of_other_levels_are_refused(make_config, pairs, tiny_presets):
+    config = make_config(pairs)
+    config.rollout.denoising_step_list = [1000.0, 500.0]
+    with pytest.raises(UserError, match="holds 5 points, but the rollout has 3 levels"):
+        ODERegression(config, CPU)
+
+
+@pytest.mark.parametrize("objective", [FlowMatching, ODERegression])
+@pytest.mark.parametrize("content", [b"broken", b"", b"\x80\x02K\x01.", b"PK\x03\x04" + bytes(100)])
+def test_missing_or_broken_data_is_one_line(tmp_path, make_config, tiny_presets, objective, content):
+    with pytest.raises(UserError, match=r"no (encoded clips|ODE pairs) in .*; make them with scripts/"):
+        objective(make_config(tmp_path), CPU)
+    (tmp_path / "0.pt").write_bytes(content)
+    (tmp_path / "0.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match="delete it and"):
+        objective(make_config(tmp_path), CPU)
+
+
+# ---- VAE ----
+
+
+def test_training_the_decoder_only_leaves_the_latents_as_they_are(tmp_path, make_config, model):
+    changes = dict(init=str(model), decoder_only=True, clip_frames=[5], optimizer="muon", iterations=2)
+    config = make_config(output=str(tmp_path / "out"), **changes)
+    write_model_index(tmp_path / "out")
+    Trainer(config, VAEReconstruction(config, CPU), str(tmp_path / "log")).train()
+    before, after = (ModelDirectory.open(path).load_vae(torch.float32) for path in (model, tmp_path / "out"))
+    assert after.config.latents_mean == before.config.latents_mean
+    same = {n: torch.equal(w.bfloat16(), after.state_dict()[n].bfloat16()) for n, w in before.state_dict().items()}
+    assert all(same[name] for name in same if name.startswith(("encoder.", "quant_conv.")))
+    assert not all(same[name] for name in same if name.startswith("decoder."))
+
+
+# ---- All of them ----
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_loss_is_a_function_of_seed_and_iteration(name, make_config, clips, pairs, tiny_presets):
+    data = {"flow_matching": clips, "ode_regression": pairs}.get(name, "")
+
+    def losses(seed: int) -> list[float]:
+        config = make_config(data, clip_frames=[5])
+        config.runtime.seed = seed
+        objective = OBJECTIVES[name](config, CPU)
+        return [objective.loss(iteration)[0].item() for iteration in (3, 1, 3)]
+
+    first = losses(0)
+    assert first[0] == first[2] != first[1] and first == losses(0)
+    assert first != losses(1)
+
+
+def test_starting_weights_come_from_where_the_configuration_says(make_config, model, tiny_presets):
+    random = build_transformer(make_config(), CPU)
+    assert random.proj_out.weight.abs().max() == 0 and random.training  # Wan's own start: no flow at all
+    loaded = build_transformer(make_config(init=str(model / "generator")), CPU)
+    wanted = ModelDirectory.open(model).load_transformer(
+        CausalWanModel, torch.float32, weights=str(model / "generator")
+    )
+    assert all(torch.equal(p, q) for p, q in zip(loaded.parameters(), wanted.parameters(), strict=True))
+    assert next(loaded.parameters()).dtype == torch.float32
+
+
+def run_train(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, words)])
+    try:
+        train.main()
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """Where the test below leaves a model that train.py has made from nothing."""
+    return tmp_path_factory.mktemp("trained")
+
+
+def test_train_makes_a_model_from_nothing_that_diffusers_opens(
+    trained, clips, pairs, tiny_presets, monkeypatch, capsys
+):
+    def small_clip(self, index, num_frames):  # exporting the VAE takes the statistics of many
+        generator = torch.Generator().manual_seed(index)
+        return 2 * torch.rand(3, 5, 32, 32, generator=generator) - 1
+
+    monkeypatch.setattr(VAEReconstruction, "clip", small_clip)
+    write_model_index(trained / "model")
+    stages = [
+        ("text_attributes", "model", {"batch_size": 8}),
+        ("vae_reconstruction", "model", {"clip_frames": [5], "optimizer": "muon"}),
+        ("flow_matching", "model/transformer", {}),
+        ("ode_regression", "model/generator", {"init": str(trained / "model/transformer")}),
+    ]
+    for name, output, changes in stages:
+        section = dict(network="tiny", iterations=2, batch_size=2, warmup=1, log_every=1, ema_decay=0.5)
+        section |= {"objective": name, "output": str(trained / output)} | changes
+        path = {"flow_matching": str(clips), "ode_regression": str(pairs)}.get(name, "")
+        config = write_config(trained / "config.yaml", trained / "model", train=section, data={"path": path})
+        assert run_train(monkeypatch, "--config_path", config, "--logdir", trained / name) == 0, capsys.readouterr().err
+        assert f"wrote {trained / output}" in capsys.readouterr().out
+        assert len((trained / name / "metrics.jsonl").read_text().splitlines()) == 2
+
+    directory = ModelDirectory.open(trained / "model")
+    stats = directory.load_vae().config
+    assert len(stats.latents_std) == 16 and min(stats.latents_std) > 0 and any(stats.latents_mean)
+
+    # The generator moved away from the teacher it started from; both open in diffusers, and are the same nets there.
+    x = torch.randn(2, 16, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    timestep, text = torch.tensor([900.0, 300.0]), torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(1))
+    flows = []
+    for part in ("transformer", "generator"):
+        ours = directory.load_transformer(CausalWanModel, torch.float32, weights=trained / "model" / part)
+        theirs = WanTransformer3DModel.from_pretrained(trained / "model" / part, dtype=torch.float32)
+        with torch.no_grad():
+            flows.append(ours(x, timestep, text))
+            torch.testing.assert_close(theirs(x, timestep, text).sample, flows[-1], atol=1e-5, rtol=1e-5)
+    assert flows[0].abs().max() > 0 and not torch.equal(*flows)
+
+    pipeline = WanPipeline.from_pretrained(trained / "model", dtype=torch.float32, local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    words = dict(height=32, width=32, num_frames=9, num_inference_steps=2, max_sequence_length=24)
+    video = pipeline("a red circle", output_type="pt", generator=torch.Generator().manual_seed(0), **words).frames
+    assert video.shape == (1, 9, 3, 32, 32) and video.isfinite().all()
+
+
+def test_train_says_what_it_needs(tmp_path, monkeypatch, capsys, model):
+    config = write_config(tmp_path / "c.yaml", model)
+    for words, says in [
+        ([], "--logdir"),
+        (["--logdir", tmp_path / "log"], "has no train.objective"),
+        (["--logdir", tmp_path / "log", "train.objective=magic"], "train.objective"),
+        (["--logdir", tmp_path / "log", "train.iterations=0"], "train.iterations must be positive"),
+        (["--logdir", config, "train.objective=text_attributes", "train.network=shapes"], "cannot write to folder"),
+        (["--logdir", tmp_path / "log", "train.objective=flow_matching", "train.network=shapes"], "no encoded clips"),
+        (["--logdir", tmp_path / "log", "train.objective=text_attributes", "train.network=no"], "choose from shapes"),
+    ]:
+        assert run_train(monkeypatch, "--config_path", config, *words) == 2
+        err = capsys.readouterr().err
+        assert says in err and err.startswith("error:") and err.count("\n") == 1, err
+
+
+def test_train_dry_run_prints_the_configuration(monkeypatch, capsys):
+    root = Path(train.__file__).parent
+    for file in sorted((root / "configs/shapes").glob("*.yaml")):
+        assert run_train(monkeypatch, "--config_path", file, "--dry-run", "train.iterations=3") == 0
+        assert "iterations: 3" in capsys.readouterr().out

@@ -1,0 +1,245 @@
+"""trainer/trainer.py: an interrupted run ends with the bits of an uninterrupted one; what is wrong takes one line."""
+
+import json
+import math
+import signal
+
+import pytest
+import torch
+from torch import nn
+
+from trainer import trainer as module
+from trainer.muon import Muon
+from trainer.objectives import FlowMatching
+from trainer.trainer import Trainer, build_optimizers, is_inner_matrix, learning_rate_scale
+from utils.config import TrainConfig
+from utils.errors import UserError
+
+
+class Stop(Exception):
+    """What kills a run in these tests: nothing is saved on the way out."""
+
+
+def state_of(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """All tensors that a run has: weights, EMA, optimizer state."""
+    parts = {"net": trainer.objective.net.state_dict(), "ema": trainer.ema}
+    for number, optimizer in enumerate(trainer.optimizers):
+        for parameter, state in optimizer.state_dict()["state"].items():
+            parts[f"optimizer {number} {parameter}"] = {k: torch.as_tensor(v) for k, v in state.items()}
+    return {f"{part} {name}": tensor.clone() for part, state in parts.items() for name, tensor in state.items()}
+
+
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+def stop_at(objective, iteration: int, error: BaseException) -> None:
+    """Have the objective raise `error` in iteration number `iteration`."""
+    loss = objective.loss
+
+    def failing(number: int):
+        if number == iteration:
+            raise error
+        return loss(number)
+
+    objective.loss = failing
+
+
+# ---- Resuming ----
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("stop", [1, 4, 5])
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path, toy, make_config, optimizer, stop):
+    config = make_config(optimizer=optimizer, output=str(tmp_path / "weights"))
+    whole = Trainer(config, toy(), str(tmp_path / "whole"))
+    whole.train()
+    assert whole.objective.iterations == [0, 1, 2, 3, 4, 5]
+
+    first = Trainer(config, toy(), str(tmp_path / "parts"))
+    stop_at(first.objective, stop, Stop())
+    with pytest.raises(Stop):
+        first.train()
+    second = Trainer(config, toy(), str(tmp_path / "parts"))
+    second.train()
+    assert second.objective.iterations[0] == stop // 2 * 2  # the last multiple of checkpoint_every
+    assert_same(state_of(second), state_of(whole))
+    assert_same(second.objective.exported[1], whole.objective.exported[1])
+    assert (tmp_path / "parts/metrics.jsonl").read_text() == (tmp_path / "whole/metrics.jsonl").read_text()
+    assert sorted(file.name for file in (tmp_path / "parts").iterdir()) == [
+        "checkpoint.pt",
+        "config.yaml",
+        "metrics.jsonl",
+    ]
+
+
+def test_a_finished_run_exports_again_and_trains_no_more(tmp_path, toy, make_config):
+    config = make_config(output=str(tmp_path / "weights"))
+    runs = [Trainer(config, toy(), str(tmp_path / "log")) for _ in range(2)]
+    for run in runs:
+        run.train()
+    assert runs[1].objective.iterations == []
+    assert_same(runs[1].objective.exported[1], runs[0].objective.exported[1])
+    assert runs[0].objective.exported[0] == tmp_path / "weights"
+
+
+def test_ctrl_c_finishes_the_iteration_and_saves(tmp_path, toy, make_config):
+    """Also when it comes after one optimizer's step and before the other's."""
+    config = make_config(checkpoint_every=100, optimizer="muon")
+    whole = Trainer(config, toy(), str(tmp_path / "whole"))
+    whole.train()
+    first = Trainer(config, toy(), str(tmp_path / "parts"))
+    press = lambda *_: signal.raise_signal(signal.SIGINT) if first.iteration == 2 else None  # noqa: E731
+    first.optimizers[0].register_step_post_hook(press)
+    with pytest.raises(KeyboardInterrupt):
+        first.train()
+    second = Trainer(config, toy(), str(tmp_path / "parts"))
+    second.train()
+    assert second.objective.iterations == [3, 4, 5]
+    assert_same(state_of(second), state_of(whole))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_flow_matching_goes_on_bit_for_bit(tmp_path, make_config, clips, tiny_presets):
+    config = make_config(clips, optimizer="muon", iterations=4, text_dropout=0.5)
+
+    def trainer(name: str) -> Trainer:
+        return Trainer(config, FlowMatching(config, torch.device("cpu")), str(tmp_path / name))
+
+    whole, first = trainer("whole"), trainer("parts")
+    whole.train()
+    stop_at(first.objective, 3, Stop())
+    with pytest.raises(Stop):
+        first.train()
+    second = trainer("parts")
+    second.train()
+    assert_same(state_of(second), state_of(whole))
+
+
+def test_the_checkpoint_is_whole_or_the_one_before(tmp_path, toy, make_config, monkeypatch):
+    run = Trainer(make_config(), toy(), str(tmp_path))
+    run.train()
+    before = run.checkpoint.read_bytes()
+
+    def full(state, path):
+        path.write_bytes(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module.torch, "save", full)
+    with pytest.raises(OSError, match="No space"):
+        run.save()
+    assert run.checkpoint.read_bytes() == before
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["checkpoint.pt", "config.yaml", "metrics.jsonl"]
+
+
+# ---- What can go wrong ----
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(tmp_path, toy, make_config, value):
+    run = Trainer(make_config(), toy(), str(tmp_path))
+    loss = run.objective.loss
+    run.objective.loss = lambda number: (loss(number)[0] * (value if number == 4 else 1), {})
+    with pytest.raises(UserError, match=r"at iteration 4: not finite; the last good state is .*checkpoint\.pt"):
+        run.train()
+    saved = torch.load(run.checkpoint, weights_only=True)
+    assert saved["iteration"] == 4
+    assert all(weight.isfinite().all() for weight in saved["net"].values())
+    parameters = dict(run.objective.net.named_parameters())
+    assert_same({name: saved["net"][name] for name in parameters}, parameters)  # no step was taken on the bad gradient
+
+
+def test_a_checkpoint_of_another_network_or_optimizer_is_refused(tmp_path, toy, make_config):
+    Trainer(make_config(), toy(), str(tmp_path)).train()
+    with pytest.raises(UserError, match="is of another network; choose another --logdir"):
+        Trainer(make_config(), toy(width=7), str(tmp_path)).train()
+    with pytest.raises(UserError, match="another optimizer"):
+        Trainer(make_config(optimizer="muon"), toy(), str(tmp_path)).train()
+
+
+# ---- Rates, optimizers, EMA, metrics ----
+
+
+def test_learning_rate_rises_then_falls_to_a_twentieth():
+    config = TrainConfig(iterations=110, warmup=10)
+    scales = [learning_rate_scale(i, config) for i in range(110)]
+    assert scales[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert scales[10] == 1 and scales[60] == pytest.approx(0.525)
+    assert sorted(scales[10:], reverse=True) == scales[10:]
+    assert learning_rate_scale(110, config) == pytest.approx(0.05) == learning_rate_scale(500, config)
+    assert learning_rate_scale(0, TrainConfig(iterations=1, warmup=0)) == 1
+
+
+def test_the_rate_reaches_every_optimizer(tmp_path, toy, make_config):
+    run = Trainer(make_config(optimizer="muon", warmup=4), toy(), str(tmp_path))
+    run.step()
+    assert [o.param_groups[0]["lr"] for o in run.optimizers] == pytest.approx([1e-3 / 4, 5e-3 / 4])
+
+
+def test_muon_takes_the_inner_matrices_and_adamw_the_rest(make_net):
+    net = make_net()
+    adamw, muon = build_optimizers(net, TrainConfig(optimizer="muon"))
+    assert isinstance(adamw, torch.optim.AdamW) and isinstance(muon, Muon)
+    names = {id(p): name for name, p in net.named_parameters()}
+    inner = {names[id(p)] for p in muon.param_groups[0]["params"]}
+    others = {names[id(p)] for p in adamw.param_groups[0]["params"]}
+    assert inner | others == set(names.values()) and not inner & others
+    assert "blocks.0.attn1.to_q.weight" in inner and "blocks.2.ffn.net.2.weight" in inner
+    assert all(name.startswith("blocks.") and name.endswith(".weight") for name in inner)
+    for name in ("patch_embedding.weight", "proj_out.weight", "blocks.0.scale_shift_table", "blocks.1.norm2.weight"):
+        assert name in others
+    [only] = build_optimizers(net, TrainConfig())
+    assert len(only.param_groups[0]["params"]) == len(names)
+
+
+def test_frozen_parameters_are_left_out():
+    net = nn.Linear(3, 3).requires_grad_(False)
+    net.bias.requires_grad_(True)
+    [only] = build_optimizers(net, TrainConfig(optimizer="muon"))
+    assert [p.shape for p in only.param_groups[0]["params"]] == [(3,)]
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "inner"),
+    [
+        ("encoder.down_blocks.0.conv1.weight", (8, 8, 3, 3, 3), True),
+        ("encoder.conv_in.weight", (8, 12, 3, 3, 3), False),
+        ("decoder.conv_out.weight", (12, 8, 3, 3, 3), False),
+        ("encoder.mid_block.attentions.0.norm.gamma", (8, 1, 1), False),
+        ("heads.color.weight", (6, 16), False),
+        ("shared.weight", (384, 16), False),
+        ("blocks.0.attn1.to_q.bias", (8,), False),
+    ],
+)
+def test_what_counts_as_an_inner_matrix(name, shape, inner):
+    assert is_inner_matrix(name, nn.Parameter(torch.zeros(shape))) == inner
+
+
+def test_ema_follows_by_hand(tmp_path, toy, make_config):
+    run = Trainer(make_config(ema_decay=0.15), toy(), str(tmp_path))
+    expected = run.objective.net[0].weight.detach().clone()
+    for decay in (1 / 10, 0.15, 0.15):  # the run's own memory is shorter at first: (1 + i) / (10 + i)
+        run.step()
+        run.iteration += 1
+        expected = decay * expected + (1 - decay) * run.objective.net[0].weight.detach()
+    torch.testing.assert_close(run.ema["0.weight"], expected)
+    assert run.ema["3.calls"] == 3  # what is no average is copied
+
+
+def test_metrics_are_means_since_the_last_line(tmp_path, toy, make_config):
+    Trainer(make_config(log_every=4), toy(), str(tmp_path)).train()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in lines] == [4, 6]
+    assert [line["twice"] for line in lines] == [2 * (0 + 1 + 2 + 3) / 4, 2 * (4 + 5) / 2]
+    assert {"loss", "grad_norm", "rate_scale"} <= lines[0].keys()
+
+
+def test_the_gradient_is_clipped(tmp_path, toy, make_config):
+    run = Trainer(make_config(grad_clip=1e-3), toy(), str(tmp_path))
+    seen = []
+    run.optimizers[0].register_step_pre_hook(
+        lambda *_: seen.append(torch.stack([p.grad.norm() for p in run.objective.net.parameters()]).norm().item())
+    )
+    assert run.step()["grad_norm"] > 1e-3
+    assert seen == [pytest.approx(1e-3, rel=1e-3)]

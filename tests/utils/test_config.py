@@ -1,0 +1,242 @@
+"""utils/config.py: a typo never gets past `load_config`.
+
+Claims: every YAML of the repository loads; what a file or a word on the command line states is what comes back, and all
+else are the defaults; every mistake is one line that names the key; a printed configuration is read back as the same;
+the record beside a video is a configuration too.
+"""
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+from utils.config import Config, RolloutConfig, check_config, load_config
+from utils.errors import UserError
+
+ROOT = Path(__file__).parent.parent.parent
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+
+
+@pytest.fixture
+def empty(tmp_path) -> str:
+    file = tmp_path / "empty.yaml"
+    file.write_text("")
+    return str(file)
+
+
+def write(folder: Path, text: str) -> str:
+    file = folder / "config.yaml"
+    file.write_text(text)
+    return str(file)
+
+
+# ---- what is there ----
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: str(file.relative_to(ROOT)))
+def test_every_config_of_the_repository_loads(file):
+    load_config(str(file))
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: str(file.relative_to(ROOT)))
+def test_every_config_comes_back_from_its_yaml(file, tmp_path):
+    config = load_config(str(file))
+    assert load_config(write(tmp_path, config.to_yaml())) == config
+
+
+def test_there_are_configs():
+    assert {"hiar.yaml", "self_forcing.yaml", "vae.yaml"} <= {file.name for file in CONFIGS}
+
+
+def test_methods_differ_in_the_schedule_alone():
+    hiar, self_forcing = (asdict(load_config(str(ROOT / "configs" / f"{n}.yaml"))) for n in ("hiar", "self_forcing"))
+    different = [(s, k) for s, keys in hiar.items() for k, v in keys.items() if self_forcing[s][k] != v]
+    assert different == [("rollout", "schedule")]
+
+
+def test_an_empty_file_is_the_defaults(empty):
+    assert load_config(empty) == Config()
+
+
+def test_files_are_over_defaults_and_words_are_over_files(tmp_path):
+    path = write(tmp_path, "rollout: {window: 12, sink: 3}\nvideo: {height: 64}\n")
+    config = load_config(path, ["rollout.sink=1", "rollout.denoising_step_list=[1000, 500]", "model.text_cache=a=b"])
+    assert (config.rollout.window, config.rollout.sink, config.video.height) == (12, 1, 64)
+    assert config.rollout.denoising_step_list == [1000.0, 500.0]
+    assert config.model.text_cache == "a=b"
+    assert config.video.width == Config().video.width
+
+
+def test_what_comes_back_is_plain(empty):
+    config = load_config(empty)
+    assert isinstance(config.rollout, RolloutConfig) and type(config.rollout.denoising_step_list) is list
+    for section in fields(config):
+        assert is_dataclass(getattr(config, section.name))
+        assert {type(value) for value in asdict(getattr(config, section.name)).values()} <= {
+            str,
+            int,
+            float,
+            bool,
+            list,
+        }
+
+
+def test_the_negative_prompt_survives(tmp_path):
+    text = Config().to_yaml()
+    assert load_config(write(tmp_path, text)).teacher.negative_prompt == Config().teacher.negative_prompt
+    assert yaml.safe_load(text)["teacher"]["negative_prompt"].startswith("色调艳丽")
+
+
+def test_every_key_is_documented():
+    source = (ROOT / "utils" / "config.py").read_text().splitlines()
+    for section in fields(Config):
+        for key in fields(section.default_factory):
+            line = next(i for i, line in enumerate(source) if line.strip().startswith(f"{key.name}:"))
+            assert source[line + 1].strip().startswith('"""'), key.name
+
+
+# ---- mistakes ----
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("rollout: {windw: 3}", "windw"),
+        ("rolout: {window: 3}", "rolout"),
+        ("rollout: {window: many}", "rollout.window"),
+        ("rollout: {window: 2.5}", "rollout.window"),
+        ("rollout: {window: }", "rollout.window"),
+        ("rollout: {window: [1]}", "rollout.window"),
+        ("rollout: {schedule: sideways}", "rollout.schedule"),
+        ("model: {dtype: float8}", "model.dtype"),
+        ("rollout: {denoising_step_list: 1000}", "denoising_step_list"),
+        ("rollout: {denoising_step_list: [a, b]}", "denoising_step_list"),
+        ("rollout: {denoising_step_list: []}", "rollout.denoising_step_list"),
+        ("rollout: {denoising_step_list: [0]}", "rollout.denoising_step_list"),
+        ("rollout: {denoising_step_list: [500, 1000]}", "rollout.denoising_step_list"),
+        ("rollout: {denoising_step_list: [1000, 500, 500]}", "rollout.denoising_step_list"),
+        ("rollout: {denoising_step_list: [1001, 500]}", "rollout.denoising_step_list"),
+        ("rollout: {denoising_step_list: [1000, -1]}", "rollout.denoising_step_list"),
+        ("rollout: {window: 2}", "rollout.window"),
+        ("rollout: {window: 4, sink: 2}", "rollout.window"),
+        ("rollout: {sink: -1}", "rollout.sink"),
+        ("rollout: {window: -3}", "rollout.window"),
+        ("rollout: {leading_steps: 5}", "rollout.leading_steps"),
+        ("rollout: {leading_blocks: -1}", "rollout.leading_blocks"),
+        ("rollout: {block_frames: 0}", "rollout.block_frames"),
+        ("rollout: {timestep_shift: 0}", "rollout.timestep_shift"),
+        ("video: {height: 0}", "video.height"),
+        ("video: {num_output_frames: -1}", "video.num_output_frames"),
+        ("video: 3", "VideoConfig"),
+        ("train: {batch_size: 0}", "train.batch_size"),
+        ("train: {wandb: maybe}", "train.wandb"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_the_key(tmp_path, text, words):
+    with pytest.raises(UserError, match=words) as error:
+        load_config(write(tmp_path, text))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "hello", "a: [1", "a: b: c", "\x00", "rollout: ${nowhere.at.all}"])
+def test_what_is_no_configuration_is_refused(tmp_path, text):
+    with pytest.raises(UserError):
+        load_config(write(tmp_path, text))
+
+
+def test_files_that_are_not_there_or_not_text(tmp_path):
+    with pytest.raises(UserError, match="no config file"):
+        load_config(str(tmp_path / "none.yaml"))
+    with pytest.raises(UserError, match="no config file"):
+        load_config(str(tmp_path))
+    (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00\x80")
+    with pytest.raises(UserError, match="not valid YAML"):
+        load_config(str(tmp_path / "bytes.yaml"))
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "window",
+        "--rollout.window=3",
+        "-x=3",
+        "rollout.window=[1",
+        "rollout.windw=3",
+        "rollout.window=",
+        "rollout=3",
+        "=3",
+    ],
+)
+def test_words_that_are_no_overrides(empty, word):
+    with pytest.raises(UserError) as error:
+        load_config(empty, [word])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "steps"),
+    [(["rollout.window=0"], 4), (["rollout.window=3"], 4), (["rollout.denoising_step_list=[1000,757,522,0]"], 3)],
+)
+def test_what_is_at_the_border_is_allowed(empty, words, steps):
+    config = load_config(empty, words)
+    assert len([t for t in config.rollout.denoising_step_list if t > 0]) == steps
+
+
+def test_defaults_pass_their_own_checks():
+    check_config(Config())
+
+
+# ---- records of videos ----
+
+
+def record(**changes) -> dict:
+    return {"prompt": "a", "name": "a", "sample": 0, "config": asdict(Config())} | changes
+
+
+def test_a_record_is_a_configuration(tmp_path):
+    sections = asdict(Config()) | {"rollout": asdict(RolloutConfig(window=12))}
+    file = tmp_path / "video.json"
+    file.write_text(json.dumps(record(config=sections)))
+    config = load_config(str(file), ["video.fps=8"])
+    assert config.rollout.window == 12 and config.video.fps == 8
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", json.dumps(record(config=3)), json.dumps({"config": {}})])
+def test_other_json_is_refused(tmp_path, text):
+    file = tmp_path / "video.json"
+    file.write_text(text)
+    with pytest.raises(UserError):
+        load_config(str(file))
+
+
+# ---- the command ----
+
+
+def train(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "train.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+
+
+def test_a_dry_run_prints_the_whole_configuration(tmp_path):
+    path = "configs/shapes/vae.yaml"
+    done = train("--config_path", path, "--dry-run", "train.iterations=7")
+    assert done.returncode == 0 and done.stderr == ""
+    expected = load_config(str(ROOT / path), ["train.iterations=7"])
+    assert load_config(write(tmp_path, done.stdout)) == expected
+    assert expected.train.iterations == 7
+
+
+def test_a_typo_ends_the_command_with_one_line():
+    done = train("--config_path", "configs/shapes/vae.yaml", "--dry-run", "train.iterashuns=7")
+    assert done.returncode == 2 and done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1 and "iterashuns" in done.stderr
+
+
+def test_a_configuration_that_does_not_train_says_so():
+    done = train("--config_path", "configs/hiar.yaml", "--logdir", "/nowhere")
+    assert done.returncode == 2 and "train.objective" in done.stderr
