@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from model.weights import ModelDirectory
 from utils.files import atomic_path, writable_folder
 from utils.prompts import clean_prompt
 
@@ -32,6 +33,12 @@ class TextEncoder:
         self.length = length
         self.cache = writable_folder(cache) if cache else None
         self.name = name
+
+    @classmethod
+    def load(cls, directory: ModelDirectory, dtype: torch.dtype, length: int = 512, cache: str = "") -> "TextEncoder":
+        """The text encoder of a model directory; its place and type tell its embeddings from another's in the cache."""
+        encoder, tokenizer = directory.load_text_encoder(dtype)
+        return cls(encoder, tokenizer, length, cache, name=f"{directory.path} {dtype}")
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Tensor:

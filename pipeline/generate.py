@@ -102,7 +102,8 @@ def generate_videos(
     if condition and not Path(condition).is_file():
         raise UserError(f"cannot read {condition}: there is no such file")
     device = pick_device(config.runtime.device)
-    TextToVideo.check(config, has_condition=bool(condition))
+    # An image is one latent frame; how many a clip has is known once it has been read.
+    TextToVideo.check(config, given_frames=0 if not condition else 1 if is_image(condition) else None)
     pipeline = TextToVideo.load(config, device)
     given = read_condition(condition, config, pipeline.vae) if condition else None
     given_frames = 0 if given is None else given.shape[1]
@@ -231,7 +232,7 @@ def read_condition(path: str, config: Config, vae: WanVAE) -> Tensor:
         if latents.shape[2:] != expected:
             raise UserError(f"latents in {path} are {list(latents.shape[2:])}, the video's are {list(expected)}")
         return latents
-    if path.lower().endswith(IMAGE_SUFFIXES):
+    if is_image(path):
         frames = read_image(path)[None]
     else:
         longest = vae.num_pixel_frames(video.num_output_frames)
@@ -245,6 +246,11 @@ def read_condition(path: str, config: Config, vae: WanVAE) -> Tensor:
     frames = frames[: (len(frames) - 1) // stride * stride + 1]
     pixels = torch.from_numpy(fit(frames, video.height, video.width).copy()).permute(0, 3, 1, 2)[None]
     return vae.encode(pixels.float() / 127.5 - 1).float().cpu()
+
+
+def is_image(path: str) -> bool:
+    """Whether a condition is a single image, by its name."""
+    return path.lower().endswith(IMAGE_SUFFIXES)
 
 
 def device_name(device: torch.device) -> str:

@@ -50,22 +50,22 @@ class TextToVideo:
         choose_attention_backend(net, model.attention_backend)
         if model.compile:
             net.compile_layers()
-        encoder, tokenizer = directory.load_text_encoder(dtype)
-        text_encoder = TextEncoder(encoder, tokenizer, model.text_length, model.text_cache, name=model.base)
+        text_encoder = TextEncoder.load(directory, dtype, model.text_length, model.text_cache)
         return cls(config, net, text_encoder.to(device), WanVAE(directory.load_vae(dtype).to(device)))
 
     @staticmethod
-    def check(config: Config, has_condition: bool = False) -> None:
+    def check(config: Config, given_frames: int | None = 0) -> None:
         """Find out before any weights are loaded whether the video's size and length can be made.
 
-        How many frames a condition gives, and so whether blocks divide the rest, is known once it has been read.
+        Args:
+            given_frames: latent frames that the video continues; None if that is not known yet.
 
         Raises:
             UserError: naming what would work.
         """
         check_size(config, ModelDirectory.open(config.model.base))
-        if not has_condition:
-            build_schedule(config.rollout, config.video.num_output_frames)
+        if given_frames is not None:
+            build_schedule(config.rollout, config.video.num_output_frames, given_frames)
 
     def embed(self, prompts: list[str]) -> None:
         """Encode prompts ahead of their videos, then move the text encoder off the device if so configured."""

@@ -2,7 +2,7 @@
 
 python scripts/encode_clips.py --base data/shapes-wan --output runs/shapes/clips --num_clips 2048 --num_frames 21
 
-Shards that exist are kept, so the same command goes on where it stopped.
+Shards that hold these clips already are kept, so the same command goes on where it stopped.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from tqdm import tqdm
 from model.vae import channels_last_, encode_clip, normalise
 from model.weights import ModelDirectory
 from utils import shapes
-from utils.clips import write_shard
+from utils.clips import holds_clips, write_shard
 from utils.device import pick_device
 from utils.errors import UserError, command
 from utils.files import writable_folder
@@ -43,16 +43,17 @@ def main() -> None:
     folder = writable_folder(args.output)
     for start in tqdm(range(0, args.num_clips, SHARD), unit="shard"):
         file = folder / f"{start:06d}.safetensors"
-        if file.exists():
-            continue
         clips = [shapes.sample_clip(args.seed, i) for i in range(start, min(start + SHARD, args.num_clips))]
+        captions = [clip.scene.caption for clip in clips]
+        if holds_clips(file, args.num_frames, captions):
+            continue
         latents = []
         for clip in clips:
             pixels = shapes.to_pixels(shapes.render(clip, 4 * (args.num_frames - 1) + 1))[None]
             pixels = pixels.to(device, memory_format=torch.channels_last_3d)
             with torch.no_grad():
                 latents.append(normalise(vae, encode_clip(vae, pixels)[0]).transpose(1, 2).cpu())
-        write_shard(file, torch.cat(latents), [clip.scene.caption for clip in clips])
+        write_shard(file, torch.cat(latents), captions)
 
 
 if __name__ == "__main__":

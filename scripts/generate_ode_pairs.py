@@ -78,9 +78,10 @@ def main() -> None:
     if any(not -num_points <= index < num_points for index in saved):
         raise UserError(f"--save_indices {saved} must be among the {num_points} points 0..{num_points - 1}, -1")
     folder = writable_folder(args.output_folder)
-    todo = [p for p in prompts[rank() :: world_size()] if not pair_file(folder, p.index).exists()]
-    if len(todo) < len(prompts[rank() :: world_size()]):
-        print(f"{len(prompts[rank() :: world_size()]) - len(todo)} pairs exist already and are kept")
+    mine = prompts[rank() :: world_size()]
+    todo = [p for p in mine if not pair_file(folder, p.index).exists()]
+    if len(todo) < len(mine):
+        print(f"{len(mine) - len(todo)} pairs exist already and are kept")
     if not todo:
         return
 
@@ -89,9 +90,8 @@ def main() -> None:
     check_size(config, directory)
     net = directory.load_transformer(CausalWanModel, dtype, weights=teacher.path or None).to(device)
     net.eval().requires_grad_(False)
-    encoder, tokenizer = directory.load_text_encoder(dtype)
     model = config.model
-    text_encoder = TextEncoder(encoder.to(device), tokenizer, model.text_length, model.text_cache, name=model.base)
+    text_encoder = TextEncoder.load(directory, dtype, model.text_length, model.text_cache).to(device)
     negative = text_encoder.encode([teacher.negative_prompt])
     shape = (
         num_frames,

@@ -163,6 +163,11 @@ class ODERegression:
             step_sigmas(rollout.denoising_step_list, rollout.warp_denoising_step, rollout.timestep_shift)
         )
         self.pairs, captions = read_ode_pairs(config.data.path, len(self.sigmas))
+        if self.pairs.shape[2] % rollout.block_frames:
+            raise UserError(
+                f"the ODE pairs in {config.data.path} have {self.pairs.shape[2]} frames, which blocks of "
+                f"{rollout.block_frames} do not divide; set rollout.block_frames, or make pairs of another --num_frames"
+            )
         self.text = CaptionEmbeddings(config, captions, device)
 
     def loss(self, iteration: int) -> tuple[Tensor, dict[str, float]]:
@@ -192,11 +197,12 @@ class CaptionEmbeddings:
     """Embeddings of a training set's captions, each distinct one encoded once."""
 
     def __init__(self, config: Config, captions: list[str], device: torch.device):
-        encoder, tokenizer = ModelDirectory.open(config.model.base).load_text_encoder(torch.float32)
+        directory = ModelDirectory.open(config.model.base)
+        encoder = TextEncoder.load(directory, torch.float32, config.model.text_length)
         distinct = ["", *sorted(set(captions))]
         number = {caption: i for i, caption in enumerate(distinct)}
         self.rows = torch.tensor([number[caption] for caption in captions])
-        self.table = TextEncoder(encoder, tokenizer, config.model.text_length).encode(distinct).to(device)
+        self.table = encoder.encode(distinct).to(device)
 
     def of(self, clips: Tensor, dropped: Tensor | None = None) -> Tensor:
         """Embeddings [B, L, text_dim] of clips by index; the empty prompt's where `dropped` [B] is true."""

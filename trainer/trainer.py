@@ -121,6 +121,8 @@ class Trainer:
 
     def resume(self) -> None:
         """Load the checkpoint of this logdir, if there is one."""
+        for leftover in self.logdir.glob(".checkpoint.*.partial.pt"):  # of a run that was killed while it saved
+            leftover.unlink()
         if not self.checkpoint.exists():
             return
         state = torch.load(self.checkpoint, weights_only=True, map_location="cpu")
@@ -205,7 +207,7 @@ class MetricsLog:
         # A killed run may have logged iterations that were lost with it.
         if self.path.exists():
             lines = self.path.read_text().splitlines()
-            keep = [line for line in lines if json.loads(line)["iteration"] <= iteration]
+            keep = [line for line in lines if line.endswith("}") and json.loads(line)["iteration"] <= iteration]
             self.path.write_text("".join(line + "\n" for line in keep))
         self.wandb: Any = None
         if train.wandb != "off":

@@ -19,6 +19,16 @@ def write_shard(path: Path, latents: Tensor, captions: Sequence[str]) -> None:
         save_file({"latents": latents.half().contiguous()}, temporary, {"captions": json.dumps(list(captions))})
 
 
+def holds_clips(path: Path, num_frames: int, captions: Sequence[str]) -> bool:
+    """Whether a shard is there and holds clips of `num_frames` latent frames with exactly these captions."""
+    try:
+        with safe_open(path, framework="pt") as shard:
+            frames = shard.get_slice("latents").get_shape()[1]
+            return frames == num_frames and json.loads(shard.metadata()["captions"]) == list(captions)
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        return False
+
+
 def read_clips(folder: str) -> tuple[Tensor, list[str]]:
     """All clips of a folder: latents [N, F, C, h, w] in float16, and N captions.
 
