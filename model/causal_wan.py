@@ -159,6 +159,8 @@ class CausalWanModel(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginalMode
             raise ValueError(f"latents of {height}x{width} do not divide into patches of {patch_h}x{patch_w}")
         if cache is not None and causal is not None:
             raise ValueError("a cached block is causal by its cache; `causal` is for whole clips")
+        if not head and (cache is None or not write):
+            raise ValueError("without its head a forward only writes: give a cache, and write=True")
         if isinstance(text, Tensor):
             text = self.encode_text(text)
 

@@ -1,6 +1,5 @@
 """The one executor of schedules: nothing else in this repository loops over steps and blocks."""
 
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -29,8 +28,9 @@ class BlockDenoiser(Protocol):
 class Transport(Protocol):
     """How a pipeline rank exchanges blocks with its neighbours."""
 
-    last_level: int
-    """The level to which this rank brings a block before another rank goes on with it; S on the last rank."""
+    def leaves_at(self, block: int) -> int | None:
+        """The level at which this rank hands a block on; None on the last rank. See `Schedule.leaves_at`."""
+        ...
 
     def receive(self, block: int) -> tuple[int, Tensor, Tensor]:
         """Level, x and x0 of a block as the rank before has left it."""
@@ -128,9 +128,8 @@ class Rollout:
         """
         self._reached = dict.fromkeys(lanes, -1)
         last_use = {op.lane: index for index, op in enumerate(ops)} if isinstance(ops, Sequence) else {}
-        for index, (op, following) in enumerate(itertools.pairwise(itertools.chain(ops, [None]))):
-            assert op is not None
-            finished = self.execute(op, following)
+        for index, op in enumerate(ops):
+            finished = self.execute(op)
             self.observe(op)
             if finished is not None:
                 yield op.block, finished
@@ -138,19 +137,17 @@ class Rollout:
                 self._release_lane(op.lane)
 
     @torch.no_grad()
-    def execute(self, op: Op, following: Op | None = None) -> Tensor | None:
-        """Execute one op, which `following` comes after; returns the block's latents if it is finished now."""
+    def execute(self, op: Op) -> Tensor | None:
+        """Execute one op; returns the block's latents if it is finished now."""
         lane = self._lane(op.lane)
         if isinstance(op, WriteContext):
             self._write(op, lane)
             result = None
+        elif isinstance(op, Fused):
+            assert op.write.level == op.denoise.step, op
+            result = self._denoise(op.denoise, lane, write=True)
         else:
-            denoise = op.denoise if isinstance(op, Fused) else op
-            assert not isinstance(op, Fused) or op.write.level == denoise.step, op
-            result = self._denoise(denoise, lane, write=isinstance(op, Fused))
-            # A leading block goes through all its steps at once: it passes the level at which others are handed on.
-            if not isinstance(following, Denoise) or (following.block, following.lane) != (op.block, op.lane):
-                self._hand_on(op.block)
+            result = self._denoise(op, lane, write=False)
         self._leave_behind(op)
         return result
 
@@ -167,6 +164,7 @@ class Rollout:
         else:
             x = add_noise(x0, self.noise(op.block, level), next_sigma)
         self.blocks[op.block] = BlockState(level, x, x0, before=state.x)
+        self._hand_on(op.block)
         return x0 if level == self.num_steps else None
 
     def _write(self, op: WriteContext, lane: Lane) -> None:
@@ -202,9 +200,7 @@ class Rollout:
     def _hand_on(self, block: int) -> None:
         """Send a block to the rank after as soon as this rank will not change it: before its context is written."""
         state = self.blocks[block]
-        last = self.num_steps if self.transport is None else self.transport.last_level
-        if last < self.num_steps and state.level in (last, self.num_steps):
-            assert self.transport is not None
+        if self.transport is not None and state.level == self.transport.leaves_at(block):
             self.transport.send(block, state.level, state.x, state.x0)
 
     def _lane(self, number: int) -> Lane:

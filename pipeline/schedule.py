@@ -118,6 +118,13 @@ class Schedule:
             return self.num_steps
         return steps[-1] if self.context == "input" else steps[-1] + 1
 
+    def leaves_at(self, block: int, lanes: Sequence[int]) -> int | None:
+        """The level at which a rank that owns `lanes` hands a block on to the rank after it; None if there is none."""
+        later = [lane for lane in self.lanes if lane > max(lanes)]
+        if not later:
+            return None
+        return self.num_steps if block < self.given_blocks + self.leading_blocks else later[0]
+
     def ops(self, order: Literal["step_major", "diagonal"] = "step_major") -> Iterator[Op]:
         """All ops in one order, without writes that nobody reads, with those fused that one forward can serve.
 

@@ -279,7 +279,7 @@ def check_config(config: Config) -> None:
         "train.checkpoint_every": config.train.checkpoint_every,
     }
     for key, value in positive.items():
-        if value <= 0:
+        if not value > 0:  # NaN included
             raise UserError(f"{key} must be positive, not {value}")
     for key in ("leading_blocks", "leading_steps", "window", "sink"):
         if getattr(rollout, key) < 0:

@@ -6,6 +6,7 @@ context it reads equals one masked pass without any cache; the formulas between 
 long video takes; videos without an end; fused passes; batches.
 """
 
+import functools
 import itertools
 import queue
 from collections import deque
@@ -288,8 +289,8 @@ def test_observers_see_every_op_in_order():
 class Pipe:
     """One rank's ends of the queues between neighbours."""
 
-    def __init__(self, before: queue.Queue | None, after: queue.Queue | None, last_level: int):
-        self.before, self.after, self.last_level = before, after, last_level
+    def __init__(self, before: queue.Queue | None, after: queue.Queue | None, leaves_at: Callable[[int], int | None]):
+        self.before, self.after, self.leaves_at = before, after, leaves_at
 
     def receive(self, block: int) -> tuple[int, Tensor, Tensor]:
         assert self.before is not None
@@ -304,14 +305,14 @@ class Pipe:
 
 def run_ranks(make: Callable[..., Rollout], schedule: Schedule, stages: list[list[int]], order: str) -> Tensor:
     """What the ranks finish together, each in a thread of its own."""
-    ends = [*(stage[0] for stage in stages[1:]), schedule.num_steps]  # the level that each rank brings blocks to
     queues = [None, *(queue.Queue() for _ in stages[1:]), None]
     finished: list[tuple[int, Tensor]] = []
 
     def work(rank: int) -> None:
         torch.set_num_threads(1)
         ops = for_stage(schedule.ops(order), stages[rank])
-        rollout = make(transport=Pipe(queues[rank], queues[rank + 1], ends[rank]))
+        leaves_at = functools.partial(schedule.leaves_at, lanes=stages[rank])
+        rollout = make(transport=Pipe(queues[rank], queues[rank + 1], leaves_at))
         finished.extend(rollout.run(ops, stages[rank]))
 
     with ThreadPoolExecutor(len(stages)) as pool:
@@ -368,7 +369,7 @@ def test_ranks_continue_given_frames():
 def test_a_rank_sends_a_block_before_it_writes_its_context():
     """Else the next rank would wait for a pass that it does not need."""
     events: list[str] = []
-    pipe = Pipe(None, None, last_level=1)
+    pipe = Pipe(None, None, leaves_at=lambda block: 1)
     pipe.send = lambda block, level, x, x0: events.append(f"send {block}")
     schedule = Schedule(4, 3)
     rollout = fake_rollout(transport=pipe, observe=lambda op: events.append(f"{type(op).__name__} {op.block}"))
