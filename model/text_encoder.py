@@ -1,11 +1,13 @@
 """Prompts to embeddings: UMT5, encoded once per prompt, optionally kept on disk."""
 
+import contextlib
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -53,7 +55,8 @@ class TextEncoder:
     def _encode(self, prompt: str) -> Tensor:
         file = self._cache_file(prompt)
         if file is not None and file.exists():
-            return load_file(file, device=str(self._device))["embedding"]
+            with contextlib.suppress(SafetensorError, KeyError):  # a broken file is made again
+                return load_file(file, device=str(self._device))["embedding"]
         tokens = self.tokenizer(
             [prompt], padding="max_length", truncation=True, max_length=self.length, return_tensors="pt"
         ).to(self._device)

@@ -9,6 +9,48 @@ from torch import Tensor
 
 from model.causal_wan import CausalWanModel
 from model.flow import guide
+from model.text_encoder import TextEncoder
+from model.weights import ModelDirectory
+from pipeline.text_to_video import DTYPES, VAE_STRIDE, check_size, choose_attention_backend
+from utils.config import Config
+from utils.rng import keyed_noise
+
+
+class Teacher:
+    """The teacher of one configuration on one device, ready to be sampled."""
+
+    def __init__(self, config: Config, net: CausalWanModel, text_encoder: TextEncoder):
+        self.config = config
+        self.net = net.eval().requires_grad_(False)
+        self.text_encoder = text_encoder
+        self._negative = text_encoder.encode([config.teacher.negative_prompt])
+
+    @classmethod
+    def load(cls, config: Config, device: torch.device) -> "Teacher":
+        """Load the DiT that `config.teacher.path` names, or the base's own, and the text encoder.
+
+        Raises:
+            UserError: for missing or broken files, and for a size that VAE and patches do not divide.
+        """
+        model, dtype = config.model, DTYPES[config.model.dtype]
+        directory = ModelDirectory.open(model.base)
+        check_size(config, directory)
+        net = directory.load_transformer(CausalWanModel, dtype, weights=config.teacher.path or None).to(device)
+        choose_attention_backend(net, model.attention_backend)
+        return cls(config, net, TextEncoder.load(directory, dtype, model.text_length, model.text_cache).to(device))
+
+    def noise(self, seed: int, samples: Sequence[int]) -> Tensor:
+        """Noise [B, F, C, h, w] of numbered samples: a clip of `data.num_frames` latent frames is one block."""
+        size = (self.config.video.height // VAE_STRIDE, self.config.video.width // VAE_STRIDE)
+        shape = (self.config.data.num_frames, self.net.config.in_channels, *size)
+        return torch.stack([keyed_noise(seed, sample, 0, 0, shape) for sample in samples]).to(self.net.device)
+
+    def flow(self, prompts: Sequence[str]) -> Callable[[Tensor, float], Tensor]:
+        """The guided flow of a batch of prompts, as a function of x [B, F, C, h, w] and sigma."""
+        text = self.text_encoder.encode(prompts)
+        negative = self._negative.expand(len(prompts), -1, -1)
+        scale = self.config.teacher.guidance_scale
+        return lambda x, sigma: guided_flow(self.net, x, sigma, text, negative, scale)
 
 
 @torch.no_grad()

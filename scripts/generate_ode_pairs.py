@@ -57,23 +57,18 @@ def main() -> None:
     }
     words = [f"{key}={value}" for key, value in flags.items() if value is not None]
     config = load_config(args.config_path, [*words, *args.overrides])
-    teacher, num_frames = config.teacher, config.data.num_frames
-    num_points = teacher.num_inference_steps + 1
     prompts = read_prompts(args.caption_path)[: args.num_prompts]
 
     import torch
     from tqdm import tqdm
 
-    from model.causal_wan import CausalWanModel
     from model.flow import solver_sigmas
-    from model.text_encoder import TextEncoder
-    from model.weights import ModelDirectory
-    from pipeline.teacher import guided_flow, sample_euler
-    from pipeline.text_to_video import DTYPES, VAE_STRIDE, check_size, rollout_sigmas
+    from pipeline.teacher import Teacher, sample_euler
+    from pipeline.text_to_video import rollout_sigmas
     from utils.device import pick_device
-    from utils.rng import keyed_noise
 
-    sigmas = solver_sigmas(teacher.num_inference_steps, teacher.timestep_shift)
+    sigmas = solver_sigmas(config.teacher.num_inference_steps, config.teacher.timestep_shift)
+    num_points = len(sigmas)
     saved = args.save_indices or matching_indices(sigmas, rollout_sigmas(config.rollout))
     if any(not -num_points <= index < num_points for index in saved):
         raise UserError(f"--save_indices {saved} must be among the {num_points} points 0..{num_points - 1}, -1")
@@ -85,30 +80,12 @@ def main() -> None:
     if not todo:
         return
 
-    device, dtype = pick_device(config.runtime.device), DTYPES[config.model.dtype]
-    directory = ModelDirectory.open(config.model.base)
-    check_size(config, directory)
-    net = directory.load_transformer(CausalWanModel, dtype, weights=teacher.path or None).to(device)
-    net.eval().requires_grad_(False)
-    model = config.model
-    text_encoder = TextEncoder.load(directory, dtype, model.text_length, model.text_cache).to(device)
-    negative = text_encoder.encode([teacher.negative_prompt])
-    shape = (
-        num_frames,
-        net.config.in_channels,
-        config.video.height // VAE_STRIDE,
-        config.video.width // VAE_STRIDE,
-    )
+    teacher = Teacher.load(config, pick_device(config.runtime.device))
     batches = [todo[i : i + args.batch_size] for i in range(0, len(todo), args.batch_size)]
-    with tqdm(total=len(todo) * teacher.num_inference_steps, unit="step", disable=rank() != 0) as bar:
+    with tqdm(total=len(todo) * len(sigmas[1:]), unit="step", disable=rank() != 0) as bar:
         for batch in batches:
-            text = text_encoder.encode([p.text for p in batch])
-            noise = torch.stack([keyed_noise(args.seed, p.index, 0, 0, shape) for p in batch]).to(device)
-
-            def flow(x: torch.Tensor, sigma: float, text: torch.Tensor = text) -> torch.Tensor:
-                other = negative.expand(len(x), -1, -1)
-                return guided_flow(net, x, sigma, text, other, teacher.guidance_scale)
-
+            flow = teacher.flow([prompt.text for prompt in batch])
+            noise = teacher.noise(args.seed, [prompt.index for prompt in batch])
             count = len(batch)
             points = sample_euler(flow, noise, sigmas, on_step=lambda _, count=count: bar.update(count))
             trajectories = torch.stack([points[index] for index in saved], dim=1)
