@@ -30,12 +30,12 @@ train vae "$model" "$@"
 train vae_long "$model" train.init="$model" "$@"
 
 echo "== clips"
-"$python" scripts/encode_clips.py --base "$model" --output "$runs/clips" --num_clips "${CLIPS:-2048}"
+"$python" scripts/encode_clips.py --base "$model" --output "$runs/clips" --num_clips "${CLIPS:-1024}"
 
 train teacher "$model/transformer" data.path="$runs/clips" "$@"
 
 echo "== ODE pairs"
-"$python" scripts/write_shapes_clips.py --output "$runs" --num_clips "${PAIRS:-400}" --seed 1 --captions_only
+"$python" scripts/write_shapes_clips.py --output "$runs" --num_clips "${PAIRS:-320}" --seed 1 --captions_only
 "$python" scripts/generate_ode_pairs.py --config_path configs/shapes.yaml --caption_path "$runs/captions.txt" \
     --output_folder "$runs/ode_pairs" --batch_size 8 --num_inference_steps 24 model.base="$model"
 

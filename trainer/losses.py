@@ -8,13 +8,13 @@ def flow_matching_loss(flow: Tensor, x0: Tensor, noise: Tensor, mask: Tensor | N
 
     Args:
         flow, x0, noise: [B, F, C, h, w].
-        mask: [B, F], 1 where a frame counts; None counts all.
+        mask: [B, F], how much a frame counts; None counts all alike.
     """
     return masked_mse(flow, noise - x0, mask)
 
 
 def masked_mse(prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean squared error in float32 over the frames that `mask` [B, F] keeps: all without one, 0 if it keeps none."""
+    """Mean squared error in float32 over frames, weighted by `mask` [B, F]: all alike without one, 0 if all are masked."""
     error = (prediction.float() - target.float()).square()
     if mask is None:
         return error.mean()

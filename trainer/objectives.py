@@ -119,7 +119,9 @@ class VAEReconstruction:
                 latents = torch.cat([encode_clip(self.net, self.clip(i, 33)[None])[0] for i in range(64)])
             std, mean = torch.std_mean(latents, dim=(0, 2, 3, 4))
             self.net.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
-        self.net.to(torch.bfloat16).save_pretrained(folder / "vae")
+        for parameter in self.net.parameters():
+            parameter.data = parameter.data.to(torch.bfloat16)
+        self.net.save_pretrained(folder / "vae")
 
 
 class FlowMatching:
@@ -144,7 +146,9 @@ class FlowMatching:
         dropped = torch.rand(train.batch_size, generator=generator) < train.text_dropout
         x = add_noise(x0, noise, sigma.view(-1, 1, 1, 1, 1))
         flow = self.net(x.transpose(1, 2), 1000 * sigma, self.text.of(chosen, dropped)).transpose(1, 2)
-        return flow_matching_loss(flow, x0, noise), {}
+        weight = torch.ones(x0.shape[:2], device=self.device)
+        weight[:, 0] = train.first_frame_weight
+        return flow_matching_loss(flow, x0, noise, weight), {}
 
     def export(self, folder: Path, weights: dict[str, Tensor]) -> None:
         """Write the transformer to `folder`."""

@@ -160,6 +160,8 @@ class TrainConfig:
     """Share of clips trained without their caption, for classifier-free guidance."""
     timestep_shift: float = 5.0
     """Shift of the noise levels that are trained on."""
+    first_frame_weight: float = 1.0
+    """Flow matching: how much the first latent frame counts. It holds one pixel frame, not four, and learns last."""
     kl_weight: float = 1e-6
     """Weight of the VAE's KL term."""
     clip_frames: list[int] = field(default_factory=lambda: [9])
