@@ -67,6 +67,8 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_intermixed_args()
     if args.image and args.video:
         raise UserError("give --image or --video, not both")
+    if args.num_frame_first_blocks is not None and args.inference_method not in (None, "hybrid_block0"):
+        raise UserError("--num_frame_first_blocks belongs to --inference_method hybrid_block0")
     if args.num_samples < 1:
         raise UserError(f"--num_samples must be at least 1, not {args.num_samples}")
     return args

@@ -6,6 +6,7 @@ The same command again resumes from the last checkpoint in --logdir.
 import argparse
 
 from utils.config import load_config
+from utils.distributed import world_size
 from utils.errors import UserError, command
 
 
@@ -25,6 +26,9 @@ def main() -> None:
         raise UserError("say where checkpoints and logs go: --logdir DIR")
     if not config.train.objective:
         raise UserError(f"{args.config_path} has no train.objective; configs/shapes/ holds those that train")
+
+    if world_size() > 1:
+        raise UserError("training runs in one process so far; start it with python, not torchrun")
 
     # Heavy imports wait until the arguments are known to be good.
     from trainer.objectives import build_objective

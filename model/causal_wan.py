@@ -15,7 +15,7 @@ from typing import Protocol, cast
 import torch
 import torch.nn as nn
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.loaders import FromOriginalModelMixin, PeftAdapterMixin
+from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin, FeedForward
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.modeling_utils import ModelMixin
@@ -70,7 +70,7 @@ class Attend(Protocol):
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
 
 
-class CausalWanModel(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginalModelMixin, AttentionMixin):
+class CausalWanModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
     """Wan2.1's text-to-video DiT with cached, block-causal or bidirectional self-attention (arXiv 2503.20314, 4.2)."""
 
     _supports_gradient_checkpointing = True
@@ -161,6 +161,9 @@ class CausalWanModel(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginalMode
             raise ValueError("a cached block is causal by its cache; `causal` is for whole clips")
         if not head and (cache is None or not write):
             raise ValueError("without its head a forward only writes: give a cache, and write=True")
+        checkpointing = self.gradient_checkpointing and torch.is_grad_enabled()
+        if checkpointing and write:
+            raise ValueError("a checkpointed forward runs twice and would write twice; write the context without grad")
         if isinstance(text, Tensor):
             text = self.encode_text(text)
 
@@ -176,10 +179,7 @@ class CausalWanModel(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginalMode
                 cache.append(index, k, v)
                 break
             arguments = (index, hidden, modulation, rope, text.k[index], text.v[index], attend)
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                hidden = checkpoint(layer, *arguments, use_reentrant=False)
-            else:
-                hidden = layer(*arguments)
+            hidden = checkpoint(layer, *arguments, use_reentrant=False) if checkpointing else layer(*arguments)
         if cache is not None and write:
             cache.commit(frames)
         if not head:
@@ -243,7 +243,11 @@ class CausalWanModel(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginalMode
         )
 
     def compile_layers(self) -> None:
-        """torch.compile what surrounds attention in every layer; the cache's changing lengths stay outside of it."""
+        """torch.compile what surrounds attention in every layer; the cache's changing lengths stay outside of it.
+
+        Where there is no working compiler, torch says so once and the layers run as they are.
+        """
+        torch._dynamo.config.suppress_errors = True
         for layer in self.layers:
             layer.qkv = torch.compile(layer.qkv)  # type: ignore[method-assign]
             layer.after_attention = torch.compile(layer.after_attention)  # type: ignore[method-assign]
@@ -251,8 +255,9 @@ class CausalWanModel(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginalMode
     def _attend(self, causal: BlockCausal | None, cache: KVCache | None, write: bool, tokens_per_frame: int) -> Attend:
         """The way of attending that this forward takes."""
 
+        backend = self.layers[0].attn1.processor._attention_backend
+
         def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            backend = self.layers[0].attn1.processor._attention_backend
             return dispatch_attention_fn(q, k, v, backend=backend).type_as(q)
 
         def full(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

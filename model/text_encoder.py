@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -38,9 +39,11 @@ class TextEncoder:
 
     @classmethod
     def load(cls, directory: ModelDirectory, dtype: torch.dtype, length: int = 512, cache: str = "") -> "TextEncoder":
-        """The text encoder of a model directory; its place and type tell its embeddings from another's in the cache."""
+        """The text encoder of a model directory; its files and type tell its embeddings from another's in the cache."""
         encoder, tokenizer = directory.load_text_encoder(dtype)
-        return cls(encoder, tokenizer, length, cache, name=f"{directory.path} {dtype}")
+        files = [*directory.path.glob("text_encoder/*"), *directory.path.glob("models_t5*")]
+        stamps = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files)
+        return cls(encoder, tokenizer, length, cache, name=f"{directory.path.resolve()} {stamps} {dtype}")
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Tensor:
@@ -60,6 +63,8 @@ class TextEncoder:
         tokens = self.tokenizer(
             [prompt], padding="max_length", truncation=True, max_length=self.length, return_tensors="pt"
         ).to(self._device)
+        if len(self.tokenizer(prompt).input_ids) > self.length:
+            print(f"note: a prompt is cut to its first {self.length} tokens: {prompt[:60]}...", file=sys.stderr)
         hidden = self.encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
         embedding = hidden * tokens.attention_mask[..., None].to(hidden.dtype)
         if file is not None:

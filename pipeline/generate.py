@@ -26,9 +26,9 @@ from utils.errors import UserError
 from utils.files import atomic_path, writable_folder
 from utils.latents import LatentsWriter, read_latents
 from utils.prompts import Prompt
-from utils.video import ContactSheetSampler, VideoWriter, fit, read_image, read_video, save_contact_sheet
+from utils.video import ContactSheetSampler, VideoWriter, fit, read_image, read_video, save_contact_sheet, to_uint8
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def make_video(
         latents_file = stack.enter_context(LatentsWriter(files.latents, shape)) if save_latents else None
 
         def emit(latents: Tensor) -> None:
-            pixels = decoder.push(latents)[0]
+            pixels = to_uint8(decoder.push(latents)[0])
             video.write(pixels)
             sheet.add(pixels)
             if latents_file is not None:

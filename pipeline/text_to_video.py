@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from model.causal_wan import CausalWanModel
@@ -71,7 +72,9 @@ class TextToVideo:
         """Encode prompts ahead of their videos, then move the text encoder off the device if so configured."""
         for prompt in prompts:
             if prompt not in self._embeddings:
-                self._embeddings[prompt] = self.text_encoder.encode([prompt]).cpu()
+                embedding = self.text_encoder.encode([prompt])[0].cpu()
+                used = int(embedding.any(dim=1).nonzero().max()) + 1  # the rest is zero, and need not be kept
+                self._embeddings[prompt] = embedding[:used].clone()
         if self.config.model.offload:
             self.text_encoder.to("cpu")
 
@@ -121,7 +124,8 @@ class TextToVideo:
 
         self.embed([prompt])
         with torch.no_grad():
-            embedding = self._embeddings[prompt].to(net.device)
+            kept = self._embeddings[prompt].to(net.device)
+            embedding = F.pad(kept, (0, 0, 0, config.model.text_length - len(kept)))
             text = net.encode_text(embedding.expand(len(samples), -1, -1))
         rollout = Rollout(
             Denoiser(net, text),

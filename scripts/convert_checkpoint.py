@@ -36,18 +36,20 @@ def convert(
     """
     formats = {"diffusers": ("", ".safetensors", *TORCH_SUFFIXES), "native": (".safetensors", *TORCH_SUFFIXES)}
     allowed = formats.get(layout, TORCH_SUFFIXES)
-    if output.suffix not in allowed:
+    suffix = output.suffix if output.suffix in (".safetensors", *TORCH_SUFFIXES) else ""  # a folder may be wan-1.3b
+    if suffix not in allowed:
         names = ", ".join(suffix or "no suffix (a folder)" for suffix in allowed)
         raise UserError(f"--to {layout} cannot be written as {output.name}; end --output with one of: {names}")
 
     state = read_checkpoint(source, use_ema)
-    config = transformer_config(state, num_heads) if output.suffix == "" else {}
+    to_folder = output.suffix not in (".safetensors", *TORCH_SUFFIXES)
+    config = folder_config(source, state, num_heads) if to_folder else {}
     target = DTYPES[dtype]
     if target is not None:
         state = {name: tensor.to(target) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     content = export_state(state, layout)  # type: ignore[arg-type]
 
-    if output.suffix == "":
+    if to_folder:
         writable_folder(output)
         _save(content, output / TRANSFORMER_FILE)
         with atomic_path(output / "config.json") as file:
@@ -60,6 +62,16 @@ def convert(
         _save(content, output)
         shape = ""
     return f"wrote {output} ({layout}: {shape}{len(state)} tensors, {sum(t.numel() for t in state.values()):,} weights)"
+
+
+def folder_config(source: Path, state: dict[str, torch.Tensor], num_heads: int | None) -> dict[str, Any]:
+    """The configuration to write beside weights: the source folder's own if it has one, else what the shapes tell."""
+    for file in (source / "config.json", source / "transformer" / "config.json"):
+        if file.is_file():
+            config = json.loads(file.read_text())
+            if "num_attention_heads" in config:
+                return {name: value for name, value in config.items() if not name.startswith("_")}
+    return transformer_config(state, num_heads)
 
 
 def _save(content: dict[str, Any], path: Path) -> None:

@@ -17,7 +17,7 @@ from utils.config import load_config
 from utils.distributed import rank, world_size
 from utils.errors import UserError, command
 from utils.files import writable_folder
-from utils.ode_pairs import pair_file, write_ode_pair
+from utils.ode_pairs import pair_file, write_ode_pair, write_sigmas
 from utils.prompts import read_prompts
 
 
@@ -81,6 +81,7 @@ def main() -> None:
         return
 
     teacher = Teacher.load(config, pick_device(config.runtime.device))
+    write_sigmas(folder, [sigmas[index] for index in saved])
     batches = [todo[i : i + args.batch_size] for i in range(0, len(todo), args.batch_size)]
     with tqdm(total=len(todo) * len(sigmas[1:]), unit="step", disable=rank() != 0) as bar:
         for batch in batches:

@@ -22,12 +22,15 @@ train() { # stage output [override ...]
 }
 
 # What is not trained comes with the repository.
-mkdir -p "$model"
-[[ -e $model/model_index.json ]] || cp -r data/shapes-wan/model_index.json data/shapes-wan/scheduler "$model"
+short=$runs/vae_short # receives the VAE's first stage, so that running this again never puts it in place of the second
+for folder in "$model" "$short"; do
+    mkdir -p "$folder"
+    [[ -e $folder/model_index.json ]] || cp -r data/shapes-wan/model_index.json data/shapes-wan/scheduler "$folder"
+done
 
 train text_encoder "$model" "$@"
-train vae "$model" "$@"
-train vae_long "$model" train.init="$model" "$@"
+train vae "$short" "$@"
+train vae_long "$model" train.init="$short" "$@"
 
 echo "== clips"
 "$python" scripts/encode_clips.py --base "$model" --output "$runs/clips" --num_clips "${CLIPS:-1024}"

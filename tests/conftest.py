@@ -4,6 +4,7 @@ Hypothesis draws the same examples in every run: a test fails today or it does n
 """
 
 import os
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
@@ -20,6 +21,17 @@ from hypothesis import HealthCheck, settings
 from model.causal_wan import CausalWanModel, TextContext
 
 torch.set_num_threads(1)
+
+
+def _loopback_only(event: str, arguments: tuple) -> None:
+    """Fail whatever would leave this machine: no test needs more than 127.0.0.1."""
+    if event == "socket.connect" and isinstance(arguments[1], tuple):
+        host = str(arguments[1][0])
+        if not (host.startswith("127.") or host in ("::1", "localhost")):
+            raise OSError(f"a test tried to reach {host}: tests run without a network")
+
+
+sys.addaudithook(_loopback_only)
 settings.register_profile(
     "tests", deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
 )

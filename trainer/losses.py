@@ -14,7 +14,7 @@ def flow_matching_loss(flow: Tensor, x0: Tensor, noise: Tensor, mask: Tensor | N
 
 
 def masked_mse(prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean squared error in float32 over frames, weighted by `mask` [B, F]: all alike without one, 0 if all are masked."""
+    """Mean squared error in float32 over frames, weighted by `mask` [B, F] if there is one; 0 if it masks all."""
     error = (prediction.float() - target.float()).square()
     if mask is None:
         return error.mean()

@@ -26,7 +26,7 @@ from utils.clips import read_clips
 from utils.config import Config
 from utils.errors import UserError
 from utils.files import atomic_path
-from utils.ode_pairs import read_ode_pairs
+from utils.ode_pairs import SIGMAS, read_ode_pairs, read_sigmas
 from utils.rng import keyed_generator
 
 
@@ -116,7 +116,8 @@ class VAEReconstruction:
         self.net.load_state_dict(weights)
         if not self.config.train.decoder_only:
             with torch.no_grad():
-                latents = torch.cat([encode_clip(self.net, self.clip(i, 33)[None])[0] for i in range(64)])
+                clips = (self.clip(i, 33)[None].to(self.device) for i in range(64))
+                latents = torch.cat([encode_clip(self.net, clip)[0] for clip in clips])
             std, mean = torch.std_mean(latents, dim=(0, 2, 3, 4))
             self.net.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
         for parameter in self.net.parameters():
@@ -163,10 +164,14 @@ class ODERegression:
         self.config, self.device = config, device
         self.net = build_transformer(config, device)
         rollout = config.rollout
-        self.sigmas = torch.tensor(
-            step_sigmas(rollout.denoising_step_list, rollout.warp_denoising_step, rollout.timestep_shift)
-        )
-        self.pairs, captions = read_ode_pairs(config.data.path, len(self.sigmas))
+        steps = step_sigmas(rollout.denoising_step_list, rollout.warp_denoising_step, rollout.timestep_shift)
+        self.pairs, captions = read_ode_pairs(config.data.path, len(steps))
+        sigmas = config.data.sigmas or read_sigmas(config.data.path)
+        if sigmas is None or len(sigmas) != len(steps):
+            raise UserError(
+                f"{config.data.path} has no {SIGMAS}: set data.sigmas to the {len(steps)} noise levels of its points"
+            )
+        self.sigmas = torch.tensor(sigmas)  # the teacher's, which the student has to be told
         if self.pairs.shape[2] % rollout.block_frames:
             raise UserError(
                 f"the ODE pairs in {config.data.path} have {self.pairs.shape[2]} frames, which blocks of "

@@ -4,7 +4,9 @@ A YAML file states what differs from these defaults; `key=value` words on the co
 comes back is plain dataclasses: a typo or a wrong type never gets past `load_config`.
 """
 
+import itertools
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -122,6 +124,8 @@ class DataConfig:
     """Folder that the objective reads: encoded clips (flow matching) or ODE pairs (ODE regression)."""
     num_frames: int = 21
     """Latent frames of a training clip."""
+    sigmas: list[float] = field(default_factory=list)
+    """Noise levels of the ODE pairs' points, noisy to clean, for folders without a sigmas.json."""
 
 
 @dataclass
@@ -275,21 +279,33 @@ def check_config(config: Config) -> None:
         "video.fps": video.fps,
         "video.num_output_frames": video.num_output_frames,
         "model.text_length": config.model.text_length,
+        "teacher.num_inference_steps": config.teacher.num_inference_steps,
+        "teacher.timestep_shift": config.teacher.timestep_shift,
+        "data.num_frames": config.data.num_frames,
+        "train.timestep_shift": config.train.timestep_shift,
         "train.iterations": config.train.iterations,
         "train.batch_size": config.train.batch_size,
         "train.log_every": config.train.log_every,
         "train.checkpoint_every": config.train.checkpoint_every,
     }
     for key, value in positive.items():
-        if not value > 0:  # NaN included
+        if not 0 < value < math.inf:  # NaN included
             raise UserError(f"{key} must be positive, not {value}")
     for key in ("leading_blocks", "leading_steps", "window", "sink"):
         if getattr(rollout, key) < 0:
             raise UserError(f"rollout.{key} must not be negative, not {getattr(rollout, key)}")
+    train = config.train
+    if len(train.betas) != 2 or not all(0 <= beta < 1 for beta in train.betas):
+        raise UserError(f"train.betas must be two numbers from 0 to below 1, not {train.betas}")
+    if not train.clip_frames or any(frames < 1 or frames % 4 != 1 for frames in train.clip_frames):
+        raise UserError(f"train.clip_frames must be numbers of the form 4n+1, not {train.clip_frames}")
+    if config.runtime.seed < 0:
+        raise UserError(f"runtime.seed must not be negative, not {config.runtime.seed}")
     steps = rollout.denoising_step_list
     if steps and steps[-1] == 0:
         steps = steps[:-1]
-    if not steps or sorted(set(steps), reverse=True) != list(steps) or steps[0] > 1000 or steps[-1] <= 0:
+    falling = all(a > b for a, b in itertools.pairwise([*steps, 0]))  # false with a NaN
+    if not steps or not falling or not steps[0] <= 1000:
         raise UserError(
             f"rollout.denoising_step_list must fall from at most 1000 towards 0, not {rollout.denoising_step_list}"
         )

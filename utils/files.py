@@ -34,7 +34,7 @@ def writable_folder(path: str | os.PathLike[str]) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to folder {path}: {error.strerror}; choose another output folder") from None
     return path

@@ -1,9 +1,12 @@
 """Teacher ODE trajectories on disk: one file per prompt, as CausVid and Self-Forcing write them.
 
-`{index:05d}.pt` holds {prompt: float tensor [1, saves, F, C, h, w]}, noisy to clean.
+`{index:05d}.pt` holds {prompt: float tensor [1, saves, F, C, h, w]}, noisy to clean. Beside them `sigmas.json` (ours)
+holds the saved points' noise levels: they are the teacher's, and a student must be told those and not its own.
 """
 
+import json
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -23,6 +26,28 @@ def write_ode_pair(file: Path, prompt: str, points: Tensor) -> None:
     """Write the saved points [saves, F, C, h, w] of one trajectory, noisy to clean; atomic."""
     with atomic_path(file) as path:
         torch.save({prompt: points[None].cpu().clone()}, path)
+
+
+SIGMAS = "sigmas.json"
+
+
+def write_sigmas(folder: Path, sigmas: Sequence[float]) -> None:
+    """Note the noise levels of the points that a folder's pairs save.
+
+    Raises:
+        UserError: if the folder holds pairs of other levels.
+    """
+    file = folder / SIGMAS
+    if file.exists() and json.loads(file.read_text()) != list(sigmas):
+        raise UserError(f"{folder} holds pairs of other noise levels ({file}); choose another output folder")
+    with atomic_path(file) as path:
+        path.write_text(json.dumps(list(sigmas)) + "\n")
+
+
+def read_sigmas(folder: str) -> list[float] | None:
+    """The noise levels of a folder's points, noisy to clean; None if nobody noted them."""
+    file = Path(folder) / SIGMAS
+    return json.loads(file.read_text()) if file.exists() else None
 
 
 def read_ode_pairs(folder: str, num_saves: int) -> tuple[Tensor, list[str]]:

@@ -420,3 +420,18 @@ def test_compiled_layers_compute_the_same(make_net):
     net.compile_layers()
     assert list(net.state_dict()) == names
     torch.testing.assert_close(net(*block, first_frame=2, cache=cache), expected, **CLOSE)
+
+
+def test_writing_under_checkpointing_is_refused(make_net):
+    """The recomputation would append a second time, over whatever the lane holds by then."""
+    net = make_net()
+    net.gradient_checkpointing = True
+    cache = net.new_cache(1, 4, 4, 2, 1)
+    with pytest.raises(ValueError, match="twice"):
+        net(torch.randn(1, 4, 1, 4, 4), torch.tensor([500.0]), torch.randn(1, 5, 24), cache=cache, write=True)
+
+
+def test_a_forward_without_head_must_write(net):
+    cache = net.new_cache(1, 4, 4, 2, 1)
+    with pytest.raises(ValueError, match="only writes"):
+        net(torch.randn(1, 4, 1, 4, 4), torch.tensor([500.0]), torch.randn(1, 5, 24), cache=cache, head=False)

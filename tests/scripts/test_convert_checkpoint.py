@@ -101,3 +101,10 @@ def test_command_line_without_input(tmp_path, monkeypatch, capsys):
         main()
     error = capsys.readouterr().err
     assert exit.value.code == 2 and error.startswith("error: weights none.pt do not exist") and error.count("\n") == 1
+
+
+def test_a_folders_own_configuration_is_kept(tmp_path):
+    """Four heads of 32 have the shapes of one head of 128: only the configuration can tell."""
+    convert(Path("data/shapes-wan/transformer"), tmp_path / "wan-1.3b", "diffusers")
+    config = WanTransformer3DModel.load_config(tmp_path / "wan-1.3b")
+    assert (config["num_attention_heads"], config["attention_head_dim"]) == (4, 32)

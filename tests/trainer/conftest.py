@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from model import presets
 from utils.clips import write_shard
 from utils.config import Config
-from utils.ode_pairs import pair_file, write_ode_pair
+from utils.ode_pairs import pair_file, write_ode_pair, write_sigmas
 from utils.rng import keyed_generator
 
 CAPTIONS = ("a red circle", "a blue square", "a green triangle")
@@ -86,6 +86,7 @@ def pairs(tmp_path_factory) -> Path:
     for index in range(4):
         points = torch.randn(5, 6, 16, 4, 4, generator=torch.Generator().manual_seed(index))
         write_ode_pair(pair_file(folder, index), CAPTIONS[index % 3], points)
+    write_sigmas(folder, [1.0, 0.9375, 0.8333, 0.625, 0.0])
     return folder
 
 

@@ -22,7 +22,7 @@ from trainer.objectives import (
 from trainer.trainer import Trainer
 from utils.clips import read_clips
 from utils.errors import UserError
-from utils.ode_pairs import pair_file, read_ode_pairs, write_ode_pair
+from utils.ode_pairs import pair_file, read_ode_pairs, write_ode_pair, write_sigmas
 
 CPU = torch.device("cpu")
 
@@ -91,6 +91,8 @@ def test_clips_keep_their_captions(make_config, clips, tiny_presets):
 
 # ---- ODE regression ----
 
+SIGMAS = [1.0, 0.96, 0.8889, 0.7273, 0.0]  # the teacher's, which no student has
+
 
 def one_end(folder: Path) -> torch.Tensor:
     """ODE pairs from different noise that all end in one clip, which is returned: [F, C, h, w]."""
@@ -99,6 +101,7 @@ def one_end(folder: Path) -> torch.Tensor:
         points = torch.randn(5, 6, 16, 4, 4, generator=torch.Generator().manual_seed(index))
         points[-1] = x0
         write_ode_pair(pair_file(folder, index), "a red circle", points)
+    write_sigmas(folder, SIGMAS)
     return x0
 
 
@@ -135,6 +138,18 @@ def test_every_block_has_one_level_and_its_own_point(tmp_path, make_config, tiny
         seen |= {tuple(pair) for pair in blocks[..., 0].tolist()}
     assert objective.net.causal == BlockCausal((3, 3))
     assert {level for pair in seen for level in pair} == set(range(5)) and len(seen) > 12  # independent of each other
+
+
+def test_the_student_is_told_the_teachers_levels(tmp_path, make_config, tiny_presets):
+    one_end(tmp_path)
+    assert ODERegression(make_config(tmp_path), CPU).sigmas.tolist() == pytest.approx(SIGMAS)
+
+
+def test_pairs_without_levels_are_refused(tmp_path, make_config, tiny_presets):
+    one_end(tmp_path)
+    (tmp_path / "sigmas.json").unlink()
+    with pytest.raises(UserError, match=r"data\.sigmas"):
+        ODERegression(make_config(tmp_path), CPU)
 
 
 def test_pairs_of_other_levels_are_refused(make_config, pairs, tiny_presets):
