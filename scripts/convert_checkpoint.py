@@ -36,13 +36,13 @@ def convert(
     """
     formats = {"diffusers": ("", ".safetensors", *TORCH_SUFFIXES), "native": (".safetensors", *TORCH_SUFFIXES)}
     allowed = formats.get(layout, TORCH_SUFFIXES)
-    suffix = output.suffix if output.suffix in (".safetensors", *TORCH_SUFFIXES) else ""  # a folder may be wan-1.3b
+    suffix = "" if output.suffix[1:2].isdigit() else output.suffix  # a folder may be called wan-1.3b
+    to_folder = suffix == ""
     if suffix not in allowed:
         names = ", ".join(suffix or "no suffix (a folder)" for suffix in allowed)
         raise UserError(f"--to {layout} cannot be written as {output.name}; end --output with one of: {names}")
 
     state = read_checkpoint(source, use_ema)
-    to_folder = output.suffix not in (".safetensors", *TORCH_SUFFIXES)
     config = folder_config(source, state, num_heads) if to_folder else {}
     target = DTYPES[dtype]
     if target is not None:

@@ -4,6 +4,7 @@ Hypothesis draws the same examples in every run: a test fails today or it does n
 """
 
 import os
+import signal
 import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -21,6 +22,8 @@ from hypothesis import HealthCheck, settings
 from model.causal_wan import CausalWanModel, TextContext
 
 torch.set_num_threads(1)
+# A job in the background may ignore Ctrl-C, and its children would too; some tests press it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _loopback_only(event: str, arguments: tuple) -> None:

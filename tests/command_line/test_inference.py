@@ -544,7 +544,13 @@ BAD = [
         prepare=text("b.safetensors", "text"),
         late=True,
     ),
-    bad("no image inside", "--image", "{}/b.png", says="cannot read image", prepare=text("b.png", "text"), late=True),
+    bad(
+        "no image inside",
+        *("--image", "{}/b.png", "--num_output_frames", 10),
+        says="cannot read image",
+        prepare=text("b.png", "text"),
+        late=True,
+    ),
     bad(
         "frames after an image",
         *("--image", "{}/start.png"),
