@@ -9,6 +9,7 @@ among the ranks. A video's JSON makes it again: python inference.py --config_pat
 
 import argparse
 import json
+from typing import Any
 
 from utils.config import Config, load_config, parse_record
 from utils.distributed import rank, world_size
@@ -93,9 +94,8 @@ def resolve_config(args: argparse.Namespace) -> Config:
     return load_config(args.config_path, [*words, *args.overrides])
 
 
-def work_items(args: argparse.Namespace) -> list[tuple[Prompt, int, str]]:
-    """All (prompt, sample, file stem) of the run, the same list on every rank."""
-    record = parse_record(args.config_path)
+def work_items(args: argparse.Namespace, record: dict[str, Any] | None) -> list[tuple[Prompt, int, str]]:
+    """All (prompt, sample, file stem) of the run, the same list on every rank; `record` is a video's to make again."""
     if args.data_path:
         prompts = read_prompts(args.data_path, args.extended_prompt_path)
         stems = unique_stems(prompts, args.num_samples, args.save_with_index)
@@ -116,12 +116,13 @@ def main() -> None:
         return
     if not args.output_folder:
         raise UserError("say where videos go: --output_folder DIR")
-    items = work_items(args)
+    record = parse_record(args.config_path)
+    items = work_items(args, record)
 
     # Heavy imports wait until the arguments are known to be good.
     from pipeline.generate import generate_videos
 
-    condition = args.image or args.video or (parse_record(args.config_path) or {}).get("condition") or ""
+    condition = args.image or args.video or (record or {}).get("condition") or ""
     if not config.model.generator and rank() == 0:
         print("no generator weights given (--checkpoint_path): taking the base's own transformer")
     generate_videos(

@@ -4,18 +4,16 @@ x = (1 - sigma) x0 + sigma noise, and the network predicts flow = noise - x0 (Li
 """
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+Level = TypeVar("Level", float, Tensor)  # one level or many
 
-def shift_sigma(u: float, shift: float) -> float:
+
+def shift_sigma(u: Level, shift: float) -> Level:
     """Warp a position u in [0, 1] of the even grid towards noise (Esser et al., arXiv 2403.03206, equation 23)."""
-    return shift * u / (1 + (shift - 1) * u)
-
-
-def shifted_sigmas(u: Tensor, shift: float) -> Tensor:
-    """`shift_sigma` of a tensor."""
     return shift * u / (1 + (shift - 1) * u)
 
 

@@ -39,6 +39,10 @@ class WanVAE:
         """Pixel frames that `num_latent_frames` latent frames decode to."""
         return self.temporal_stride * (num_latent_frames - 1) + 1
 
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """(C, h, w) of one latent frame of a video of height x width pixels."""
+        return self.channels, height // self.spatial_stride, width // self.spatial_stride
+
     def to(self, device: torch.device | str) -> "WanVAE":
         """Move the weights, for example off the device after use."""
         self.net.to(device)

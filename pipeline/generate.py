@@ -132,12 +132,7 @@ def make_video(
     files.remove_leftovers()
     started = time.perf_counter()
     num_frames = config.video.num_output_frames
-    shape = (
-        num_frames,
-        vae.channels,
-        config.video.height // vae.spatial_stride,
-        config.video.width // vae.spatial_stride,
-    )
+    shape = (num_frames, *vae.latent_shape(config.video.height, config.video.width))
     decoder = vae.stream()
     sheet = ContactSheetSampler(vae.num_pixel_frames(num_frames), fps=config.video.fps)
 
@@ -228,7 +223,7 @@ def read_condition(path: str, config: Config, vae: WanVAE) -> Tensor:
     video = config.video
     if path.endswith(".safetensors"):
         latents = read_latents(path)[None]
-        expected = (vae.channels, video.height // vae.spatial_stride, video.width // vae.spatial_stride)
+        expected = vae.latent_shape(video.height, video.width)
         if latents.shape[2:] != expected:
             raise UserError(f"latents in {path} are {list(latents.shape[2:])}, the video's are {list(expected)}")
         return latents

@@ -108,10 +108,10 @@ class TextToVideo:
         given_frames = 0 if given is None else given.shape[1]
         schedule = self.schedule(given_frames)
         layout = BlockLayout(config.rollout.block_frames, given_frames)
-        height, width = (size // self.vae.spatial_stride for size in (config.video.height, config.video.width))
+        channels, height, width = self.vae.latent_shape(config.video.height, config.video.width)
 
         def noise(block: int, step: int) -> Tensor:
-            shape = (layout.frames(block), self.vae.channels, height, width)
+            shape = (layout.frames(block), channels, height, width)
             each = [keyed_noise(config.runtime.seed, sample, block, step, shape) for sample in samples]
             drawn = torch.stack(each)
             if net.device.type == "cuda":  # pinned, the copy is queued; otherwise the host would wait for the queue

@@ -15,10 +15,11 @@ from transformers import ByT5Tokenizer, UMT5Config, UMT5EncoderModel
 
 from model import presets
 from model.causal_wan import BlockCausal, CausalWanModel
-from model.flow import add_noise, flow_to_x0, shifted_sigmas, step_sigmas
+from model.flow import add_noise, flow_to_x0, shift_sigma
 from model.text_encoder import TextEncoder
 from model.vae import channels_last_, decode_clip, encode_clip
 from model.weights import ModelDirectory
+from pipeline.text_to_video import rollout_sigmas
 from trainer.losses import flow_matching_loss, kl_to_standard_normal, masked_mse
 from trainer.trainer import Objective
 from utils import shapes
@@ -142,7 +143,7 @@ class FlowMatching:
         x0 = self.latents[chosen].to(self.device, torch.float32)
         # One level from each of B equal parts of [0, 1): the batch covers them all, whatever the chance.
         u = (torch.arange(train.batch_size) + torch.rand(train.batch_size, generator=generator)) / train.batch_size
-        sigma = shifted_sigmas(u, train.timestep_shift).to(self.device)
+        sigma = shift_sigma(u, train.timestep_shift).to(self.device)
         noise = torch.randn(x0.shape, generator=generator).to(self.device)
         dropped = torch.rand(train.batch_size, generator=generator) < train.text_dropout
         x = add_noise(x0, noise, sigma.view(-1, 1, 1, 1, 1))
@@ -164,12 +165,12 @@ class ODERegression:
         self.config, self.device = config, device
         self.net = build_transformer(config, device)
         rollout = config.rollout
-        steps = step_sigmas(rollout.denoising_step_list, rollout.warp_denoising_step, rollout.timestep_shift)
-        self.pairs, captions = read_ode_pairs(config.data.path, len(steps))
+        num_levels = len(rollout_sigmas(rollout))
+        self.pairs, captions = read_ode_pairs(config.data.path, num_levels)
         sigmas = config.data.sigmas or read_sigmas(config.data.path)
-        if sigmas is None or len(sigmas) != len(steps):
+        if sigmas is None or len(sigmas) != num_levels:
             raise UserError(
-                f"{config.data.path} has no {SIGMAS}: set data.sigmas to the {len(steps)} noise levels of its points"
+                f"{config.data.path} has no {SIGMAS}: set data.sigmas to the {num_levels} noise levels of its points"
             )
         self.sigmas = torch.tensor(sigmas)  # the teacher's, which the student has to be told
         if self.pairs.shape[2] % rollout.block_frames:

@@ -8,14 +8,19 @@ from pathlib import Path
 from utils.errors import UserError
 
 
+def partial_path(path: Path) -> Path:
+    """The name beside `path` under which this process writes it.
+
+    It keeps the suffix, so that writers which choose a format by suffix still do.
+    """
+    return path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+
+
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; rename it to `path` if the body succeeds, remove it otherwise.
-
-    The temporary name keeps the suffix, so that writers which choose a format by suffix still do.
-    """
+    """Yield a temporary path beside `path`; rename it to `path` if the body succeeds, remove it otherwise."""
     path = Path(path)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    temporary = partial_path(path)
     try:
         yield temporary
         os.replace(temporary, path)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from utils.errors import UserError
+from utils.files import partial_path
 
 
 class LatentsWriter:
@@ -23,7 +24,7 @@ class LatentsWriter:
     def __init__(self, path: str | os.PathLike[str], shape: tuple[int, int, int, int]):
         self.path = Path(path)
         self.shape = shape
-        self._partial = self.path.with_name(f".{self.path.stem}.{os.getpid()}.partial{self.path.suffix}")
+        self._partial = partial_path(self.path)
         self._frames = 0
 
     def __enter__(self) -> "LatentsWriter":

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.flow import add_noise, flow_to_x0, guide, shift_sigma, shifted_sigmas, solver_sigmas, step_sigmas
+from model.flow import add_noise, flow_to_x0, guide, shift_sigma, solver_sigmas, step_sigmas
 
 
 @given(st.floats(0, 1))
@@ -89,7 +89,7 @@ def test_shifting_keeps_the_ends_and_the_order(u, shift):
     assert shift_sigma(0.0, shift) == 0 and shift_sigma(1.0, shift) == pytest.approx(1)
     assert shift_sigma(u, 1.0) == pytest.approx(u)
     assert shift_sigma(u, shift) <= shift_sigma(min(1.0, u + 0.1), shift)
-    tensor = shifted_sigmas(torch.tensor([u], dtype=torch.float64), shift)
+    tensor = shift_sigma(torch.tensor([u], dtype=torch.float64), shift)
     assert tensor.item() == pytest.approx(shift_sigma(u, shift))
 
 
