@@ -1,12 +1,12 @@
 """Train: python train.py --config_path configs/shapes/vae.yaml --logdir runs/shapes/vae [section.key=value ...]
 
+Several processes, each with a share of the batch: torchrun --nproc_per_node=2 train.py ...
 The same command again resumes from the last checkpoint in --logdir.
 """
 
 import argparse
 
 from utils.config import load_config
-from utils.distributed import world_size
 from utils.errors import UserError, command
 
 
@@ -27,16 +27,15 @@ def main() -> None:
     if not config.train.objective:
         raise UserError(f"{args.config_path} has no train.objective; configs/shapes/ holds those that train")
 
-    if world_size() > 1:
-        raise UserError("training runs in one process so far; start it with python, not torchrun")
-
     # Heavy imports wait until the arguments are known to be good.
     from trainer.objectives import build_objective
     from trainer.trainer import Trainer
     from utils.device import pick_device
+    from utils.distributed import process_group
 
-    objective = build_objective(config, pick_device(config.runtime.device))
-    Trainer(config, objective, args.logdir).train()
+    device = pick_device(config.runtime.device)
+    with process_group(device):
+        Trainer(config, build_objective(config, device), args.logdir).train()
 
 
 if __name__ == "__main__":

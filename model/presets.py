@@ -5,7 +5,7 @@ from typing import Any
 TRANSFORMERS: dict[str, dict[str, Any]] = {
     "wan-1.3b": dict(num_attention_heads=12, attention_head_dim=128, ffn_dim=8960, num_layers=30, text_dim=4096),
     "wan-14b": dict(num_attention_heads=40, attention_head_dim=128, ffn_dim=13824, num_layers=40, text_dim=4096),
-    "shapes": dict(num_attention_heads=4, attention_head_dim=32, ffn_dim=512, num_layers=6, text_dim=64),
+    "shapes": dict(num_attention_heads=6, attention_head_dim=32, ffn_dim=768, num_layers=6, text_dim=64),
 }
 
 VAES: dict[str, dict[str, Any]] = {

@@ -5,6 +5,8 @@ VAE's published mean and standard deviation, and laid out [B, F, C, h, w]; pixel
 F latent frames are T = 4 (F - 1) + 1 pixel frames (for Wan's stride 4 in time).
 """
 
+from functools import partial
+
 import torch
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanResample, patchify, unpatchify
@@ -19,6 +21,7 @@ class WanVAE:
 
     def __init__(self, vae: AutoencoderKLWan):
         self.net = vae.eval().requires_grad_(False)
+        use_onednn_(self.net)
 
     @property
     def channels(self) -> int:
@@ -181,3 +184,20 @@ def channels_last_(net: nn.Module) -> None:
             parameter.data = parameter.data.to(memory_format=torch.channels_last_3d)
         elif parameter.ndim == 4:
             parameter.data = parameter.data.to(memory_format=torch.channels_last)
+
+
+def use_onednn_(net: nn.Module) -> None:
+    """Have 3D convolutions of a single clip on a CPU computed by oneDNN, as those of several are.
+
+    Left alone, PyTorch takes a kernel for them that is some five times slower.
+    """
+    for module in net.modules():
+        if isinstance(module, nn.Conv3d):
+            module._conv_forward = partial(_conv3d, module)  # type: ignore[method-assign]
+
+
+def _conv3d(conv: nn.Conv3d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    single = x.device.type == "cpu" and len(x) == 1 and not torch.is_grad_enabled()
+    if single and torch.backends.mkldnn.is_available() and isinstance(conv.padding, tuple):
+        return torch.mkldnn_convolution(x, weight, bias, conv.padding, conv.stride, conv.dilation, conv.groups)
+    return nn.Conv3d._conv_forward(conv, x, weight, bias)

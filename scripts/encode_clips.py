@@ -2,7 +2,8 @@
 
 python scripts/encode_clips.py --base data/shapes-wan --output runs/shapes/clips --num_clips 2048 --num_frames 21
 
-Shards that hold these clips already are kept, so the same command goes on where it stopped.
+Several processes share the work under torchrun. Shards that hold these clips already are kept, so the same command goes
+on where it stopped.
 """
 
 import argparse
@@ -19,10 +20,12 @@ from model.weights import ModelDirectory
 from utils import shapes
 from utils.clips import holds_clips, write_shard
 from utils.device import pick_device
+from utils.distributed import rank, world_size
 from utils.errors import UserError, command
 from utils.files import writable_folder
 
-SHARD = 64  # clips
+SHARD = 64  # clips in a file
+BATCH = 8  # clips encoded at once
 
 
 @command
@@ -41,15 +44,17 @@ def main() -> None:
     vae = ModelDirectory.open(args.base).load_vae(torch.float32).to(device)
     channels_last_(vae)
     folder = writable_folder(args.output)
-    for start in tqdm(range(0, args.num_clips, SHARD), unit="shard"):
+    starts = range(0, args.num_clips, SHARD)[rank() :: world_size()]
+    for start in tqdm(starts, unit="shard", disable=rank() > 0):
         file = folder / f"{start:06d}.safetensors"
         clips = [shapes.sample_clip(args.seed, i) for i in range(start, min(start + SHARD, args.num_clips))]
         captions = [clip.scene.caption for clip in clips]
         if holds_clips(file, args.num_frames, captions):
             continue
         latents = []
-        for clip in clips:
-            pixels = shapes.to_pixels(shapes.render(clip, 4 * (args.num_frames - 1) + 1))[None]
+        for i in range(0, len(clips), BATCH):
+            rendered = [shapes.render(clip, 4 * (args.num_frames - 1) + 1) for clip in clips[i : i + BATCH]]
+            pixels = torch.stack([shapes.to_pixels(frames) for frames in rendered])
             pixels = pixels.to(device, memory_format=torch.channels_last_3d)
             with torch.no_grad():
                 latents.append(normalise(vae, encode_clip(vae, pixels)[0]).transpose(1, 2).cpu())

@@ -3,10 +3,11 @@
 python scripts/sample_teacher.py --config_path configs/shapes.yaml --data_path data/shapes_prompts.txt \\
     --output_folder outputs/teacher [--solver unipc] [--seed 7] [teacher.guidance_scale=4 data.num_frames=21 ...]
 
-Videos that exist are kept.
+Videos that exist are kept; under torchrun the ranks share them out. Each gets a record X.json beside it.
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -17,12 +18,14 @@ from tqdm import tqdm
 from model.flow import solver_sigmas
 from model.vae import WanVAE
 from model.weights import ModelDirectory
+from pipeline.generate import Files, make_record
 from pipeline.teacher import Teacher, sample_euler, sample_unipc
 from pipeline.text_to_video import DTYPES
 from utils.config import load_config
 from utils.device import pick_device
-from utils.errors import command
-from utils.files import writable_folder
+from utils.distributed import rank, world_size
+from utils.errors import UserError, command
+from utils.files import atomic_path, writable_folder
 from utils.prompts import read_prompts, unique_stems
 from utils.video import VideoWriter
 
@@ -34,30 +37,45 @@ def main() -> None:
     parser.add_argument("--data_path", required=True, help="prompts, one per line")
     parser.add_argument("--output_folder", required=True)
     parser.add_argument("--solver", choices=["euler", "unipc"], default="unipc")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, help="default: the config's runtime.seed")
+    parser.add_argument("--num_samples", type=int, default=1, help="videos per prompt")
+    parser.add_argument("--batch_size", type=int, default=1, help="videos at a time")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the configuration")
     args = parser.parse_intermixed_args()
-    config = load_config(args.config_path, args.overrides)
+    if args.num_samples < 1 or args.batch_size < 1:
+        raise UserError("--num_samples and --batch_size must be at least 1")
+    words = [] if args.seed is None else [f"runtime.seed={args.seed}"]
+    config = load_config(args.config_path, [*args.overrides, *words])
     prompts = read_prompts(args.data_path)
-    stems = unique_stems(prompts, 1)
+    stems = unique_stems(prompts, args.num_samples)
     folder = writable_folder(args.output_folder)
+    wanted = [
+        (prompt, sample, Files(folder, stems[prompt.index][sample]))
+        for prompt in prompts
+        for sample in range(args.num_samples)
+    ][rank() :: world_size()]
+    todo = [item for item in wanted if not item[2].video.exists()]
     device = pick_device(config.runtime.device)
     teacher = Teacher.load(config, device)
     vae = WanVAE(ModelDirectory.open(config.model.base).load_vae(DTYPES[config.model.dtype]).to(device))
     steps, shift = config.teacher.num_inference_steps, config.teacher.timestep_shift
-    for prompt in tqdm(prompts, unit="video"):
-        path = folder / f"{stems[prompt.index][0]}.mp4"
-        if path.exists():
-            continue
-        flow, noise = teacher.flow([prompt.text]), teacher.noise(args.seed, [0])
+    batches = [todo[i : i + args.batch_size] for i in range(0, len(todo), args.batch_size)]
+    for batch in tqdm(batches, unit="batch", disable=rank() > 0):
+        flow = teacher.flow([prompt.text for prompt, _, _ in batch])
+        # The noise of a video is that of its sample, whatever the batch, and for each prompt the same.
+        noise = teacher.noise(config.runtime.seed, [sample for _, sample, _ in batch])
         if args.solver == "unipc":
             latents = sample_unipc(flow, noise, steps, shift)
         else:
             latents = sample_euler(flow, noise, solver_sigmas(steps, shift))[-1]
-        decoder = vae.stream()
-        with VideoWriter(path, fps=config.video.fps) as video:
-            for frame in latents.split(1, dim=1):
-                video.write(decoder.push(frame)[0])
+        for clip, (prompt, sample, files) in zip(latents, batch, strict=True):
+            decoder = vae.stream()
+            with VideoWriter(files.video, fps=config.video.fps) as video:
+                for frame in clip[None].split(1, dim=1):
+                    video.write(decoder.push(frame)[0])
+                with atomic_path(files.record) as path:
+                    record = make_record(config, prompt, sample, "") | {"solver": args.solver}
+                    path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

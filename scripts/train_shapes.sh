@@ -4,20 +4,30 @@
 #   scripts/train_shapes.sh [section.key=value ...]
 #
 # Kill it at any moment and run it again: every stage goes on where it stopped. RUNS (default runs/shapes) holds logs and
-# checkpoints, MODEL (default data/shapes-wan) receives the weights, CLIPS and PAIRS are how many of each are made;
-# words are passed on to every train.py.
+# checkpoints, MODEL (default data/shapes-wan) receives the weights, CLIPS and PAIRS are how many of each are made,
+# PROCESSES (default 2) share the work, with a thread each; words are passed on to every train.py.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 runs=${RUNS:-runs/shapes}
 model=${MODEL:-data/shapes-wan}
 python=${PYTHON:-python}
+processes=${PROCESSES:-2}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+
+run() { # script [word ...], on all processes
+    if ((processes > 1)); then
+        "$python" -m torch.distributed.run --standalone --nproc_per_node="$processes" "$@"
+    else
+        "$python" "$@"
+    fi
+}
 
 train() { # stage output [override ...]
     local stage=$1 output=$2
     shift 2
     echo "== $stage"
-    "$python" train.py --config_path "configs/shapes/$stage.yaml" --logdir "$runs/$stage" \
+    run train.py --config_path "configs/shapes/$stage.yaml" --logdir "$runs/$stage" \
         model.base="$model" train.output="$output" "$@"
 }
 
@@ -33,13 +43,13 @@ train vae "$short" "$@"
 train vae_long "$model" train.init="$short" "$@"
 
 echo "== clips"
-"$python" scripts/encode_clips.py --base "$model" --output "$runs/clips" --num_clips "${CLIPS:-1024}"
+run scripts/encode_clips.py --base "$model" --output "$runs/clips" --num_clips "${CLIPS:-4096}"
 
 train teacher "$model/transformer" data.path="$runs/clips" "$@"
 
 echo "== ODE pairs"
-"$python" scripts/write_shapes_clips.py --output "$runs" --num_clips "${PAIRS:-320}" --seed 1 --captions_only
-"$python" scripts/generate_ode_pairs.py --config_path configs/shapes.yaml --caption_path "$runs/captions.txt" \
+"$python" scripts/write_shapes_clips.py --output "$runs" --num_clips "${PAIRS:-2048}" --seed 1 --captions_only
+run scripts/generate_ode_pairs.py --config_path configs/shapes.yaml --caption_path "$runs/captions.txt" \
     --output_folder "$runs/ode_pairs" --batch_size 8 --num_inference_steps 24 model.base="$model"
 
 train generator "$model/generator" data.path="$runs/ode_pairs" train.init="$model/transformer" "$@"

@@ -21,7 +21,7 @@ from model.vae import channels_last_, decode_clip, encode_clip
 from model.weights import ModelDirectory
 from pipeline.text_to_video import rollout_sigmas
 from trainer.losses import flow_matching_loss, kl_to_standard_normal, masked_mse
-from trainer.trainer import Objective
+from trainer.trainer import Objective, num_parts
 from utils import shapes
 from utils.clips import read_clips
 from utils.config import Config
@@ -47,13 +47,12 @@ class TextAttributes:
         self.net = nn.ModuleDict({"encoder": encoder, "heads": heads}).to(device)
         self.tokenizer = ByT5Tokenizer()
 
-    def loss(self, iteration: int) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, iteration: int, part: int) -> tuple[Tensor, dict[str, float]]:
         """Cross-entropy of every attribute from the mean embedding."""
         train = self.config.train
-        scenes = [
-            shapes.sample_clip(self.config.runtime.seed, iteration * train.batch_size + i).scene
-            for i in range(train.batch_size)
-        ]
+        first = (iteration * num_parts(train) + part) * train.batch_size
+        seed = self.config.runtime.seed
+        scenes = [shapes.sample_clip(seed, first + i).scene for i in range(train.batch_size)]
         tokens = self.tokenizer([scene.caption for scene in scenes], padding=True, return_tensors="pt").to(self.device)
         hidden = self.encoder(**tokens).last_hidden_state
         mask = tokens.attention_mask[..., None]
@@ -89,23 +88,21 @@ class VAEReconstruction:
             self.net.encoder.requires_grad_(False)
             self.net.quant_conv.requires_grad_(False)
 
-    def loss(self, iteration: int) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, iteration: int, part: int) -> tuple[Tensor, dict[str, float]]:
         """Absolute and squared error of the reconstruction, and the KL term."""
         train = self.config.train
-        rng = np.random.default_rng([self.config.runtime.seed, iteration])
-        num_frames = int(rng.choice(train.clip_frames))
-        # A batch holds about as many pixels whatever its clips' length.
-        num_clips = max(1, train.batch_size * min(train.clip_frames) // num_frames)
-        pixels = torch.stack([self.clip(iteration * train.batch_size + i, num_frames) for i in range(num_clips)]).to(
-            self.device, memory_format=torch.channels_last_3d
-        )
+        num_clips, num_frames = draw_length(self.config, iteration)
+        first = (iteration * num_parts(train) + part) * train.batch_size
+        pixels = torch.stack([self.clip(first + i, num_frames) for i in range(num_clips)])
+        pixels = pixels.to(self.device, memory_format=torch.channels_last_3d)
         mean, log_variance = encode_clip(self.net, pixels)
-        noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(iteration)).to(mean)
+        generator = keyed_generator("posterior", self.config.runtime.seed, iteration, part)
+        noise = torch.randn(mean.shape, generator=generator).to(mean)
         latents = mean + noise * (0.5 * log_variance).exp()
         error = decode_clip(self.net, latents) - pixels
         kl = kl_to_standard_normal(mean, log_variance)
         squared = error.square().mean()
-        loss = error.abs().mean() + squared + train.kl_weight * kl
+        loss = error.abs().mean() + 4 * squared + train.kl_weight * kl
         return loss, {"psnr_db": -10 * np.log10(squared.item() / 4 + 1e-12), "kl": kl.item()}
 
     def clip(self, index: int, num_frames: int) -> Tensor:
@@ -133,19 +130,30 @@ class FlowMatching:
         self.config, self.device = config, device
         self.net = build_transformer(config, device)
         self.latents, captions = read_clips(config.data.path)
+        longest = 4 * (self.latents.shape[1] - 1) + 1
+        if max(config.train.clip_frames, default=0) > longest:
+            raise UserError(
+                f"train.clip_frames={config.train.clip_frames} asks for more than the {longest} pixel frames of the "
+                f"clips in {config.data.path}"
+            )
         self.text = CaptionEmbeddings(config, captions, device)
 
-    def loss(self, iteration: int) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, iteration: int, part: int) -> tuple[Tensor, dict[str, float]]:
         """Mean squared error of the flow (Wan2.1, section 4.2)."""
         train = self.config.train
-        generator = keyed_generator("flow matching", self.config.runtime.seed, iteration)
-        chosen = torch.randint(len(self.latents), (train.batch_size,), generator=generator)
-        x0 = self.latents[chosen].to(self.device, torch.float32)
-        # One level from each of B equal parts of [0, 1): the batch covers them all, whatever the chance.
-        u = (torch.arange(train.batch_size) + torch.rand(train.batch_size, generator=generator)) / train.batch_size
+        generator = keyed_generator("flow matching", self.config.runtime.seed, iteration, part)
+        num_clips, num_frames = train.batch_size, self.latents.shape[1]
+        if train.clip_frames:
+            num_clips, num_pixel_frames = draw_length(self.config, iteration)
+            num_frames = (num_pixel_frames - 1) // 4 + 1
+        chosen = torch.randint(len(self.latents), (num_clips,), generator=generator)
+        x0 = self.latents[chosen, :num_frames].to(self.device, torch.float32)
+        # One level from each of as many equal parts of [0, 1) as there are clips: all are covered, whatever the chance.
+        clips = part * num_clips + torch.arange(num_clips) + torch.rand(num_clips, generator=generator)
+        u = clips / (num_parts(train) * num_clips)
         sigma = shift_sigma(u, train.timestep_shift).to(self.device)
         noise = torch.randn(x0.shape, generator=generator).to(self.device)
-        dropped = torch.rand(train.batch_size, generator=generator) < train.text_dropout
+        dropped = torch.rand(num_clips, generator=generator) < train.text_dropout
         x = add_noise(x0, noise, sigma.view(-1, 1, 1, 1, 1))
         flow = self.net(x.transpose(1, 2), 1000 * sigma, self.text.of(chosen, dropped)).transpose(1, 2)
         weight = torch.ones(x0.shape[:2], device=self.device)
@@ -180,10 +188,10 @@ class ODERegression:
             )
         self.text = CaptionEmbeddings(config, captions, device)
 
-    def loss(self, iteration: int) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, iteration: int, part: int) -> tuple[Tensor, dict[str, float]]:
         """Mean squared error of x0 over the frames that are not clean already."""
         train, rollout = self.config.train, self.config.rollout
-        generator = keyed_generator("ode regression", self.config.runtime.seed, iteration)
+        generator = keyed_generator("ode regression", self.config.runtime.seed, iteration, part)
         chosen = torch.randint(len(self.pairs), (train.batch_size,), generator=generator)
         points = self.pairs[chosen].to(self.device, torch.float32)  # [B, S + 1, F, C, h, w]
         num_frames = points.shape[2]
@@ -218,6 +226,15 @@ class CaptionEmbeddings:
         """Embeddings [B, L, text_dim] of clips by index; the empty prompt's where `dropped` [B] is true."""
         rows = self.rows[clips]
         return self.table[rows if dropped is None else rows.masked_fill(dropped, 0)]
+
+
+def draw_length(config: Config, iteration: int) -> tuple[int, int]:
+    """How many clips of how many pixel frames a part of iteration `iteration`'s batch holds: about as many pixels
+    whatever the length, which is the same for all parts, so that no process waits for another."""
+    train = config.train
+    rng = np.random.default_rng([config.runtime.seed, iteration])
+    num_frames = int(rng.choice(train.clip_frames))
+    return max(1, train.batch_size * min(train.clip_frames) // num_frames), num_frames
 
 
 def build_transformer(config: Config, device: torch.device) -> CausalWanModel:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from trainer.muon import Muon
 from utils.config import Config, TrainConfig
+from utils.distributed import rank, sum_over_processes, world_size
 from utils.errors import UserError
 from utils.files import atomic_path, writable_folder
 
@@ -27,9 +28,12 @@ class Objective(Protocol):
         """What the optimizer updates."""
         ...
 
-    def loss(self, iteration: int) -> tuple[Tensor, dict[str, float]]:
-        """The loss of iteration `iteration` and what to log beside it. All its randomness is a pure function of
-        (seed, iteration), so that a resumed run goes on exactly."""
+    def loss(self, iteration: int, part: int) -> tuple[Tensor, dict[str, float]]:
+        """The loss of part `part` of iteration `iteration`'s batch, and what to log beside it.
+
+        All randomness is a pure function of (seed, iteration, part), so that a resumed run goes on exactly, and any
+        number of processes trains on the same batches.
+        """
         ...
 
     def export(self, folder: Path, weights: dict[str, Tensor]) -> None:
@@ -46,6 +50,7 @@ class Trainer:
         self.objective = objective
         self.logdir = writable_folder(logdir)
         self.iteration = 0
+        self.parts = my_parts(self.train_config)
         self.optimizers = build_optimizers(objective.net, self.train_config)
         self.base_rates = [[group["lr"] for group in o.param_groups] for o in self.optimizers]
         self.ema = {name: p.detach().clone() for name, p in objective.net.state_dict().items()}
@@ -59,7 +64,8 @@ class Trainer:
         """Resume if there is a checkpoint, train to the last iteration, export the EMA weights."""
         config = self.train_config
         self.resume()
-        (self.logdir / "config.yaml").write_text(self.config.to_yaml())
+        if rank() == 0:
+            (self.logdir / "config.yaml").write_text(self.config.to_yaml())
         with MetricsLog(self.logdir, config, self.config, self.iteration) as log:
             try:
                 while self.iteration < config.iterations:
@@ -72,7 +78,7 @@ class Trainer:
             except KeyboardInterrupt:
                 self.save()
                 raise
-        if config.output:
+        if config.output and rank() == 0:
             self.objective.export(Path(config.output), self.ema)
             print(f"wrote {config.output}")
 
@@ -83,19 +89,32 @@ class Trainer:
         for optimizer, rates in zip(self.optimizers, self.base_rates, strict=True):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * scale
-        loss, metrics = self.objective.loss(self.iteration)
-        loss.backward()
+        metrics = self.accumulate()
         norm = nn.utils.clip_grad_norm_(net.parameters(), config.grad_clip)
-        if not (torch.isfinite(loss) and torch.isfinite(norm)):
+        if not (math.isfinite(metrics["loss"]) and torch.isfinite(norm)):
             raise UserError(
-                f"loss {loss.item():.4g} and gradient norm {norm.item():.4g} at iteration {self.iteration}: "
+                f"loss {metrics['loss']:.4g} and gradient norm {norm.item():.4g} at iteration {self.iteration}: "
                 f"not finite; the last good state is {self.checkpoint}, go on with a lower train.learning_rate"
             )
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.update_ema()
-        return {"loss": loss.item(), "grad_norm": norm.item(), "rate_scale": scale} | metrics
+        return metrics | {"grad_norm": norm.item(), "rate_scale": scale}
+
+    def accumulate(self) -> dict[str, float]:
+        """Leave the whole batch's gradient in every process; returns its loss and the objective's metrics."""
+        parts = num_parts(self.train_config)
+        sums: dict[str, float] = {}
+        for part in self.parts:
+            loss, metrics = self.objective.loss(self.iteration, part)
+            (loss / parts).backward()
+            for name, value in ({"loss": loss.item()} | metrics).items():
+                sums[name] = sums.get(name, 0.0) + value / parts
+        values = torch.tensor(list(sums.values()), device=loss.device)
+        gradients = [p.grad for p in self.objective.net.parameters() if p.grad is not None]
+        sum_over_processes([values, *gradients])
+        return dict(zip(sums, values.tolist(), strict=True))
 
     @torch.no_grad()
     def update_ema(self) -> None:
@@ -109,6 +128,8 @@ class Trainer:
 
     def save(self) -> None:
         """Write the checkpoint; a kill in between leaves the previous one."""
+        if rank() > 0:
+            return
         state = {
             "iteration": self.iteration,
             "net": self.objective.net.state_dict(),
@@ -122,7 +143,7 @@ class Trainer:
     def resume(self) -> None:
         """Load the checkpoint of this logdir, if there is one."""
         for leftover in self.logdir.glob(".checkpoint.*.partial.pt"):  # of a run that was killed while it saved
-            leftover.unlink()
+            leftover.unlink(missing_ok=True)
         if not self.checkpoint.exists():
             return
         state = torch.load(self.checkpoint, weights_only=True, map_location="cpu")
@@ -142,7 +163,29 @@ class Trainer:
         for name, value in state["ema"].items():
             self.ema[name].copy_(value)
         self.iteration = state["iteration"]
-        print(f"resumed from {self.checkpoint} at iteration {self.iteration}")
+        if rank() == 0:
+            print(f"resumed from {self.checkpoint} at iteration {self.iteration}")
+
+
+def num_parts(config: TrainConfig) -> int:
+    """In how many parts of `batch_size` an iteration's batch is computed, over all processes.
+
+    Raises:
+        UserError: if it does not divide into the same number of parts for each process.
+    """
+    total = config.total_batch_size or config.batch_size * world_size()
+    if total <= 0 or total % (config.batch_size * world_size()):
+        raise UserError(
+            f"train.total_batch_size={total} must be a multiple of train.batch_size={config.batch_size} times the "
+            f"number of processes, {world_size()}"
+        )
+    return total // config.batch_size
+
+
+def my_parts(config: TrainConfig) -> range:
+    """Which parts of every iteration's batch this process computes."""
+    share = num_parts(config) // world_size()
+    return range(rank() * share, (rank() + 1) * share)
 
 
 @contextlib.contextmanager
@@ -204,12 +247,14 @@ class MetricsLog:
         self.count = 0
         self.started = time.perf_counter()
         self.first_iteration = iteration
+        self.wandb: Any = None
+        if rank() > 0:
+            return
         # A killed run may have logged iterations that were lost with it.
         if self.path.exists():
             lines = self.path.read_text().splitlines()
             keep = [line for line in lines if line.endswith("}") and json.loads(line)["iteration"] <= iteration]
             self.path.write_text("".join(line + "\n" for line in keep))
-        self.wandb: Any = None
         if train.wandb != "off":
             import wandb
 
@@ -226,6 +271,8 @@ class MetricsLog:
 
     def write(self, iteration: int, metrics: dict[str, float]) -> None:
         """Take in one iteration's metrics; every `log_every` iterations write a line."""
+        if rank() > 0:
+            return
         self.count += 1
         for name, value in metrics.items():
             self.sums[name] = self.sums.get(name, 0.0) + value

@@ -143,7 +143,9 @@ class TrainConfig:
     iterations: int = 1000
     """Optimizer updates of the whole run."""
     batch_size: int = 8
-    """Clips per iteration; for the VAE, of the shortest length in clip_frames (fewer of longer ones)."""
+    """Clips that go through the network at once, if of the shortest length in clip_frames (fewer of longer ones)."""
+    total_batch_size: int = 0
+    """Clips per iteration, over all processes; accumulated where it takes several passes. 0: batch_size each."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon: Muon for matrices inside the layers, AdamW for everything else."""
     learning_rate: float = 1e-3
@@ -168,8 +170,9 @@ class TrainConfig:
     """Flow matching: how much the first latent frame counts. It holds one pixel frame, not four, and learns last."""
     kl_weight: float = 1e-6
     """Weight of the VAE's KL term."""
-    clip_frames: list[int] = field(default_factory=lambda: [9])
-    """Pixel frames of the VAE's training clips; one of these lengths is drawn per iteration."""
+    clip_frames: list[int] = field(default_factory=list)
+    """Pixel frames (4n+1) of the training clips of the VAE and of flow matching; one of these lengths is drawn per
+    iteration. Flow matching with none takes clips as they are."""
     decoder_only: bool = False
     """Train the VAE's decoder beside a fixed encoder, so that latents made before stay valid."""
     compile: bool = False
@@ -297,7 +300,8 @@ def check_config(config: Config) -> None:
     train = config.train
     if len(train.betas) != 2 or not all(0 <= beta < 1 for beta in train.betas):
         raise UserError(f"train.betas must be two numbers from 0 to below 1, not {train.betas}")
-    if not train.clip_frames or any(frames < 1 or frames % 4 != 1 for frames in train.clip_frames):
+    needs_lengths = train.objective == "vae_reconstruction" and not train.clip_frames
+    if needs_lengths or any(frames < 1 or frames % 4 != 1 for frames in train.clip_frames):
         raise UserError(f"train.clip_frames must be numbers of the form 4n+1, not {train.clip_frames}")
     if config.runtime.seed < 0:
         raise UserError(f"runtime.seed must not be negative, not {config.runtime.seed}")

@@ -1,6 +1,12 @@
 """Which process this is under torchrun; a single process needs no special case."""
 
+import contextlib
 import os
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
 
 
 def rank() -> int:
@@ -16,3 +22,26 @@ def world_size() -> int:
 def local_rank() -> int:
     """Number of this process on its machine, which is also its GPU's."""
     return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+@contextlib.contextmanager
+def process_group(device: torch.device) -> Iterator[None]:
+    """Join the other processes that torchrun started, over NCCL for GPUs and gloo for CPUs; alone, nothing happens."""
+    if world_size() == 1:
+        yield
+        return
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def sum_over_processes(tensors: Sequence[Tensor]) -> None:
+    """Replace each tensor, in place, by its sum over all processes, which get equal bits; one message for them all."""
+    if world_size() == 1:
+        return
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(flat)
+    for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(total.view_as(tensor))

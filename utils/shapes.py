@@ -16,6 +16,7 @@ from torch import Tensor
 SIZE = 64  # pixels, height and width
 FPS = 16
 RADIUS = 15.0  # pixels, of the circle that has the shape's area, roughly
+EDGE = 3.0  # pixels over which a shape fades into its background: what 8x8 pixels' latents can place well
 
 COLORS = {
     "red": (225, 40, 45),
@@ -160,18 +161,22 @@ _SCENES = {held_out: tuple(all_scenes(held_out)) for held_out in (False, True)}
 
 
 def render(clip: Clip, num_frames: int, first_frame: int = 0) -> np.ndarray:
-    """Draw `num_frames` frames from `first_frame` on; uint8 [T, H, W, 3], edges anti-aliased."""
+    """Draw `num_frames` frames from `first_frame` on; uint8 [T, H, W, 3], edges soft."""
     scene = clip.scene
-    center_x, center_y = clip.position(np.arange(first_frame, first_frame + num_frames))
+    opacity = coverage(scene.shape, *clip.position(np.arange(first_frame, first_frame + num_frames)))[..., None]
+    behind = background(scene)[None]
+    color = np.array(COLORS[scene.color], dtype=np.float32)
+    return np.round(behind + opacity * (color - behind)).astype(np.uint8)
+
+
+def coverage(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """How much of every pixel a shape centred at each (x, y) covers: [T, SIZE, SIZE] in [0, 1]."""
     grid = np.arange(SIZE, dtype=np.float32) + 0.5
     half = SIZE / 2
     # Distances on the torus: the shape that leaves on one side enters on the other.
-    dx = (grid[None, None, :] - center_x[:, None, None] + half) % SIZE - half
-    dy = (grid[None, :, None] - center_y[:, None, None] + half) % SIZE - half
-    coverage = np.clip(0.5 - _signed_distance(scene.shape, dx, dy), 0, 1)[..., None]
-    background = _background(scene)[None]
-    color = np.array(COLORS[scene.color], dtype=np.float32)
-    return np.round(background + coverage * (color - background)).astype(np.uint8)
+    dx = (grid[None, None, :] - x[:, None, None] + half) % SIZE - half
+    dy = (grid[None, :, None] - y[:, None, None] + half) % SIZE - half
+    return np.clip(0.5 - _signed_distance(shape, dx, dy) / EDGE, 0, 1)
 
 
 def _signed_distance(shape: str, dx: np.ndarray, dy: np.ndarray) -> np.ndarray:
@@ -185,7 +190,7 @@ def _signed_distance(shape: str, dx: np.ndarray, dy: np.ndarray) -> np.ndarray:
     return np.maximum(slant, dy) - 0.72 * RADIUS
 
 
-def _background(scene: Scene) -> np.ndarray:
+def background(scene: Scene) -> np.ndarray:
     """The empty scene, float32 [H, W, 3]; graded means from 1.25 times as bright above to .55 below."""
     color = np.array(BACKGROUNDS[scene.background], dtype=np.float32)
     ramp = np.linspace(1.25, 0.55, SIZE, dtype=np.float32) if scene.graded else np.ones(SIZE, dtype=np.float32)

@@ -249,12 +249,12 @@ def test_the_training_script_is_valid_bash():
 def stages(tmp_path):
     """stages(word, ...): run the script with a Python that only notes its words; (exit code, words of each call)."""
 
-    def run(*words: str, fail: str = "nothing") -> tuple[int, list[list[str]]]:
+    def run(*words: str, fail: str = "nothing", **more: str) -> tuple[int, list[list[str]]]:
         fake = tmp_path / "python"
         fake.write_text(f'#!/usr/bin/env bash\nprintf "%q " "$@"\necho\n[[ "$*" != *{fail}* ]]\n')
         fake.chmod(0o755)
         places = {"PYTHON": str(fake), "RUNS": str(tmp_path / "runs"), "MODEL": str(tmp_path / "model")}
-        environment = os.environ | places | {"CLIPS": "3", "PAIRS": "2"}
+        environment = os.environ | places | {"CLIPS": "3", "PAIRS": "2", "PROCESSES": "1"} | more
         done = subprocess.run(["bash", SCRIPT, *words], env=environment, capture_output=True, text=True)
         return done.returncode, [shlex.split(line) for line in done.stdout.splitlines() if not line.startswith("==")]
 
@@ -267,9 +267,23 @@ def test_the_training_script_stops_at_a_stage_that_fails(stages):
     assert all("train.iterations=3" in words for words in calls)
 
 
+def test_the_training_script_shares_the_work(stages):
+    code, calls = stages(PROCESSES="3")
+    assert code == 0
+    launched = [words for words in calls if words[:2] == ["-m", "torch.distributed.run"]]
+    assert len(launched) == len(calls) - 1  # captions are written once
+    assert all("--nproc_per_node=3" in words for words in launched)
+
+
 def test_the_training_script_makes_a_model_from_nothing(tmp_path, stages, call, monkeypatch):
     """Its stages, in its order and with its words, on tiny networks and in this process."""
-    overrides = ["train.network=tiny", "train.iterations=2", "train.batch_size=1", "train.clip_frames=[5]"]
+    overrides = [
+        "train.network=tiny",
+        "train.iterations=2",
+        "train.batch_size=1",
+        "train.clip_frames=[5]",
+        "train.total_batch_size=0",
+    ]
     code, calls = stages(*overrides, "train.compile=false")
     assert code == 0
     for table, sizes in (("TRANSFORMERS", TRANSFORMER), ("VAES", VAE), ("TEXT_ENCODERS", TEXT_ENCODER)):

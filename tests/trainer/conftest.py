@@ -26,9 +26,9 @@ class Toy:
         self.iterations: list[int] = []
         self.exported: tuple[Path, dict[str, Tensor]] | None = None
 
-    def loss(self, iteration: int) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, iteration: int, part: int) -> tuple[Tensor, dict[str, float]]:
         self.iterations.append(iteration)
-        x = torch.randn(16, self.net[0].in_features, generator=keyed_generator("toy", iteration))
+        x = torch.randn(16, self.net[0].in_features, generator=keyed_generator("toy", iteration, part))
         loss = (self.net(x) - x.sum(1, keepdim=True)).square().mean()
         return loss, {"twice": 2.0 * iteration}
 

@@ -49,20 +49,49 @@ def test_flow_matching_asks_for_noise_minus_x0(make_config, clips, tiny_presets)
     x0 = objective.latents[:1].float().transpose(1, 2)
     objective.net = Spy(lambda x, timestep: (x - x0) / (timestep / 1000).view(-1, 1, 1, 1, 1))
     for iteration in range(3):
-        assert objective.loss(iteration)[0].item() < 1e-8
+        assert objective.loss(iteration, 0)[0].item() < 1e-8
     objective.net = Spy(lambda x, timestep: x0.expand_as(x))
-    assert objective.loss(0)[0].item() > 1
+    assert objective.loss(0, 0)[0].item() > 1
+
+
+def test_clips_of_several_lengths_keep_the_batch_as_large(make_config, clips, tiny_presets):
+    objective = FlowMatching(make_config(clips, batch_size=6, total_batch_size=12, clip_frames=[5, 17]), CPU)
+    objective.net = spy = Spy()
+    seen = set()
+    for iteration in range(12):
+        sizes = []
+        for part in range(2):
+            objective.loss(iteration, part)
+            sizes.append((len(spy.timestep), spy.x.shape[2]))
+        assert sizes[0] == sizes[1]  # no process waits for another
+        seen.add(sizes[0])
+    assert seen == {(6, 2), (1, 5)}
+
+
+def test_clips_that_are_too_short_are_refused(make_config, clips, tiny_presets):
+    with pytest.raises(UserError, match=r"clip_frames=\[5, 81\] asks for more than the 21 pixel frames"):
+        FlowMatching(make_config(clips, clip_frames=[5, 81]), CPU)
+
+
+def test_levels_cover_the_range_over_all_parts_of_a_batch(make_config, clips, tiny_presets):
+    objective = FlowMatching(make_config(clips, batch_size=4, total_batch_size=8, timestep_shift=1.0), CPU)
+    levels = []
+    for part in range(2):
+        objective.net = Spy()
+        objective.loss(0, part)
+        levels += (objective.net.timestep / 125).long().tolist()
+    assert levels == list(range(8))
 
 
 def test_levels_cover_the_range_in_every_batch(make_config, clips, tiny_presets):
     objective = FlowMatching(make_config(clips, batch_size=8, timestep_shift=1.0), CPU)
     objective.net = Spy()
-    objective.loss(0)
+    objective.loss(0, 0)
     assert objective.net.timestep.shape == (8,)
     assert (objective.net.timestep / 125).long().tolist() == list(range(8))  # one level in every eighth
     objective.config.train.timestep_shift = 5.0
     even = objective.net.timestep / 1000
-    objective.loss(0)
+    objective.loss(0, 0)
     torch.testing.assert_close(objective.net.timestep, 1000 * 5 * even / (1 + 4 * even))
 
 
@@ -73,7 +102,7 @@ def test_dropped_text_is_the_empty_prompt(make_config, model, clips, tiny_preset
         objective = FlowMatching(make_config(clips, text_dropout=dropout), CPU)
         objective.net = Spy()
         for iteration in range(3):
-            objective.loss(iteration)
+            objective.loss(iteration, 0)
             for embedding in objective.net.text:
                 assert torch.equal(embedding, empty[0]) == bool(dropout)
                 assert any(torch.equal(embedding, caption) for caption in captions) == (not dropout)
@@ -115,9 +144,9 @@ def test_ode_regression_of_a_perfect_prediction_is_zero(tmp_path, make_config, t
 
     objective.net = Spy(perfect)
     for iteration in range(5):
-        assert objective.loss(iteration)[0].item() < 1e-8
+        assert objective.loss(iteration, 0)[0].item() < 1e-8
     objective.net = Spy()
-    assert max(objective.loss(iteration)[0].item() for iteration in range(5)) > 0.1
+    assert max(objective.loss(iteration, 0)[0].item() for iteration in range(5)) > 0.1
 
 
 def test_every_block_has_one_level_and_its_own_point(tmp_path, make_config, tiny_presets):
@@ -127,7 +156,7 @@ def test_every_block_has_one_level_and_its_own_point(tmp_path, make_config, tiny
     objective.net = Spy()
     seen = set()
     for iteration in range(20):
-        objective.loss(iteration)
+        objective.loss(iteration, 0)
         levels = (objective.net.timestep[..., None] - 1000 * objective.sigmas).abs().argmin(-1)  # [B, F]
         assert torch.equal(objective.net.timestep, 1000 * objective.sigmas[levels])
         blocks = levels.unflatten(1, (2, 3))
@@ -196,7 +225,7 @@ def test_a_loss_is_a_function_of_seed_and_iteration(name, make_config, clips, pa
         config = make_config(data, clip_frames=[5])
         config.runtime.seed = seed
         objective = OBJECTIVES[name](config, CPU)
-        return [objective.loss(iteration)[0].item() for iteration in (3, 1, 3)]
+        return [objective.loss(iteration, 0)[0].item() for iteration in (3, 1, 3)]
 
     first = losses(0)
     assert first[0] == first[2] != first[1] and first == losses(0)

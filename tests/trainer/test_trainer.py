@@ -3,9 +3,13 @@
 import json
 import math
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from tiny_model import write_config
 from torch import nn
 
 from trainer import trainer as module
@@ -14,6 +18,8 @@ from trainer.objectives import FlowMatching
 from trainer.trainer import Trainer, build_optimizers, is_inner_matrix, learning_rate_scale
 from utils.config import TrainConfig
 from utils.errors import UserError
+
+ROOT = Path(module.__file__).parents[1]
 
 
 class Stop(Exception):
@@ -38,10 +44,10 @@ def stop_at(objective, iteration: int, error: BaseException) -> None:
     """Have the objective raise `error` in iteration number `iteration`."""
     loss = objective.loss
 
-    def failing(number: int):
+    def failing(number: int, part: int):
         if number == iteration:
             raise error
-        return loss(number)
+        return loss(number, part)
 
     objective.loss = failing
 
@@ -133,6 +139,63 @@ def test_the_checkpoint_is_whole_or_the_one_before(tmp_path, toy, make_config, m
     assert sorted(file.name for file in tmp_path.iterdir()) == ["checkpoint.pt", "config.yaml", "metrics.jsonl"]
 
 
+# ---- Batches in parts ----
+
+
+def test_parts_add_up_to_the_mean_over_the_whole_batch(tmp_path, toy, make_config):
+    run = Trainer(make_config(batch_size=2, total_batch_size=6), toy(), str(tmp_path))
+    metrics = run.accumulate()
+    gradients = {name: p.grad.clone() for name, p in run.objective.net.named_parameters()}
+    reference = toy()
+    losses = [reference.loss(0, part)[0] for part in range(3)]
+    torch.stack(losses).mean().backward()
+    for name, parameter in reference.net.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad)
+    assert metrics["loss"] == pytest.approx(torch.stack(losses).mean().item())
+
+
+def test_every_process_takes_its_own_parts_of_the_same_batch(monkeypatch):
+    config = TrainConfig(batch_size=2, total_batch_size=12)
+    assert list(module.my_parts(config)) == [0, 1, 2, 3, 4, 5]
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    parts = []
+    for rank in range(3):
+        monkeypatch.setenv("RANK", str(rank))
+        parts += module.my_parts(config)
+        assert list(module.my_parts(TrainConfig(batch_size=2))) == [rank]  # without a total: batch_size each
+    assert parts == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("total", [-4, 2, 6])
+def test_a_batch_that_does_not_divide_is_refused(monkeypatch, total):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="must be a multiple of"):
+        module.my_parts(TrainConfig(batch_size=2, total_batch_size=total))
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_does(tmp_path, model):
+    """The same batches in halves, through train.py and torchrun; and each run can go on as the other."""
+    config = write_config(tmp_path / "config.yaml", model, train={"objective": "text_attributes", "network": "shapes"})
+    words = [*("--config_path", str(config)), "train.warmup=2", "train.log_every=1", "train.checkpoint_every=2"]
+    sizes = ["train.batch_size=4", "train.total_batch_size=8", "runtime.device=cpu"]
+
+    def run(logdir: str, processes: int, iterations: int) -> dict[str, torch.Tensor]:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        command = [sys.executable, *(launcher if processes > 1 else []), "train.py", *words, *sizes]
+        command += ["--logdir", str(tmp_path / logdir), f"train.iterations={iterations}"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=300)
+        assert done.returncode == 0, done.stderr.decode()
+        return torch.load(tmp_path / logdir / "checkpoint.pt", weights_only=True)["ema"]
+
+    alone, together = run("one", 1, 3), run("two", 2, 3)
+    torch.testing.assert_close(together, alone, atol=2e-5, rtol=1e-3)
+    lines = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("one", "two")]
+    assert len(lines[0]) == len(lines[1]) == 3
+    for one, two in zip(*lines, strict=True):
+        assert json.loads(two)["loss"] == pytest.approx(json.loads(one)["loss"], rel=1e-3)
+
+
 # ---- What can go wrong ----
 
 
@@ -140,7 +203,7 @@ def test_the_checkpoint_is_whole_or_the_one_before(tmp_path, toy, make_config, m
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(tmp_path, toy, make_config, value):
     run = Trainer(make_config(), toy(), str(tmp_path))
     loss = run.objective.loss
-    run.objective.loss = lambda number: (loss(number)[0] * (value if number == 4 else 1), {})
+    run.objective.loss = lambda number, part: (loss(number, part)[0] * (value if number == 4 else 1), {})
     with pytest.raises(UserError, match=r"at iteration 4: not finite; the last good state is .*checkpoint\.pt"):
         run.train()
     saved = torch.load(run.checkpoint, weights_only=True)

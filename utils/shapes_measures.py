@@ -1,0 +1,211 @@
+"""Measuring videos of the miniature world against the truth that their prompts state.
+
+Every frame is explained from its pixels alone: a background (a colour for every row), a coverage map of what stands out
+from it, the shape template and the position on the torus that explain the coverage best. The prompt enters only when
+those findings are judged, so that a wrong colour does not cost the shape its shape.
+"""
+
+import itertools
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+
+from utils import shapes
+from utils.shapes import SIZE, Scene
+
+PRESENT = 0.8  # overlap with the best template from which on a shape counts as there; a blob of half the area has .67
+CONTRAST = 40.0  # least distance in RGB of what stands out from its background
+LAG = 4  # frames over which velocities are taken: one latent frame
+STILL = 0.25  # pixels per frame; slower is standing still
+_CHUNK = 256  # frames explained at once
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What is seen in each of T frames, without knowing the prompt."""
+
+    present: np.ndarray  # [T] bool: something of the size of a shape stands out
+    overlap: np.ndarray  # [T] soft Dice overlap with the best template, 0..1
+    shape: np.ndarray  # [T] index into SHAPES
+    color: np.ndarray  # [T, 3] RGB of what stands out
+    position: np.ndarray  # [T, 2] its centre (x, y) in pixels on the torus
+    background: np.ndarray  # [T, SIZE, 3] RGB of every row
+
+
+def explain(frames: np.ndarray) -> Findings:
+    """Find background, shape, colour and position in every frame of uint8 [T, SIZE, SIZE, 3].
+
+    Raises:
+        ValueError: for frames of another size.
+    """
+    if frames.ndim != 4 or frames.shape[1:] != (SIZE, SIZE, 3) or not len(frames):
+        raise ValueError(f"frames of the shapes world are [T, {SIZE}, {SIZE}, 3], not {list(frames.shape)}")
+    parts = [_explain(frames[i : i + _CHUNK].astype(np.float32)) for i in range(0, len(frames), _CHUNK)]
+    return Findings(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+
+def _explain(frames: np.ndarray) -> tuple[np.ndarray, ...]:
+    background = _straight(np.median(frames, axis=2))  # [T, H, 3]
+    for tolerance in (0.35, 0.15):  # then whatever it is between the edges: means of the pixels that are near it
+        distance = np.linalg.norm(frames - background[:, :, None], axis=-1)  # [T, H, W]
+        behind = distance <= tolerance * np.quantile(distance, 0.97, axis=(1, 2), keepdims=True)
+        count = behind.sum(2)[..., None]
+        mean = (frames * behind[..., None]).sum(2) / np.maximum(count, 1)
+        background = np.where(count >= SIZE // 8, mean, background)
+    difference = frames - background[:, :, None]
+    flat = np.linalg.norm(difference, axis=-1).reshape(len(frames), -1)
+    # The smallest shape covers a tenth of the frame, so that its inside holds the top percents.
+    strongest = np.quantile(flat, 0.97, axis=1)
+    inside = flat >= 0.8 * strongest[:, None]
+    pixels = frames.reshape(len(frames), -1, 3)
+    color = np.stack([np.median(p[m], axis=0) for p, m in zip(pixels, inside, strict=True)])
+    contrast = color[:, None, None] - background[:, :, None]  # [T, H, 1, 3]
+    coverage = (difference * contrast).sum(-1) / np.maximum((contrast**2).sum(-1), 1.0)
+    coverage = np.clip(coverage, 0, 1)
+    coverage[coverage < 0.1] = 0  # compression noise all over the frame would outweigh the shape
+
+    spectra, energies = _templates()
+    correlation = np.fft.irfft2(np.fft.rfft2(coverage)[:, None] * spectra.conj(), s=(SIZE, SIZE))  # [T, shape, H, W]
+    flat_correlation = correlation.reshape(*correlation.shape[:2], -1)
+    overlap = 2 * flat_correlation.max(-1) / ((coverage**2).sum((1, 2))[:, None] + energies)
+    shape = overlap.argmax(1)
+    peak = flat_correlation[np.arange(len(frames)), shape].argmax(-1)
+    position = _centroid(coverage, peak % SIZE, peak // SIZE)
+    best = overlap.max(1)
+    return (best >= PRESENT) & (strongest >= CONTRAST), best, shape, color, position, background
+
+
+def _straight(rows: np.ndarray) -> np.ndarray:
+    """Row colours [T, H, 3] as a straight line through most of them (Theil-Sen): a triangle's base is wider than half
+    a row and has the median of a few rows for itself."""
+    lag = SIZE // 4
+    slope = np.median((rows[:, lag:] - rows[:, :-lag]) / lag, axis=1, keepdims=True)
+    ramp = np.arange(SIZE, dtype=np.float32)[None, :, None]
+    return np.clip(np.median(rows - slope * ramp, axis=1, keepdims=True) + slope * ramp, 0, 255)
+
+
+@cache
+def _templates() -> tuple[np.ndarray, np.ndarray]:
+    """Spectrum [shape, H, W // 2 + 1] and energy [shape] of every shape's coverage, centred on pixel (0, 0)."""
+    maps = np.stack([shapes.coverage(name, np.zeros(1), np.zeros(1))[0] for name in shapes.SHAPES])
+    return np.fft.rfft2(maps), (maps**2).sum((1, 2))
+
+
+def _centroid(coverage: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Centre of mass [T, 2] of the coverage within a shape's reach of pixel (x, y), on the torus."""
+    grid = np.arange(SIZE)
+    dx = (grid[None] - x[:, None] + SIZE / 2) % SIZE - SIZE / 2
+    dy = (grid[None] - y[:, None] + SIZE / 2) % SIZE - SIZE / 2
+    reach = np.hypot(dx[:, None, :], dy[:, :, None]) < shapes.RADIUS * 1.4
+    weight = coverage * reach
+    total = np.maximum(weight.sum((1, 2)), 1e-6)
+    mean_x = (weight * dx[:, None, :]).sum((1, 2)) / total
+    mean_y = (weight * dy[:, :, None]).sum((1, 2)) / total
+    return np.stack([(x + mean_x) % SIZE, (y + mean_y) % SIZE], axis=1)
+
+
+def wrapped(step: np.ndarray) -> np.ndarray:
+    """The shortest way between two points on the torus: each coordinate into [-SIZE / 2, SIZE / 2)."""
+    return (step + SIZE / 2) % SIZE - SIZE / 2
+
+
+# ---- Judging ----
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One figure over time: a value per frame, and whether the frame counts."""
+
+    value: np.ndarray  # [T] float
+    counts: np.ndarray  # [T] bool
+
+    def over(self, start: float, end: float) -> tuple[float, float]:
+        """Sum of the values and number of the frames that count between two fractions of the video."""
+        part = slice(round(start * len(self.value)), round(end * len(self.value)))
+        counts = self.counts[part]
+        return float(self.value[part][counts].sum()), float(counts.sum())
+
+
+def judge(frames: np.ndarray, scene: Scene, block_frames: int = 3) -> dict[str, Curve]:
+    """Every figure of a video over time, against the scene that its prompt states.
+
+    `presence` counts in every frame; colour, shape and background where a shape is present; direction and speed where
+    it is present and present again one latent frame later.
+
+    Args:
+        frames: uint8 [T, SIZE, SIZE, 3].
+        scene: what the prompt says.
+        block_frames: latent frames per block; `seam` and `inside` compare positions across the borders between
+            blocks and across those between latent frames inside of them.
+    """
+    found = explain(frames)
+    num_frames = len(frames)
+    always = np.ones(num_frames, dtype=bool)
+    labels = scene.labels
+    palette = np.array(list(shapes.COLORS.values()), dtype=np.float32)
+    nearest_color = np.linalg.norm(found.color[:, None] - palette, axis=-1).argmin(1)
+    candidates, truth = _backgrounds(), labels["background"] * 2 + labels["graded"]
+    errors = np.abs(found.background[:, None] - candidates).mean((2, 3))  # [T, background x graded]
+
+    curves = {
+        "presence": Curve(found.present.astype(float), always),
+        "color": Curve((nearest_color == labels["color"]).astype(float), found.present),
+        "shape": Curve((found.shape == labels["shape"]).astype(float), found.present),
+        "background": Curve((errors.argmin(1) == truth).astype(float), always),
+        "color_error": Curve(np.abs(found.color - palette[labels["color"]]).mean(1), found.present),
+        "background_error": Curve(errors[:, truth], always),
+        "overlap": Curve(found.overlap, found.present),
+    }
+
+    # Motion over one latent frame, where the shape is seen at both ends.
+    velocity, known = np.zeros((num_frames, 2)), np.zeros(num_frames, dtype=bool)
+    if num_frames > LAG:
+        velocity[:-LAG] = wrapped(found.position[LAG:] - found.position[:-LAG]) / LAG
+        known[:-LAG] = found.present[LAG:] & found.present[:-LAG]
+    speed = np.hypot(*velocity.T)
+    true_speed = shapes.SPEEDS[scene.speed]
+    along = velocity @ np.array(shapes.DIRECTIONS[scene.direction])
+    right_way = (speed >= STILL) & (along >= np.cos(np.pi / 8) * speed)  # within half the angle between two directions
+    names, speeds = list(shapes.SPEEDS), list(shapes.SPEEDS.values())
+    # Between two speeds, their geometric mean; beyond the fastest, twice it: faster is a jump and no motion.
+    limits = [STILL, *(np.sqrt(a * b) for a, b in itertools.pairwise(speeds)), 2 * speeds[-1]]
+    curves["direction"] = Curve(right_way.astype(float), known)
+    curves["speed"] = Curve((np.digitize(speed, limits) - 1 == names.index(scene.speed)).astype(float), known)
+    curves["speed_ratio"] = Curve(speed / true_speed, known)
+    curves["moving"] = Curve((speed >= STILL).astype(float), known)
+
+    change = np.zeros(num_frames)
+    change[1:] = np.abs(np.diff(frames.astype(np.float32), axis=0)).mean((1, 2, 3))
+    curves["motion"] = Curve(change, np.arange(num_frames) > 0)
+
+    jump, seen = np.zeros(num_frames), np.zeros(num_frames, dtype=bool)
+    if num_frames > 2:
+        step = wrapped(np.diff(found.position, axis=0))
+        both = found.present[1:] & found.present[:-1]
+        usual = np.median(step[both], axis=0) if both.any() else np.zeros(2)
+        jump[1:] = np.hypot(*(step - usual).T)
+        seen[1:] = both
+    # Pixel frame 0 is a latent frame of its own; after it, every fourth frame begins the next one.
+    frame = np.arange(num_frames)
+    latent_border = (frame % 4 == 1) & seen
+    block_border = latent_border & (((frame - 1) // 4 + 1) % block_frames == 0)
+    curves["seam"] = Curve(jump, block_border)
+    curves["inside"] = Curve(jump, latent_border & ~block_border)
+
+    # The looks themselves, whatever the prompt said: channel by channel, and the background's halves apart.
+    halves = found.background.reshape(num_frames, 2, SIZE // 2, 3).mean(2)
+    for channel in range(3):
+        curves[f"color_of_{channel}"] = Curve(found.color[:, channel], found.present)
+        for half in range(2):
+            curves[f"background_of_{half}{channel}"] = Curve(halves[:, half, channel], always)
+    return curves
+
+
+@cache
+def _backgrounds() -> np.ndarray:
+    """Row colours of every background, plain and graded: [background x graded, SIZE, 3]."""
+    scenes = [
+        Scene("red", "circle", name, graded, "up", "fast") for name in shapes.BACKGROUNDS for graded in (False, True)
+    ]
+    return np.stack([shapes.background(scene)[:, 0] for scene in scenes])
