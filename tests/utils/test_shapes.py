@@ -202,7 +202,7 @@ def test_shapes_have_about_one_size_and_their_own_form():
     assert width["circle"] == pytest.approx(1, abs=0.01) and width["square"] == pytest.approx(1, abs=0.01)
     top, bottom = masks["triangle"][:30].sum(), masks["triangle"][34:].sum()
     assert bottom > 1.2 * top
-    corner = (slice(19, 21), slice(19, 21))
+    corner = (slice(20, 21), slice(20, 21))
     assert masks["square"][corner].min() > 0.9 and masks["circle"][corner].max() < 0.1
 
 
