@@ -31,8 +31,10 @@ from utils.shapes_measures import judge
 from utils.statistics import difference
 from utils.video import VideoWriter, read_video
 
-CURVES = ("presence", "shape", "color", "background", "direction", "speed_ratio", "motion", "overlap", "color_error",
-          "background_error")  # fmt: skip
+CURVES = (
+    *("presence", "shape", "color", "background", "grading", "direction", "speed_ratio", "motion"),
+    *("overlap", "color_error", "background_error"),
+)
 
 
 @command

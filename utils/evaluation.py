@@ -35,6 +35,7 @@ FIGURES = (
     Figure("speed", "of those, at the right one of the speeds"),
     Figure("speed_ratio", "speed over the prompt's", "x", 1.0, 2),
     Figure("background", "frames with the right background"),
+    Figure("grading", "frames whose background is graded or plain, as it should be"),
     Figure("overlap", "overlap with the best fitting shape"),
     Figure("color_error", "shape's colour against the prompt's", "of 255", 1.0, 1),
     Figure("background_error", "background against the prompt's", "of 255", 1.0, 1),

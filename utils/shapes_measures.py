@@ -130,7 +130,7 @@ class Curve:
 def judge(frames: np.ndarray, scene: Scene, block_frames: int = 3) -> dict[str, Curve]:
     """Every figure of a video over time, against the scene that its prompt states.
 
-    `presence` counts in every frame; colour, shape and background where a shape is present; direction and speed where
+    Presence and background count in every frame; colour and shape where a shape is present; direction and speed where
     it is present and present again one latent frame later.
 
     Args:
@@ -145,16 +145,18 @@ def judge(frames: np.ndarray, scene: Scene, block_frames: int = 3) -> dict[str, 
     labels = scene.labels
     palette = np.array(list(shapes.COLORS.values()), dtype=np.float32)
     nearest_color = np.linalg.norm(found.color[:, None] - palette, axis=-1).argmin(1)
-    candidates, truth = _backgrounds(), labels["background"] * 2 + labels["graded"]
-    errors = np.abs(found.background[:, None] - candidates).mean((2, 3))  # [T, background x graded]
+    errors = np.abs(found.background[:, None, None] - _backgrounds()).mean((3, 4))  # [T, background, graded]
+    nearest_background = errors.min(2).argmin(1)
+    grading = errors[np.arange(num_frames), nearest_background].argmin(1)
 
     curves = {
         "presence": Curve(found.present.astype(float), always),
         "color": Curve((nearest_color == labels["color"]).astype(float), found.present),
         "shape": Curve((found.shape == labels["shape"]).astype(float), found.present),
-        "background": Curve((errors.argmin(1) == truth).astype(float), always),
+        "background": Curve((nearest_background == labels["background"]).astype(float), always),
+        "grading": Curve((grading == labels["graded"]).astype(float), always),
         "color_error": Curve(np.abs(found.color - palette[labels["color"]]).mean(1), found.present),
-        "background_error": Curve(errors[:, truth], always),
+        "background_error": Curve(errors[:, labels["background"], labels["graded"]], always),
         "overlap": Curve(found.overlap, found.present),
     }
 
@@ -204,8 +206,9 @@ def judge(frames: np.ndarray, scene: Scene, block_frames: int = 3) -> dict[str, 
 
 @cache
 def _backgrounds() -> np.ndarray:
-    """Row colours of every background, plain and graded: [background x graded, SIZE, 3]."""
+    """Row colours of every background, plain and graded: [background, graded, SIZE, 3]."""
     scenes = [
         Scene("red", "circle", name, graded, "up", "fast") for name in shapes.BACKGROUNDS for graded in (False, True)
     ]
-    return np.stack([shapes.background(scene)[:, 0] for scene in scenes])
+    rows = np.stack([shapes.background(scene)[:, 0] for scene in scenes])
+    return rows.reshape(len(shapes.BACKGROUNDS), 2, SIZE, 3)

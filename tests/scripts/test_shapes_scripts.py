@@ -5,7 +5,6 @@ import json
 import os
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -29,22 +28,6 @@ from utils.video import VideoWriter, read_video
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     return write_model(tmp_path_factory.mktemp("model") / "model")
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """call(module, word, ...): run a script's main with these words; returns (exit code, stdout, stderr)."""
-
-    def run(module, *words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, words)])
-        code = 0
-        try:
-            module.main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        return code, *capsys.readouterr()
-
-    return run
 
 
 def names(folder: Path) -> list[str]:

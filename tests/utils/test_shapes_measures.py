@@ -18,6 +18,7 @@ FRAMES = 81
 # What a figure is on the truth, and how far it may be from there without anything being wrong.
 TRUTH = {
     "presence": (1, 0), "shape": (1, 0), "color": (1, 0), "direction": (1, 0), "speed": (1, 0), "background": (1, 0),
+    "grading": (1, 0),
     "speed_ratio": (1, 0.02), "overlap": (1, 0.02), "color_error": (0, 1), "background_error": (0, 1), "moving": (1, 0),
     "color_drift": (0, 0.5), "background_drift": (0, 1.5), "presence_drift": (0, 0), "motion_drift": (0, 0.05),
     "seam": (0, 0.3), "inside": (0, 0.3),
@@ -86,6 +87,11 @@ def another_background(opacity, color, behind):
     return behind + opacity * (color - behind) + np.where(LATE, 1 - opacity, 0) * (shapes.BACKGROUNDS["white"] - behind)
 
 
+def graded(opacity, color, behind):
+    behind = np.where(LATE, shapes.background(replace(SCENE, graded=True)), behind)
+    return behind + opacity * (color - behind)
+
+
 def fading(opacity, color, behind):
     """The shape's colour goes a third of the way to gray: still the nearest to red."""
     part = (TIME / FRAMES)[:, None, None, None] / 3
@@ -124,6 +130,7 @@ def jumping() -> np.ndarray:
 DEGRADED = {
     "colour": (lambda: paint(recolored), {"color", "color_error", "color_drift"}),
     "background": (lambda: paint(another_background), {"background", "background_error", "background_drift"}),
+    "grading": (lambda: paint(graded), {"grading", "background_error", "background_drift"}),
     "saturation": (lambda: paint(fading), {"color_error", "color_drift"}),
     "brightness": (lambda: paint(brightening), {"background_error", "background_drift"}),
     "presence": (lambda: paint(vanishing), {"presence", "presence_drift"}),

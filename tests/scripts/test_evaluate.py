@@ -1,0 +1,124 @@
+"""scripts/evaluate.py: figures of folders whose truth is known, pairs, floors, and what is wrong in one line."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from scripts import evaluate
+from utils import shapes
+from utils.evaluation import Key, Measured, Method, common_keys, pair_table, show, table
+from utils.shapes import Clip
+from utils.shapes_measures import Curve
+from utils.video import VideoWriter
+
+FRAMES = 17
+
+
+def write(folder: Path, number: int, frames: np.ndarray, prompt: str, sample: int = 0, seed: int = 0) -> None:
+    """A video with the record that inference.py writes."""
+    folder.mkdir(exist_ok=True)
+    with VideoWriter(folder / f"{number}.mp4") as video:
+        video.write(frames)
+    record = {"prompt": prompt, "sample": sample, "config": {"runtime": {"seed": seed}}}
+    (folder / f"{number}.json").write_text(json.dumps(record))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> Path:
+    """truth/ and wrong/, the same six prompts; in wrong/ every second shape has another colour."""
+    root = tmp_path_factory.mktemp("videos")
+    for number in range(6):
+        clip = shapes.sample_clip(21, number)
+        caption = clip.scene.caption
+        write(root / "truth", number, shapes.render(clip, FRAMES), caption, sample=number)
+        color = next(c for c in shapes.COLORS if c not in (clip.scene.color, clip.scene.background))
+        scene = replace(clip.scene, color=color) if number % 2 else clip.scene
+        write(root / "wrong", number, shapes.render(Clip(scene, clip.x, clip.y), FRAMES), caption, sample=number)
+    return root
+
+
+def test_folders_are_measured_and_compared(folders, tmp_path, call):
+    code, out, _ = call(
+        evaluate, f"a={folders / 'truth'}", folders / "wrong", "--output", tmp_path, "--floor_videos", 2
+    )
+    assert code == 0
+    result = json.loads((tmp_path / "evaluation.json").read_text())
+    methods = {method["label"]: method["estimates"] for method in result["methods"]}
+    assert list(methods) == ["a", "wrong", "truth", "truth through VAE"]
+    for name in ("presence", "shape", "direction", "speed", "background", "color"):
+        assert methods["a"][name]["mean"] == methods["truth"][name]["mean"] == 1
+        assert methods["wrong"][name]["mean"] == (1 if name != "color" else 0.5)
+    assert methods["truth through VAE"]["presence"]["mean"] > 0.9
+    [pair] = result["differences"]
+    assert (pair["minuend"], pair["subtrahend"]) == ("wrong", "a")
+    color = pair["estimates"]["color"]
+    assert color["mean"] == -0.5 and color["low"] < -0.5 < color["high"] <= 0 and color["num_videos"] == 6
+    assert pair["estimates"]["presence"]["mean"] == 0
+    [line] = [line for line in out.splitlines() if line.startswith("| color [%]") and "*" in line]
+    assert "-50.0 [" in line
+    assert Image.open(tmp_path / "curves.png").size[0] > 500
+    assert len(result["methods"][0]["videos"]) == 6 and result["methods"][0]["curves"]["color"] == [1.0] * 4
+
+
+def test_videos_are_paired_by_prompt_seed_and_sample(folders, tmp_path, call):
+    few = tmp_path / "few"
+    clip = shapes.sample_clip(21, 2)
+    write(few, 0, shapes.render(clip, FRAMES), clip.scene.caption, sample=2)
+    write(few, 1, shapes.render(clip, FRAMES), clip.scene.caption, sample=0)
+    write(few, 2, shapes.render(clip, FRAMES), clip.scene.caption, sample=2, seed=5)
+    code, out, _ = call(evaluate, folders / "wrong", few, "--output", tmp_path / "out", "--floor_videos", 0)
+    assert code == 0 and "few (1 pairs)" in out
+    code, out, _ = call(evaluate, few, folders / "truth", few / "../few", "--output", tmp_path / "out")
+    assert code == 2  # one name for two
+
+
+def test_curves_and_tables():
+    def measured(prompt: str, values: list[float], counts: list[bool]) -> Measured:
+        curve = Curve(np.array(values), np.array(counts))
+        return Measured(Key(prompt, 0, 0), "x.mp4", {f.name: curve.over(0, 1) for f in evaluate.FIGURES}, {"c": curve})
+
+    one = measured("a", [1, 1, 0, 0, 5, 5, 5, 5, 9], [True] * 4 + [False] * 4 + [True])
+    other = measured("b", [1] * 4, [True] * 4)
+    method = Method("m", [one, other])
+    assert method.curve("c").tolist()[:1] == [0.75] and np.isnan(method.curve("c")[1])
+    assert one.curves["c"].over(0.5, 1) == (9.0, 1.0)
+    assert common_keys(method, Method("n", [other])) == [other.key]
+    assert table([method]).splitlines()[0].split("|")[2].strip() == "m (2 videos)"
+    assert "no pairs" in pair_table([Method("n", [other]), Method("m", [one])])
+    figure = evaluate.FIGURES[0]
+    assert show(Method("n", [other]).estimate(figure.name), figure) == "100.0 [100.0, 100.0]"
+
+
+@pytest.mark.parametrize(
+    ("prepare", "says"),
+    [
+        (lambda folder: None, "no folder"),
+        (lambda folder: folder.mkdir(), "no videos in"),
+        (lambda folder: (folder.mkdir(), (folder / "x.mp4").touch()), "has no record x.json"),
+        (lambda folder: write(folder, 0, np.zeros((3, 64, 64, 3), np.uint8), "a cat"), "not a caption of the shapes"),
+        (
+            lambda folder: write(folder, 0, np.zeros((3, 32, 32, 3), np.uint8), shapes.sample_clip(0, 0).scene.caption),
+            "frames of the shapes world are",
+        ),
+        (
+            lambda folder: [write(folder, i, np.zeros((3, 64, 64, 3), np.uint8), "a cat") for i in range(2)],
+            "are of the same prompt, seed and sample",
+        ),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(tmp_path, call, prepare, says):
+    folder = tmp_path / "videos"
+    prepare(folder)
+    code, _, err = call(evaluate, folder, "--output", tmp_path / "out")
+    line = err.splitlines()[-1]
+    assert code == 2 and line.startswith("error:") and says in line and "Traceback" not in err
+
+
+@pytest.mark.parametrize("words", [["--floor_videos", -1], ["--block_frames", 0]])
+def test_numbers_that_make_no_sense_are_refused(folders, call, words):
+    code, _, err = call(evaluate, folders / "truth", *words)
+    assert code == 2 and words[0] in err
