@@ -144,7 +144,7 @@ class CausalWanModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
             text: prompt embeddings [B, L, text_dim], or what `encode_text` made of them.
             first_frame: absolute index of x's first frame in the video, without an upper limit.
             causal: block-causal attention over the whole of x. Without it and without a cache, every token sees all.
-            cache: x is one block, which sees the lane's context and itself.
+            cache: x is one block, which sees the lane's context before `first_frame` and itself.
             write: append this block's keys and values to the cache.
             head: false to leave out what only the prediction needs: the head, and all but the keys and values of the
                 last layer. Nothing is returned then.
@@ -170,7 +170,7 @@ class CausalWanModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
         hidden = self.patch_embedding(x.to(self.dtype)).flatten(2).transpose(1, 2).contiguous()
         time, modulation = self.embed_timestep(timestep)
         rope = rotary_table(self.config.attention_head_dim, first_frame, grid, hidden.device)
-        attend = self._attend(causal, cache, write, tokens_per_frame=grid[1] * grid[2])
+        attend = self._attend(causal, cache, write, first_frame, tokens_per_frame=grid[1] * grid[2])
 
         for index, layer in enumerate(self.layers):
             if not head and index == len(self.layers) - 1:
@@ -226,6 +226,7 @@ class CausalWanModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
         context_frames: int,
         block_frames: int,
         sink_frames: int = 0,
+        history_frames: int = 0,
     ) -> KVCache:
         """An empty lane for latents of height x width, in this network's dtype and on its device."""
         _, patch_h, patch_w = self.config.patch_size
@@ -238,6 +239,7 @@ class CausalWanModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
             context_frames=context_frames,
             block_frames=block_frames,
             sink_frames=sink_frames,
+            history_frames=history_frames,
             dtype=self.dtype,
             device=self.device,
         )
@@ -252,7 +254,9 @@ class CausalWanModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
             layer.qkv = torch.compile(layer.qkv)  # type: ignore[method-assign]
             layer.after_attention = torch.compile(layer.after_attention)  # type: ignore[method-assign]
 
-    def _attend(self, causal: BlockCausal | None, cache: KVCache | None, write: bool, tokens_per_frame: int) -> Attend:
+    def _attend(
+        self, causal: BlockCausal | None, cache: KVCache | None, write: bool, first_frame: int, tokens_per_frame: int
+    ) -> Attend:
         """The way of attending that this forward takes."""
 
         backend = self.layers[0].attn1.processor._attention_backend
@@ -279,7 +283,7 @@ class CausalWanModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
             if past is not None:
                 keys, values = torch.cat([past[layer][0], k], dim=1), torch.cat([past[layer][1], v], dim=1)
             else:
-                keys, values = cache.beside(layer, k, v)
+                keys, values = cache.beside(layer, k, v, before)
             output = attention(q, keys, values)
             if write:
                 cache.append(layer, k, v)
@@ -287,10 +291,12 @@ class CausalWanModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
 
         if cache is None:
             return full if causal is None else block_causal
+        # A lane that has gone past this block already is read as it was before it.
+        before = min(first_frame, cache.num_frames)
         # A checkpointed layer reads its context again in the backward pass, when the lane has moved on.
         past = None
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            past = [tuple(x.clone() for x in cache.read(layer)) for layer in range(len(self.layers))]
+            past = [tuple(x.clone() for x in cache.read(layer, before)) for layer in range(len(self.layers))]
         return cached
 
 

@@ -1,7 +1,8 @@
 """One lane: the keys and values of earlier blocks, for every layer, at one context level.
 
 Keys are stored after RoPE with their absolute frame index, and attention does not care about the order of keys, so a
-full window is a ring: the newest frames take the place of the oldest and nothing is moved.
+full window is a ring: the newest frames take the place of the oldest and nothing is moved. A lane can be read as it was
+before any frame whose context is still there; training keeps a longer history for that.
 """
 
 from collections.abc import Iterator
@@ -28,21 +29,24 @@ class KVCache:
         context_frames: int,
         block_frames: int,
         sink_frames: int = 0,
+        history_frames: int = 0,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ):
         """
         Args:
-            context_frames: latent frames that are kept, the sink included; the window less the current block.
+            context_frames: latent frames that a block sees, the sink included; the window less the current block.
             block_frames: frames of the longest block that will be attended with or appended.
             sink_frames: frames at the start of the video that are never evicted.
+            history_frames: frames older than the context that are kept, so that earlier blocks can be read again.
         """
-        assert 0 <= sink_frames <= context_frames
+        assert 0 <= sink_frames <= context_frames and history_frames >= 0
         self.tokens_per_frame = tokens_per_frame
         self.context_frames = context_frames
         self.sink_frames = sink_frames
+        self.history_frames = history_frames
         self.num_frames = 0  # ever appended; the next block starts at this frame if it appends to this lane
-        tokens = (context_frames + block_frames) * tokens_per_frame
+        tokens = (context_frames + history_frames + block_frames) * tokens_per_frame
         shape = (num_layers, batch_size, tokens, num_heads, head_dim)
         self._k = torch.empty(shape, dtype=dtype, device=device)
         self._v = torch.empty(shape, dtype=dtype, device=device)
@@ -53,22 +57,38 @@ class KVCache:
         return min(self.num_frames, self.context_frames)
 
     @property
+    def ring_frames(self) -> int:
+        """Slots that are used again and again: all but the sink's and the scratch."""
+        return self.context_frames - self.sink_frames + self.history_frames
+
+    @property
     def num_bytes(self) -> int:
         """Memory of the keys and values."""
         return 2 * self._k.numel() * self._k.element_size()
 
-    def read(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of the context, views [B, held tokens, heads, head_dim]."""
-        tokens = self.held_frames * self.tokens_per_frame
-        return self._k[layer, :, :tokens], self._v[layer, :, :tokens]
+    def read(self, layer: int, before: int | None = None) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, held tokens, heads, head_dim] of the context; views where it lies in one piece.
 
-    def beside(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """The context with a block's own k, v [B, tokens, heads, head_dim] behind it. The context is not changed.
-
-        Without autograd the block is put into scratch slots and a view comes back; with it, a fresh tensor.
+        Args:
+            before: read the lane as it was when this frame was the next; default: as it is.
         """
-        if torch.is_grad_enabled():
-            past_k, past_v = self.read(layer)
+        pieces = [slice(a * self.tokens_per_frame, b * self.tokens_per_frame) for a, b in self._slots(before)]
+        if len(pieces) == 1:
+            return self._k[layer, :, pieces[0]], self._v[layer, :, pieces[0]]
+        return (
+            torch.cat([self._k[layer, :, piece] for piece in pieces], dim=1),
+            torch.cat([self._v[layer, :, piece] for piece in pieces], dim=1),
+        )
+
+    def beside(self, layer: int, k: Tensor, v: Tensor, before: int | None = None) -> tuple[Tensor, Tensor]:
+        """The context, as `read` gives it, with a block's own k, v [B, tokens, heads, head_dim] behind it.
+
+        The context is not changed. Without autograd the block is put into scratch slots and a view comes back where it
+        can; otherwise a fresh tensor.
+        """
+        earlier = before is not None and before != self.num_frames
+        if torch.is_grad_enabled() or earlier or self.num_frames > self.context_frames < self._first_scratch:
+            past_k, past_v = self.read(layer, before)
             return torch.cat([past_k, k], dim=1), torch.cat([past_v, v], dim=1)
         start = self.held_frames * self.tokens_per_frame
         end = start + k.shape[1]
@@ -89,6 +109,33 @@ class KVCache:
         """Make `num_frames` frames that every layer has appended part of the context."""
         self.num_frames += num_frames
 
+    @property
+    def _first_scratch(self) -> int:
+        return self.sink_frames + self.ring_frames
+
+    def _slots(self, before: int | None) -> list[tuple[int, int]]:
+        """Runs (first, end) of slots that hold the context before a frame; one at least."""
+        end = self.num_frames if before is None else before
+        sink = min(self.sink_frames, end)
+        start = max(self.sink_frames, end - (self.context_frames - self.sink_frames))
+        if end > self.num_frames or start < min(end, self.num_frames - self.ring_frames):
+            raise ValueError(f"the lane, at frame {self.num_frames}, does not hold the context before frame {end}")
+        if start >= end:
+            return [(0, sink)]
+        first = (start - self.sink_frames) % self.ring_frames + self.sink_frames
+        count = end - start
+        wrapped = first + count - self._first_scratch
+        if count == self.ring_frames:  # all of the ring, in whatever order
+            return [(0, self._first_scratch)]
+        runs = [(first, min(first + count, self._first_scratch))]
+        if wrapped > 0:
+            runs.insert(0, (self.sink_frames, self.sink_frames + wrapped))
+        if sink and runs[0][0] == sink:
+            runs[0] = (0, runs[0][1])
+        elif sink:
+            runs.insert(0, (0, sink))
+        return runs
+
     def reset(self) -> None:
         """Forget everything; the memory stays."""
         self.num_frames = 0
@@ -98,7 +145,7 @@ class KVCache:
 
         Frames that would be overwritten by later ones of the same block are left out.
         """
-        ring = self.context_frames - self.sink_frames
+        ring = self.ring_frames
         end = self.num_frames + num_frames
         frame = self.num_frames
         while frame < end:
@@ -109,6 +156,6 @@ class KVCache:
                 continue
             else:
                 slot = self.sink_frames + (frame - self.sink_frames) % ring
-                count = min(end - frame, self.context_frames - slot)
+                count = min(end - frame, self._first_scratch - slot)
             yield slot, frame - self.num_frames, count
             frame += count

@@ -52,6 +52,16 @@ class BlockState:
 
 
 @dataclass(frozen=True)
+class Exit:
+    """What a block's last Denoise was given."""
+
+    x: Tensor
+    sigma: float
+    first_frame: int
+    lane: Lane
+
+
+@dataclass(frozen=True)
 class BlockLayout:
     """Which frames belong to which block. Given frames that fill no whole block make a short first block."""
 
@@ -89,6 +99,8 @@ class Rollout:
         deterministic: bool = False,
         transport: Transport | None = None,
         observe: Callable[[Op], None] | None = None,
+        exit_step: int | None = None,
+        with_grad: Callable[[int], bool] | None = None,
     ):
         """
         Args:
@@ -99,6 +111,10 @@ class Rollout:
             deterministic: between steps go along the predicted flow (an Euler step) instead of drawing fresh noise.
             transport: for a rank that owns some lanes only: where blocks come from and go to.
             observe: called after every op, for progress and profiles.
+            exit_step: for training, with ops that are cut there (`Schedule.until`): the step whose x0 finishes a block.
+                What `denoise_again` needs is then kept, the lane included. Default: the last step, and nothing is kept.
+            with_grad: blocks whose x0 is wanted with its graph. Only the exit step's Denoise runs under autograd; what
+                goes on into the context and to later steps is detached (Self-Forcing, arXiv 2506.08009, section 3.2).
         """
         self.denoiser = denoiser
         self.sigmas = list(sigmas)
@@ -109,6 +125,9 @@ class Rollout:
         self.deterministic = deterministic
         self.transport = transport
         self.observe = observe or (lambda op: None)
+        self.exit_step = exit_step
+        self.with_grad = with_grad or (lambda block: False)
+        self.exits: dict[int, Exit] = {}
         self.blocks: dict[int, BlockState] = {}
         self.lanes: dict[int, Lane] = {}
         self._free_lanes: list[Lane] = []
@@ -133,7 +152,8 @@ class Rollout:
             self.observe(op)
             if finished is not None:
                 yield op.block, finished
-            if last_use.get(op.lane) == index:
+            needed = any(exit.lane is self.lanes[op.lane] for exit in self.exits.values())
+            if last_use.get(op.lane) == index and not needed:
                 self._release_lane(op.lane)
 
     @torch.no_grad()
@@ -155,7 +175,13 @@ class Rollout:
         state = self._state(op.block, op.step)
         assert state.level == op.step, f"block {op.block} is at level {state.level}, not ready for {op}"
         sigma, next_sigma = self.sigmas[op.step : op.step + 2]
-        x0 = self.denoiser.denoise(state.x, sigma, self.layout.start(op.block), lane, write)
+        first_frame = self.layout.start(op.block)
+        leaves = op.step == (self.num_steps - 1 if self.exit_step is None else self.exit_step)
+        with torch.set_grad_enabled(leaves and self.with_grad(op.block)):
+            result = self.denoiser.denoise(state.x, sigma, first_frame, lane, write)
+        x0 = result.detach()
+        if self.exit_step is not None and leaves:
+            self.exits[op.block] = Exit(state.x, sigma, first_frame, lane)
         level = op.step + 1
         if level == self.num_steps:
             x = x0
@@ -165,7 +191,17 @@ class Rollout:
             x = add_noise(x0, self.noise(op.block, level), next_sigma)
         self.blocks[op.block] = BlockState(level, x, x0, before=state.x)
         self._hand_on(op.block)
-        return x0 if level == self.num_steps else None
+        return result if leaves else None
+
+    def denoise_again(self, block: int) -> Tensor:
+        """x0 of a finished block once more, with its graph: the exit step's Denoise, beside the lane as it was then.
+
+        Given the gradient at the output, blocks do not depend on each other, so that their graphs need not exist at the
+        same time. The lane's history must reach back to the block.
+        """
+        exit = self.exits[block]
+        with torch.enable_grad():
+            return self.denoiser.denoise(exit.x, exit.sigma, exit.first_frame, exit.lane)
 
     def _write(self, op: WriteContext, lane: Lane) -> None:
         state = self._state(op.block, op.level)

@@ -125,6 +125,20 @@ class Schedule:
             return None
         return self.num_steps if block < self.given_blocks + self.leading_blocks else later[0]
 
+    def lane_of(self, step: int) -> int:
+        """The lane that a step's Denoise ops attend to, after the leading blocks."""
+        return next(phase[0] for phase in self.phases if step in phase)
+
+    def until(self, exit_step: int) -> Iterator[Op]:
+        """The ops of a rollout of which only the x0 predicted at `exit_step` is wanted, as training does; step-major.
+
+        Contexts are those of the whole rollout as far as they exist by then: clean ones are written from that x0.
+        """
+        assert 0 <= exit_step < self.num_steps and self.num_blocks is not None
+        ops = (op for op in step_major(self.streams()) if op.lane <= exit_step)
+        kept = (op for op in ops if not isinstance(op, Denoise) or op.step <= exit_step)
+        return fuse(drop_unread_writes(_reachable(op, exit_step, self.num_steps) for op in kept))
+
     def ops(self, order: Literal["step_major", "diagonal"] = "step_major") -> Iterator[Op]:
         """All ops in one order, without writes that nobody reads, with those fused that one forward can serve.
 
@@ -151,6 +165,13 @@ def diagonal(streams: Sequence[Iterable[Op]]) -> Iterator[Op]:
 
     merged = heapq.merge(*(numbered(i, s) for i, s in enumerate(streams)), key=lambda item: item[:2])
     return (op for _, _, op in merged)
+
+
+def _reachable(op: Op, exit_step: int, clean: int) -> Op:
+    """A write of a level that a cut rollout never comes to writes the last one that it does."""
+    if isinstance(op, WriteContext) and exit_step + 1 < op.level < clean:
+        return WriteContext(op.block, exit_step + 1, op.lane)
+    return op
 
 
 def drop_unread_writes(ops: Iterable[Op]) -> Iterator[Op]:

@@ -15,7 +15,7 @@ from model.kv_cache import KVCache
 TOKENS, LAYERS = 2, 2
 
 
-def make(context_frames: int, sink_frames: int = 0, block_frames: int = 5) -> KVCache:
+def make(context_frames: int, sink_frames: int = 0, block_frames: int = 5, history_frames: int = 0) -> KVCache:
     return KVCache(
         num_layers=LAYERS,
         batch_size=1,
@@ -25,6 +25,7 @@ def make(context_frames: int, sink_frames: int = 0, block_frames: int = 5) -> KV
         context_frames=context_frames,
         block_frames=block_frames,
         sink_frames=sink_frames,
+        history_frames=history_frames,
     )
 
 
@@ -141,3 +142,33 @@ def test_its_memory_is_what_the_window_takes(dtype):
     assert cache.num_bytes == 2 * 30 * 12 * 128 * 1560 * 21 * dtype.itemsize
     if dtype == torch.bfloat16:
         assert cache.num_bytes / 1e9 == pytest.approx(6.04, abs=0.01)  # METHOD section 1
+
+
+@settings(max_examples=80)
+@given(sizes, st.integers(0, 9), st.lists(st.integers(1, 5), max_size=8), st.booleans())
+def test_a_lane_can_be_read_as_it_was(size, history, blocks, autograd):
+    """Before any frame that is at most `history` frames back, at least; and where it cannot, it says so."""
+    context, sink = size
+    cache = make(context, sink, history_frames=history)
+    for length in blocks:
+        append(cache, length)
+    total = sum(blocks)
+    own = block(total, 5, layer=1)
+    for before in range(total + 1):
+        kept = list(range(before))
+        kept = kept if before <= context else kept[:sink] + kept[before - (context - sink) :]
+        try:
+            k, v = cache.read(1, before)
+        except ValueError as error:
+            assert total - before > history and "does not hold" in str(error)
+            continue
+        assert tokens(k) == expected_tokens(kept, layer=1) and torch.equal(v, -k)
+        with torch.set_grad_enabled(autograd):
+            beside, _ = cache.beside(1, own, -own, before)
+        assert torch.equal(beside, torch.cat([k, own], dim=1))
+        assert tokens(cache.read(1)[0]) == tokens(cache.read(1, total)[0])
+
+
+def test_a_frame_that_has_not_come_cannot_be_read_before():
+    with pytest.raises(ValueError, match="does not hold"):
+        make(4).read(0, before=1)
