@@ -25,3 +25,54 @@ def masked_mse(prediction: Tensor, target: Tensor, mask: Tensor | None = None) -
 def kl_to_standard_normal(mean: Tensor, log_variance: Tensor) -> Tensor:
     """KL(N(mean, exp(log_variance)) || N(0, 1)), mean over elements (Kingma & Welling, arXiv 1312.6114, app. B)."""
     return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+
+
+def dmd_gradient(x0: Tensor, critic_x0: Tensor, teacher_x0: Tensor) -> Tensor:
+    """Gradient of the reverse KL at generated clips (DMD, arXiv 2311.18828, equations 7 and 8), [B, F, C, h, w].
+
+    The difference of what critic and teacher take a clip to be, over each clip's mean distance to the teacher's: its
+    size does not depend on the noise level that the two were asked at. What is not finite becomes zero.
+    """
+    distance = (x0 - teacher_x0).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
+    return ((critic_x0 - teacher_x0) / distance).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def dmd_loss(x0: Tensor, gradient: Tensor, mask: Tensor | None = None) -> Tensor:
+    """A loss whose gradient by x0 is `gradient` over the number of elements that count (DMD2's 0.5 mse surrogate).
+
+    Args:
+        x0, gradient: [B, F, C, h, w]; only the loss's derivative by x0 means something, its value does not.
+        mask: [B, F], frames that count; None counts all.
+    """
+    return 0.5 * masked_mse(x0, (x0 - gradient).detach(), mask)
+
+
+def chord_flow(point: Tensor, next_point: Tensor, sigma: float, next_sigma: float) -> Tensor:
+    """The flow of the straight line between two points of a trajectory, float32.
+
+    In bfloat16 the division by a small step of sigma would leave an error of its own size.
+    """
+    return (next_point.float() - point.float()) / (next_sigma - sigma)
+
+
+def forward_kl_loss(
+    flow: Tensor, point: Tensor, next_point: Tensor, sigma: float, next_sigma: float, form: str = "x0"
+) -> Tensor:
+    """Forward KL as regression onto a teacher trajectory (HiAR, arXiv 2603.08703, section 3.3).
+
+    The teacher's flow from `point` to `next_point` is taken to go on as a straight line; its x0 at sigma 0 is the
+    target.
+
+    Args:
+        flow: the student's at `point`, [B, F, C, h, w].
+        point, next_point: the teacher's trajectory at sigma and next_sigma.
+        form: compare x0 (weighs the error of the flow by sigma^2), flow, or endpoint (after an Euler step to next_sigma).
+    """
+    error = (flow.float() - chord_flow(point, next_point, sigma, next_sigma)).square().mean()
+    scale = {"x0": sigma, "flow": 1.0, "endpoint": next_sigma - sigma}[form]
+    return scale**2 * error
+
+
+def motion(clip: Tensor) -> Tensor:
+    """Mean absolute change from frame to frame of latents [B, F, C, h, w]."""
+    return (clip[:, 1:] - clip[:, :-1]).abs().mean()
