@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,27 +23,34 @@ class TextEncoder:
     All positions are attended later, the zero ones too: public weights were trained so.
     """
 
-    def __init__(self, encoder: nn.Module, tokenizer: Any, length: int = 512, cache: str = "", name: str = ""):
+    def __init__(self, encoder: nn.Module | None, tokenizer: Any, length: int = 512, cache: str = "", name: str = ""):
         """
         Args:
-            encoder: transformers' `UMT5EncoderModel`.
+            encoder: transformers' `UMT5EncoderModel`; None where `load` opens it later.
             length: tokens; longer prompts are cut.
             cache: folder of embeddings that were computed before; empty for none.
             name: what tells this encoder's embeddings from another's in the cache.
         """
-        self.encoder = encoder.eval().requires_grad_(False)
-        self.tokenizer = tokenizer
+        self._open: Callable[[], Any] = lambda: (encoder, tokenizer)
+        self._opened: tuple[nn.Module, Any] | None = None
+        self._device: torch.device | None = None
         self.length = length
         self.cache = writable_folder(cache) if cache else None
         self.name = name
 
     @classmethod
     def load(cls, directory: ModelDirectory, dtype: torch.dtype, length: int = 512, cache: str = "") -> "TextEncoder":
-        """The text encoder of a model directory; its files and type tell its embeddings from another's in the cache."""
-        encoder, tokenizer = directory.load_text_encoder(dtype)
+        """The text encoder of a model directory; its files and type tell its embeddings from another's in the cache.
+
+        With a cache, the weights are loaded when the first embedding is missing.
+        """
         files = [*directory.path.glob("text_encoder/*"), *directory.path.glob("models_t5*")]
         stamps = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files)
-        return cls(encoder, tokenizer, length, cache, name=f"{directory.path.resolve()} {stamps} {dtype}")
+        text_encoder = cls(None, None, length, cache, name=f"{directory.path.resolve()} {stamps} {dtype}")
+        text_encoder._open = lambda: directory.load_text_encoder(dtype)
+        if not cache:  # what is wrong with it should be said at once
+            text_encoder._networks()
+        return text_encoder
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Tensor:
@@ -52,20 +59,33 @@ class TextEncoder:
 
     def to(self, device: torch.device | str) -> "TextEncoder":
         """Move the weights, for example off the device after use."""
-        self.encoder.to(device)
+        self._device = torch.device(device)
+        if self._opened is not None:
+            self._opened[0].to(device)
         return self
+
+    def _networks(self) -> tuple[nn.Module, Any]:
+        """Encoder and tokenizer, loaded now if they are not yet."""
+        if self._opened is None:
+            encoder, tokenizer = self._open()
+            encoder.eval().requires_grad_(False)
+            if self._device is not None:
+                encoder.to(self._device)
+            self._opened = encoder, tokenizer
+        return self._opened
 
     def _encode(self, prompt: str) -> Tensor:
         file = self._cache_file(prompt)
         if file is not None and file.exists():
             with contextlib.suppress(SafetensorError, KeyError):  # a broken file is made again
-                return load_file(file, device=str(self._device))["embedding"]
-        tokens = self.tokenizer(
+                return load_file(file, device=str(self._device or "cpu"))["embedding"]
+        encoder, tokenizer = self._networks()
+        tokens = tokenizer(
             [prompt], padding="max_length", truncation=True, max_length=self.length, return_tensors="pt"
-        ).to(self._device)
-        if len(self.tokenizer(prompt).input_ids) > self.length:
+        ).to(next(encoder.parameters()).device)
+        if len(tokenizer(prompt).input_ids) > self.length:
             print(f"note: a prompt is cut to its first {self.length} tokens: {prompt[:60]}...", file=sys.stderr)
-        hidden = self.encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
+        hidden = encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
         embedding = hidden * tokens.attention_mask[..., None].to(hidden.dtype)
         if file is not None:
             with atomic_path(file) as path:
@@ -77,7 +97,3 @@ class TextEncoder:
             return None
         key = hashlib.sha256("\0".join([self.name, str(self.length), prompt]).encode()).hexdigest()
         return self.cache / f"{key[:32]}.safetensors"
-
-    @property
-    def _device(self) -> torch.device:
-        return next(self.encoder.parameters()).device

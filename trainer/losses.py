@@ -66,7 +66,7 @@ def forward_kl_loss(
     Args:
         flow: the student's at `point`, [B, F, C, h, w].
         point, next_point: the teacher's trajectory at sigma and next_sigma.
-        form: compare x0 (weighs the error of the flow by sigma^2), flow, or endpoint (after an Euler step to next_sigma).
+        form: compare x0 (the flow's error times sigma), flow, or endpoint (of the Euler step to next_sigma).
     """
     error = (flow.float() - chord_flow(point, next_point, sigma, next_sigma)).square().mean()
     scale = {"x0": sigma, "flow": 1.0, "endpoint": next_sigma - sigma}[form]

@@ -1,9 +1,12 @@
 """Muon for matrices and convolutions. torch.optim.Muon takes matrices only; the VAE is made of convolutions."""
 
+import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 class Muon(torch.optim.Optimizer):
@@ -13,7 +16,7 @@ class Muon(torch.optim.Optimizer):
     means the same for every shape.
     """
 
-    def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
+    def __init__(self, params: Iterable[Any], lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
 
     @torch.no_grad()
@@ -28,8 +31,12 @@ class Muon(torch.optim.Optimizer):
                     state["momentum"] = torch.zeros_like(p)
                 buffer = state["momentum"].mul_(group["momentum"]).add_(p.grad)
                 nesterov = p.grad.add(buffer, alpha=group["momentum"])
-                update = orthogonalise(nesterov.flatten(1)).view(p.shape)
-                rows, columns = p.shape[0], p[0].numel()
+                # Of a sharded matrix every process makes the whole update, and keeps its part.
+                whole = nesterov.full_tensor() if isinstance(nesterov, DTensor) else nesterov
+                update = orthogonalise(whole.flatten(1)).view(p.shape)
+                if isinstance(p, DTensor):
+                    update = distribute_tensor(update, p.device_mesh, p.placements, src_data_rank=None)
+                rows, columns = p.shape[0], math.prod(p.shape[1:])
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(update, alpha=-group["lr"] * max(1.0, rows / columns) ** 0.5)
 

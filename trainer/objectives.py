@@ -1,6 +1,5 @@
 """What can be learned: each objective owns its networks and computes one iteration's loss."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,29 +8,66 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import ByT5Tokenizer, UMT5Config, UMT5EncoderModel
 
 from model import presets
-from model.causal_wan import BlockCausal, CausalWanModel
+from model.causal_wan import BlockCausal
 from model.flow import add_noise, flow_to_x0, shift_sigma
-from model.text_encoder import TextEncoder
 from model.vae import channels_last_, decode_clip, encode_clip
 from model.weights import ModelDirectory
 from pipeline.text_to_video import rollout_sigmas
 from trainer.losses import flow_matching_loss, kl_to_standard_normal, masked_mse
-from trainer.trainer import Objective, num_parts
+from trainer.networks import (
+    CaptionEmbeddings,
+    Sampler,
+    build_transformer,
+    compute_in,
+    export_transformer,
+    preset,
+)
+from trainer.sharding import num_parts, sync_gradients
+from trainer.trainer import Objective
 from utils import shapes
 from utils.clips import read_clips
 from utils.config import Config
 from utils.errors import UserError
-from utils.files import atomic_path
 from utils.ode_pairs import SIGMAS, read_ode_pairs, read_sigmas
 from utils.rng import keyed_generator
 
 
-class TextAttributes:
+class SingleNet:
+    """An objective of one network with one loss."""
+
+    net: Any
+    config: Config
+
+    @property
+    def nets(self) -> dict[str, nn.Module]:
+        """The one network."""
+        return {"net": self.net}
+
+    def learning_rate(self, name: str) -> float:
+        """The configuration's."""
+        return self.config.train.learning_rate
+
+    def turns(self, iteration: int) -> list[str]:
+        """Always the one."""
+        return ["net"]
+
+    def loss(self, iteration: int, part: int) -> tuple[Tensor, dict[str, float]]:
+        """The loss of a part of the batch, and what to log beside it."""
+        raise NotImplementedError
+
+    def backward(self, name: str, iteration: int, part: int, scale: float, last: bool) -> dict[str, float]:
+        """Backward through `loss`."""
+        loss, metrics = self.loss(iteration, part)
+        sync_gradients(self.net, last)
+        (loss * scale).backward()
+        return {"loss": loss.item()} | metrics
+
+
+class TextAttributes(SingleNet):
     """The miniature's text encoder, pre-trained to tell a caption's attributes; the heads are thrown away.
 
     Trained together with the DiT, a text encoder this small lags far behind it.
@@ -73,7 +109,7 @@ class TextAttributes:
         self.tokenizer.save_pretrained(folder / "tokenizer")
 
 
-class VAEReconstruction:
+class VAEReconstruction(SingleNet):
     """The miniature's VAE: pixel error and a small KL term on clips of mixed lengths."""
 
     def __init__(self, config: Config, device: torch.device):
@@ -123,7 +159,7 @@ class VAEReconstruction:
         self.net.save_pretrained(folder / "vae")
 
 
-class FlowMatching:
+class FlowMatching(SingleNet):
     """The bidirectional teacher: flow matching on encoded clips, one noise level per clip, text dropped at times."""
 
     def __init__(self, config: Config, device: torch.device):
@@ -137,6 +173,7 @@ class FlowMatching:
                 f"clips in {config.data.path}"
             )
         self.text = CaptionEmbeddings(config, captions, device)
+        self.order = Sampler(len(captions), "clips", config.runtime.seed)
 
     def loss(self, iteration: int, part: int) -> tuple[Tensor, dict[str, float]]:
         """Mean squared error of the flow (Wan2.1, section 4.2)."""
@@ -146,7 +183,8 @@ class FlowMatching:
         if train.clip_frames:
             num_clips, num_pixel_frames = draw_length(self.config, iteration)
             num_frames = (num_pixel_frames - 1) // 4 + 1
-        chosen = torch.randint(len(self.latents), (num_clips,), generator=generator)
+        first = (iteration * num_parts(train) + part) * train.batch_size
+        chosen = self.order.at(range(first, first + num_clips))
         x0 = self.latents[chosen, :num_frames].to(self.device, torch.float32)
         # One level from each of as many equal parts of [0, 1) as there are clips: all are covered, whatever the chance.
         clips = part * num_clips + torch.arange(num_clips) + torch.rand(num_clips, generator=generator)
@@ -155,7 +193,8 @@ class FlowMatching:
         noise = torch.randn(x0.shape, generator=generator).to(self.device)
         dropped = torch.rand(num_clips, generator=generator) < train.text_dropout
         x = add_noise(x0, noise, sigma.view(-1, 1, 1, 1, 1))
-        flow = self.net(x.transpose(1, 2), 1000 * sigma, self.text.of(chosen, dropped)).transpose(1, 2)
+        with compute_in(self.config, self.device):
+            flow = self.net(x.transpose(1, 2), 1000 * sigma, self.text.of(chosen, dropped)).transpose(1, 2)
         weight = torch.ones(x0.shape[:2], device=self.device)
         weight[:, 0] = train.first_frame_weight
         return flow_matching_loss(flow, x0, noise, weight), {}
@@ -165,7 +204,7 @@ class FlowMatching:
         export_transformer(self.net, folder, weights)
 
 
-class ODERegression:
+class ODERegression(SingleNet):
     """Causal initialisation: from every level of a teacher trajectory to its end, block-causally, each block at a level
     of its own (CausVid, arXiv 2412.07772, section 4.2)."""
 
@@ -187,12 +226,14 @@ class ODERegression:
                 f"{rollout.block_frames} do not divide; set rollout.block_frames, or make pairs of another --num_frames"
             )
         self.text = CaptionEmbeddings(config, captions, device)
+        self.order = Sampler(len(captions), "pairs", config.runtime.seed)
 
     def loss(self, iteration: int, part: int) -> tuple[Tensor, dict[str, float]]:
         """Mean squared error of x0 over the frames that are not clean already."""
         train, rollout = self.config.train, self.config.rollout
         generator = keyed_generator("ode regression", self.config.runtime.seed, iteration, part)
-        chosen = torch.randint(len(self.pairs), (train.batch_size,), generator=generator)
+        first = (iteration * num_parts(train) + part) * train.batch_size
+        chosen = self.order.at(range(first, first + train.batch_size))
         points = self.pairs[chosen].to(self.device, torch.float32)  # [B, S + 1, F, C, h, w]
         num_frames = points.shape[2]
         num_blocks = num_frames // rollout.block_frames
@@ -201,7 +242,8 @@ class ODERegression:
         x = points.gather(1, levels[:, None, :, None, None, None].expand(-1, 1, -1, *points.shape[3:]))[:, 0]
         sigma = self.sigmas.to(self.device)[levels]
         causal = BlockCausal((rollout.block_frames,) * num_blocks)
-        flow = self.net(x.transpose(1, 2), 1000 * sigma, self.text.of(chosen), causal=causal).transpose(1, 2)
+        with compute_in(self.config, self.device):
+            flow = self.net(x.transpose(1, 2), 1000 * sigma, self.text.of(chosen), causal=causal).transpose(1, 2)
         x0 = flow_to_x0(x, flow, sigma[:, :, None, None, None])
         noisy = (levels < len(self.sigmas) - 1).float()
         return masked_mse(x0, points[:, -1], noisy), {}
@@ -211,23 +253,6 @@ class ODERegression:
         export_transformer(self.net, folder, weights)
 
 
-class CaptionEmbeddings:
-    """Embeddings of a training set's captions, each distinct one encoded once."""
-
-    def __init__(self, config: Config, captions: list[str], device: torch.device):
-        directory = ModelDirectory.open(config.model.base)
-        encoder = TextEncoder.load(directory, torch.float32, config.model.text_length)
-        distinct = ["", *sorted(set(captions))]
-        number = {caption: i for i, caption in enumerate(distinct)}
-        self.rows = torch.tensor([number[caption] for caption in captions])
-        self.table = encoder.encode(distinct).to(device)
-
-    def of(self, clips: Tensor, dropped: Tensor | None = None) -> Tensor:
-        """Embeddings [B, L, text_dim] of clips by index; the empty prompt's where `dropped` [B] is true."""
-        rows = self.rows[clips]
-        return self.table[rows if dropped is None else rows.masked_fill(dropped, 0)]
-
-
 def draw_length(config: Config, iteration: int) -> tuple[int, int]:
     """How many clips of how many pixel frames a part of iteration `iteration`'s batch holds: about as many pixels
     whatever the length, which is the same for all parts, so that no process waits for another."""
@@ -235,46 +260,6 @@ def draw_length(config: Config, iteration: int) -> tuple[int, int]:
     rng = np.random.default_rng([config.runtime.seed, iteration])
     num_frames = int(rng.choice(train.clip_frames))
     return max(1, train.batch_size * min(train.clip_frames) // num_frames), num_frames
-
-
-def build_transformer(config: Config, device: torch.device) -> CausalWanModel:
-    """The DiT to train, in float32: `train.init`'s weights, or a preset's random ones."""
-    torch.manual_seed(config.runtime.seed)
-    if config.train.init:
-        directory = ModelDirectory.open(config.model.base)
-        net = directory.load_transformer(CausalWanModel, torch.float32, weights=config.train.init)
-    else:
-        net = CausalWanModel(**preset(presets.TRANSFORMERS, config))
-        net.init_weights()
-    net.to(device).train()
-    if config.train.compile:
-        net.compile_layers()
-    return net
-
-
-def preset(table: dict[str, dict[str, Any]], config: Config) -> dict[str, Any]:
-    """The sizes that `config.train.network` names.
-
-    Raises:
-        UserError: if there are none of this name.
-    """
-    name = config.train.network
-    if name not in table:
-        raise UserError(
-            f"train.network={name!r} is no preset of {config.train.objective}; choose from {', '.join(table)}"
-        )
-    return table[name]
-
-
-def export_transformer(net: CausalWanModel, folder: Path, weights: dict[str, Tensor]) -> None:
-    """Write weights in the layout of diffusers' `WanTransformer3DModel`, in bfloat16."""
-    folder.mkdir(parents=True, exist_ok=True)
-    state = {name: weight.to("cpu", torch.bfloat16).contiguous() for name, weight in weights.items()}
-    with atomic_path(folder / "diffusion_pytorch_model.safetensors") as path:
-        save_file(state, path, {"format": "pt"})
-    config = {k: v for k, v in net.config.items() if not k.startswith("_")}
-    with atomic_path(folder / "config.json") as path:
-        path.write_text(json.dumps({"_class_name": "WanTransformer3DModel"} | config, indent=2) + "\n")
 
 
 def build_objective(config: Config, device: torch.device) -> Objective:

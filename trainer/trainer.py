@@ -1,4 +1,4 @@
-"""The one training loop: optimizer, EMA, checkpoints, logging. What is learned is the objective's business."""
+"""The one training loop: optimizers, EMA, checkpoints, logging. What is learned is the objective's business."""
 
 import contextlib
 import json
@@ -6,30 +6,43 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from trainer.checkpoints import Checkpoints
 from trainer.muon import Muon
+from trainer.sharding import clip_gradients, loss_scale, my_parts, num_parts, sum_gradients, whole
 from utils.config import Config, TrainConfig
-from utils.distributed import rank, sum_over_processes, world_size
+from utils.distributed import rank
 from utils.errors import UserError
 from utils.files import atomic_path, writable_folder
 
 
 class Objective(Protocol):
-    """A network, and the loss it is trained with."""
+    """Networks, and the losses they are trained with."""
 
     @property
-    def net(self) -> nn.Module:
-        """What the optimizer updates."""
+    def nets(self) -> Mapping[str, nn.Module]:
+        """What optimizers update, by name. The first is what the run is for: it has the EMA and is exported."""
         ...
 
-    def loss(self, iteration: int, part: int) -> tuple[Tensor, dict[str, float]]:
-        """The loss of part `part` of iteration `iteration`'s batch, and what to log beside it.
+    def learning_rate(self, name: str) -> float:
+        """AdamW's peak rate for a net."""
+        ...
+
+    def turns(self, iteration: int) -> list[str]:
+        """The nets that are updated in an iteration, in their order."""
+        ...
+
+    def backward(self, name: str, iteration: int, part: int, scale: float, last: bool) -> dict[str, float]:
+        """Add `scale` times the gradient of a part's loss to a net's gradients; returns the loss and what to log.
+
+        The last pass of the `last` part of this process is the one in which a sharded net's gradients are reduced
+        (`sync_gradients`).
 
         All randomness is a pure function of (seed, iteration, part), so that a resumed run goes on exactly, and any
         number of processes trains on the same batches.
@@ -37,12 +50,12 @@ class Objective(Protocol):
         ...
 
     def export(self, folder: Path, weights: dict[str, Tensor]) -> None:
-        """Write finished `weights` of `net` in the diffusers layout."""
+        """Write finished `weights` of the first net in the diffusers layout."""
         ...
 
 
 class Trainer:
-    """Trains an objective for `config.train.iterations`; running it again resumes from the last checkpoint."""
+    """Trains an objective for `config.train.iterations`; running it again goes on from the last checkpoint."""
 
     def __init__(self, config: Config, objective: Objective, logdir: str):
         self.config = config
@@ -51,21 +64,22 @@ class Trainer:
         self.logdir = writable_folder(logdir)
         self.iteration = 0
         self.parts = my_parts(self.train_config)
-        self.optimizers = build_optimizers(objective.net, self.train_config)
-        self.base_rates = [[group["lr"] for group in o.param_groups] for o in self.optimizers]
-        self.ema = {name: p.detach().clone() for name, p in objective.net.state_dict().items()}
+        self.num_parts = num_parts(self.train_config)
+        self.optimizers = {
+            name: build_optimizers(net, self.train_config, objective.learning_rate(name))
+            for name, net in objective.nets.items()
+        }
+        self.net = next(iter(objective.nets.values()))
+        self.ema = {name: tensor.detach().clone() for name, tensor in self.net.state_dict().items()}
+        self.checkpoints = Checkpoints(self.logdir, self.train_config.keep_checkpoints)
 
-    @property
-    def checkpoint(self) -> Path:
-        """The file that a rerun resumes from."""
-        return self.logdir / "checkpoint.pt"
-
-    def train(self) -> None:
+    def train(self, resume: Path | None = None) -> None:
         """Resume if there is a checkpoint, train to the last iteration, export the EMA weights."""
         config = self.train_config
-        self.resume()
+        self.resume(resume)
         if rank() == 0:
-            (self.logdir / "config.yaml").write_text(self.config.to_yaml())
+            with atomic_path(self.logdir / "config.yaml") as path:
+                path.write_text(self.config.to_yaml())
         with MetricsLog(self.logdir, config, self.config, self.iteration) as log:
             try:
                 while self.iteration < config.iterations:
@@ -78,114 +92,104 @@ class Trainer:
             except KeyboardInterrupt:
                 self.save()
                 raise
-        if config.output and rank() == 0:
-            self.objective.export(Path(config.output), self.ema)
-            print(f"wrote {config.output}")
+            finally:
+                self.checkpoints.finish()
+        if config.output:
+            weights = {name: whole(tensor) for name, tensor in self.ema.items()}
+            if rank() == 0:
+                self.objective.export(Path(config.output), weights)
+                print(f"wrote {config.output}")
 
     def step(self) -> dict[str, float]:
-        """One optimizer update; returns what to log."""
-        net, config = self.objective.net, self.train_config
-        scale = learning_rate_scale(self.iteration, config)
-        for optimizer, rates in zip(self.optimizers, self.base_rates, strict=True):
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * scale
-        metrics = self.accumulate()
-        norm = nn.utils.clip_grad_norm_(net.parameters(), config.grad_clip)
-        if not (math.isfinite(metrics["loss"]) and torch.isfinite(norm)):
-            raise UserError(
-                f"loss {metrics['loss']:.4g} and gradient norm {norm.item():.4g} at iteration {self.iteration}: "
-                f"not finite; the last good state is {self.checkpoint}, go on with a lower train.learning_rate"
-            )
-        for optimizer in self.optimizers:
+        """One iteration: an update of every net whose turn it is; returns what to log."""
+        metrics: dict[str, float] = {"rate_scale": learning_rate_scale(self.iteration, self.train_config)}
+        for name in self.objective.turns(self.iteration):
+            metrics |= self.update(name, metrics["rate_scale"])
+        return metrics
+
+    def update(self, name: str, rate_scale: float) -> dict[str, float]:
+        """One optimizer update of one net, on the whole batch."""
+        config, net = self.train_config, self.objective.nets[name]
+        metrics = self.accumulate(name)
+        norm = clip_gradients(net.parameters(), config.grad_clip)
+        self.refuse_bad(metrics, name, norm)
+        for optimizer in self.optimizers[name]:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * rate_scale
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        self.update_ema()
-        return metrics | {"grad_norm": norm.item(), "rate_scale": scale}
+        if net is self.net:
+            self.update_ema()
+        prefix = "" if len(self.objective.nets) == 1 else f"{name}_"
+        return metrics | {f"{prefix}grad_norm": norm}
 
-    def accumulate(self) -> dict[str, float]:
-        """Leave the whole batch's gradient in every process; returns its loss and the objective's metrics."""
-        parts = num_parts(self.train_config)
+    def accumulate(self, name: str) -> dict[str, float]:
+        """Leave the whole batch's gradient in every process; returns the objective's metrics."""
+        net = self.objective.nets[name]
+        scale = loss_scale(net, self.num_parts)
         sums: dict[str, float] = {}
         for part in self.parts:
-            loss, metrics = self.objective.loss(self.iteration, part)
-            (loss / parts).backward()
-            for name, value in ({"loss": loss.item()} | metrics).items():
-                sums[name] = sums.get(name, 0.0) + value / parts
-        values = torch.tensor(list(sums.values()), device=loss.device)
-        gradients = [p.grad for p in self.objective.net.parameters() if p.grad is not None]
-        sum_over_processes([values, *gradients])
-        return dict(zip(sums, values.tolist(), strict=True))
+            last = part == self.parts[-1]
+            for key, value in self.objective.backward(name, self.iteration, part, scale, last).items():
+                sums[key] = sums.get(key, 0.0) + value / self.num_parts
+        return sum_gradients(net, sums, next(net.parameters()).device)
+
+    def refuse_bad(self, metrics: Mapping[str, float], name: str, norm: float) -> None:
+        """Stop before an update that would ruin the run.
+
+        Raises:
+            UserError: if a loss or the gradient is not finite or out of all proportion; it says which.
+        """
+        config = self.train_config
+        bad = [f"{key} is {value:.4g}" for key, value in metrics.items() if not math.isfinite(value)]
+        if not math.isfinite(norm) or norm > config.stop_grad_norm:
+            bad.append(f"the gradient norm of the {name} is {norm:.4g}")
+        if not bad:
+            return
+        self.checkpoints.finish()
+        saved = self.checkpoints.saved()
+        good = f"the last good state is {saved[-1]}" if saved else "nothing was saved yet"
+        raise UserError(f"iteration {self.iteration}: {', '.join(bad)}; {good}, go on with a lower learning rate")
 
     @torch.no_grad()
     def update_ema(self) -> None:
         """Move the EMA towards the weights; early on its memory is no longer than a tenth of the run so far."""
-        decay = min(self.train_config.ema_decay, (1 + self.iteration) / (10 + self.iteration))
-        for name, value in self.objective.net.state_dict().items():
+        since = self.iteration - self.train_config.ema_start
+        decay = min(self.train_config.ema_decay, (1 + since) / (10 + since)) if since >= 0 else 0.0
+        for name, value in self.net.state_dict().items():
             if value.is_floating_point():
                 self.ema[name].lerp_(value, 1 - decay)
             else:
                 self.ema[name].copy_(value)
 
+    def state(self) -> dict[str, Tensor]:
+        """Every tensor that decides how the run goes on, by name; they are the run's own, not copies.
+
+        Where in the data a run is follows from its iteration.
+        """
+        state = {"iteration": torch.tensor(self.iteration)}
+        for name, net in self.objective.nets.items():
+            state |= {f"nets/{name}/{key}": tensor for key, tensor in net.state_dict().items()}
+            names: dict[Any, str] = {parameter: key for key, parameter in net.named_parameters()}
+            for optimizer in self.optimizers[name]:
+                kind = type(optimizer).__name__
+                for parameter, values in optimizer.state.items():
+                    state |= {f"{kind}/{name}/{names[parameter]}/{key}": value for key, value in values.items()}
+        return state | {f"ema/{key}": tensor for key, tensor in self.ema.items()}
+
     def save(self) -> None:
-        """Write the checkpoint; a kill in between leaves the previous one."""
-        if rank() > 0:
-            return
-        state = {
-            "iteration": self.iteration,
-            "net": self.objective.net.state_dict(),
-            "ema": self.ema,
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "config": self.config.to_yaml(),
-        }
-        with atomic_path(self.checkpoint) as path:
-            torch.save(state, path)
+        """Write a checkpoint in the background; a kill in between leaves the one before."""
+        self.checkpoints.save(self.iteration, self.state())
 
-    def resume(self) -> None:
-        """Load the checkpoint of this logdir, if there is one."""
-        for leftover in self.logdir.glob(".checkpoint.*.partial.pt"):  # of a run that was killed while it saved
-            leftover.unlink(missing_ok=True)
-        if not self.checkpoint.exists():
+    def resume(self, path: Path | None = None) -> None:
+        """Load the newest checkpoint of this logdir, or the one at `path`."""
+        state = self.state()
+        source = self.checkpoints.load(state, path)
+        if source is None:
             return
-        state = torch.load(self.checkpoint, weights_only=True, map_location="cpu")
-        try:
-            self.objective.net.load_state_dict(state["net"])
-        except RuntimeError:
-            raise UserError(
-                f"{self.checkpoint} is of another network; choose another --logdir or the config it was made with"
-            ) from None
-        try:
-            for optimizer, optimizer_state in zip(self.optimizers, state["optimizers"], strict=True):
-                optimizer.load_state_dict(optimizer_state)
-        except ValueError:
-            raise UserError(
-                f"{self.checkpoint} was made with another optimizer; choose another --logdir or its train.optimizer"
-            ) from None
-        for name, value in state["ema"].items():
-            self.ema[name].copy_(value)
-        self.iteration = state["iteration"]
+        self.iteration = int(state["iteration"])
         if rank() == 0:
-            print(f"resumed from {self.checkpoint} at iteration {self.iteration}")
-
-
-def num_parts(config: TrainConfig) -> int:
-    """In how many parts of `batch_size` an iteration's batch is computed, over all processes.
-
-    Raises:
-        UserError: if it does not divide into the same number of parts for each process.
-    """
-    total = config.total_batch_size or config.batch_size * world_size()
-    if total <= 0 or total % (config.batch_size * world_size()):
-        raise UserError(
-            f"train.total_batch_size={total} must be a multiple of train.batch_size={config.batch_size} times the "
-            f"number of processes, {world_size()}"
-        )
-    return total // config.batch_size
-
-
-def my_parts(config: TrainConfig) -> range:
-    """Which parts of every iteration's batch this process computes."""
-    share = num_parts(config) // world_size()
-    return range(rank() * share, (rank() + 1) * share)
+            print(f"resumed from {source} at iteration {self.iteration}")
 
 
 @contextlib.contextmanager
@@ -205,28 +209,38 @@ def ctrl_c_waits() -> Iterator[None]:
 
 
 def learning_rate_scale(iteration: int, config: TrainConfig) -> float:
-    """Factor on the peak learning rate: linear warm-up, then a cosine down to a twentieth."""
+    """Factor on the peak learning rate: linear warm-up, then constant or a cosine down to a twentieth."""
     if iteration < config.warmup:
         return (iteration + 1) / config.warmup
+    if config.decay == "constant":
+        return 1.0
     progress = (iteration - config.warmup) / max(1, config.iterations - config.warmup)
     return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def build_optimizers(net: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
+def build_optimizers(net: nn.Module, config: TrainConfig, learning_rate: float) -> list[torch.optim.Optimizer]:
     """AdamW for everything, or Muon for the matrices and convolutions inside and AdamW for the rest.
 
-    Muon is not meant for embeddings, inputs and outputs, nor for vectors.
+    Muon is not meant for embeddings, inputs and outputs, nor for vectors. Each group keeps its rate as `peak`. All
+    state exists from the start, so that a checkpoint can be loaded into it.
     """
     named = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
     inside = [p for name, p in named if config.optimizer == "muon" and is_inner_matrix(name, p)]
     chosen = {id(p) for p in inside}
     others = [p for _, p in named if id(p) not in chosen]
     beta1, beta2 = config.betas
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(others, lr=config.learning_rate, betas=(beta1, beta2), weight_decay=config.weight_decay)
-    ]
+    group: dict[str, Any] = {"params": others, "peak": learning_rate}
+    adamw = torch.optim.AdamW([group], lr=learning_rate, betas=(beta1, beta2), weight_decay=config.weight_decay)
+    for p in others:
+        adamw.state[p] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+    optimizers: list[torch.optim.Optimizer] = [adamw]
     if inside:
-        optimizers.append(Muon(inside, lr=config.muon_learning_rate, weight_decay=config.weight_decay))
+        rate = config.muon_learning_rate
+        group = {"params": inside, "peak": rate}
+        muon = Muon([group], lr=rate, weight_decay=config.weight_decay)
+        for p in inside:
+            muon.state[p] = {"momentum": torch.zeros_like(p)}
+        optimizers.append(muon)
     return optimizers
 
 
@@ -244,7 +258,7 @@ class MetricsLog:
         self.path = logdir / "metrics.jsonl"
         self.train = train
         self.sums: dict[str, float] = {}
-        self.count = 0
+        self.counts: dict[str, int] = {}
         self.started = time.perf_counter()
         self.first_iteration = iteration
         self.wandb: Any = None
@@ -259,7 +273,11 @@ class MetricsLog:
             import wandb
 
             self.wandb = wandb.init(
-                project=train.project, name=logdir.name, dir=logdir, mode=train.wandb, config={"yaml": config.to_yaml()}
+                project=train.project,
+                name=logdir.name,
+                dir=train.wandb_dir or logdir,
+                mode=train.wandb,
+                config={"yaml": config.to_yaml()},
             )
 
     def __enter__(self) -> "MetricsLog":
@@ -269,16 +287,16 @@ class MetricsLog:
         if self.wandb is not None:
             self.wandb.finish()
 
-    def write(self, iteration: int, metrics: dict[str, float]) -> None:
+    def write(self, iteration: int, metrics: Mapping[str, float]) -> None:
         """Take in one iteration's metrics; every `log_every` iterations write a line."""
         if rank() > 0:
             return
-        self.count += 1
         for name, value in metrics.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
+            self.counts[name] = self.counts.get(name, 0) + 1
         if iteration % self.train.log_every and iteration != self.train.iterations:
             return
-        means = {name: value / self.count for name, value in self.sums.items()}
+        means = {name: value / self.counts[name] for name, value in self.sums.items()}
         seconds = (time.perf_counter() - self.started) / (iteration - self.first_iteration)
         left = seconds * (self.train.iterations - iteration)
         text = "  ".join(f"{name} {value:.4g}" for name, value in means.items())
@@ -287,4 +305,4 @@ class MetricsLog:
             file.write(json.dumps({"iteration": iteration, **means}) + "\n")
         if self.wandb is not None:
             self.wandb.log(means, step=iteration)
-        self.sums, self.count = {}, 0
+        self.sums, self.counts = {}, {}

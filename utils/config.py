@@ -90,8 +90,10 @@ NEGATIVE_PROMPT = (
 class TeacherConfig:
     """The bidirectional network, and how it is sampled."""
 
+    base: str = ""
+    """Model directory that its size is read from, for a teacher of another size than the base. Empty: model.base."""
     path: str = ""
-    """Its weights: folder or checkpoint. Empty: the base's transformer."""
+    """Its weights: folder or checkpoint. Empty: the transformer of its base."""
     guidance_scale: float = 6.0
     """Classifier-free guidance: unconditional + scale (conditional - unconditional)."""
     num_inference_steps: int = 48
@@ -121,7 +123,9 @@ class DataConfig:
     """What a training run learns from."""
 
     path: str = ""
-    """Folder that the objective reads: encoded clips (flow matching) or ODE pairs (ODE regression)."""
+    """What the objective reads: encoded clips (flow matching) or ODE pairs (ODE regression, forward KL)."""
+    prompts: str = ""
+    """File of prompts, one per line, that score distillation rolls out. Empty: those of the ODE pairs."""
     num_frames: int = 21
     """Latent frames of a training clip."""
     sigmas: list[float] = field(default_factory=list)
@@ -132,7 +136,9 @@ class DataConfig:
 class TrainConfig:
     """One training run: an objective and the loop around it."""
 
-    objective: Literal["", "text_attributes", "vae_reconstruction", "flow_matching", "ode_regression"] = ""
+    objective: Literal[
+        "", "text_attributes", "vae_reconstruction", "flow_matching", "ode_regression", "score_distillation"
+    ] = ""
     """What is learned. Empty: this configuration does not train."""
     network: str = ""
     """Preset of the network that is trained from nothing (model/presets.py)."""
@@ -157,11 +163,17 @@ class TrainConfig:
     weight_decay: float = 0.01
     """Decoupled weight decay of both optimizers."""
     warmup: int = 100
-    """Iterations of linear warm-up; the rate then falls to a twentieth along a cosine."""
+    """Iterations of linear warm-up."""
+    decay: Literal["cosine", "constant"] = "cosine"
+    """What rates do after it: fall to a twentieth along a cosine, or stay."""
     grad_clip: float = 1.0
-    """Largest gradient norm."""
+    """Largest gradient norm; larger gradients are scaled down to it."""
+    stop_grad_norm: float = 1.0e4
+    """Gradient norm beyond which a run stops instead of taking the step."""
     ema_decay: float = 0.999
     """Decay of the exponential moving average of the weights, shortened early in the run."""
+    ema_start: int = 0
+    """Iteration from which on the average is taken; before it, it is the weights."""
     text_dropout: float = 0.1
     """Share of clips trained without their caption, for classifier-free guidance."""
     timestep_shift: float = 5.0
@@ -177,14 +189,56 @@ class TrainConfig:
     """Train the VAE's decoder beside a fixed encoder, so that latents made before stay valid."""
     compile: bool = False
     """torch.compile the layers of the trained network."""
+    activation_checkpointing: bool = False
+    """Keep no activations inside of layers; compute them again in the backward pass."""
+    dtype: DType = "float32"
+    """Type that networks compute in while they are trained. Their weights, gradients and averages stay in float32."""
+    sharding: Literal["replicate", "shard", "hybrid"] = "replicate"
+    """How processes share the weights: each has all; each a part (FSDP2); or parts within a machine, copies across."""
+    keep_checkpoints: int = 2
+    """So many of the latest checkpoints are kept."""
     log_every: int = 20
     """Iterations between log lines."""
     checkpoint_every: int = 200
     """Iterations between checkpoints."""
     wandb: Literal["off", "offline", "online"] = "off"
     """Weights & Biases mode; credentials come from its own environment variables."""
+    wandb_dir: str = ""
+    """Folder of its files. Empty: the run's own."""
     project: str = "hiar"
     """Weights & Biases project."""
+
+
+@dataclass
+class DistillConfig:
+    """Score distillation by self-rollout: DMD against the teacher, and forward KL onto its trajectories."""
+
+    generator_every: int = 5
+    """The generator is updated in every so many iterations, the critic in each."""
+    critic_learning_rate: float = 3e-7
+    """Peak rate of the critic's optimizer."""
+    guidance_scale: float = 4.0
+    """Guidance of the teacher's score: unconditional + scale (conditional - unconditional)."""
+    timestep_shift: float = 5.0
+    """Shift of the noise levels at which teacher and critic are compared and the critic is trained."""
+    min_timestep: float = 20.0
+    """Smallest timestep (1000 sigma) of those."""
+    max_timestep: float = 980.0
+    """Largest timestep of those."""
+    min_exit_step: int = 0
+    """First step at which a rollout may end; the step is drawn evenly from there to the last."""
+    max_rollout_frames: int = 21
+    """Longest rollout in latent frames; its length is drawn evenly from data.num_frames up. Losses see its end."""
+    block_backward: bool = True
+    """Backward block by block, with one block's activations at a time, instead of through the whole rollout at once."""
+    forward_kl_weight: float = 0.1
+    """Weight of the forward KL; 0 leaves it out, and data.path with it."""
+    forward_kl_mode: Literal["bidirectional", "block_causal", "rollout"] = "bidirectional"
+    """How the generator sees a clip for it: all at once (HiAR's paper), causally at once, or by its own rollout."""
+    forward_kl_form: Literal["x0", "flow", "endpoint"] = "x0"
+    """What is compared: x0, the flow, or the end of the Euler step."""
+    forward_kl_steps: int = 1
+    """It is applied to the first so many steps."""
 
 
 @dataclass
@@ -207,6 +261,7 @@ class Config:
     video: VideoConfig = field(default_factory=VideoConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
     def to_yaml(self) -> str:
@@ -290,6 +345,10 @@ def check_config(config: Config) -> None:
         "train.batch_size": config.train.batch_size,
         "train.log_every": config.train.log_every,
         "train.checkpoint_every": config.train.checkpoint_every,
+        "train.keep_checkpoints": config.train.keep_checkpoints,
+        "distill.generator_every": config.distill.generator_every,
+        "distill.timestep_shift": config.distill.timestep_shift,
+        "distill.forward_kl_steps": config.distill.forward_kl_steps,
     }
     for key, value in positive.items():
         if not 0 < value < math.inf:  # NaN included
@@ -312,6 +371,21 @@ def check_config(config: Config) -> None:
     if not steps or not falling or not steps[0] <= 1000:
         raise UserError(
             f"rollout.denoising_step_list must fall from at most 1000 towards 0, not {rollout.denoising_step_list}"
+        )
+    distill = config.distill
+    if not 0 <= distill.min_exit_step < len(steps):
+        raise UserError(f"distill.min_exit_step must be 0 to {len(steps) - 1}, not {distill.min_exit_step}")
+    if distill.forward_kl_steps > len(steps):
+        raise UserError(f"distill.forward_kl_steps must be 1 to {len(steps)}, not {distill.forward_kl_steps}")
+    if not 0 < distill.min_timestep < distill.max_timestep <= 1000:
+        raise UserError(
+            "distill.min_timestep and max_timestep must rise within 0 and 1000, not "
+            f"{distill.min_timestep} and {distill.max_timestep}"
+        )
+    if train.objective == "score_distillation" and distill.max_rollout_frames < config.data.num_frames:
+        raise UserError(
+            f"distill.max_rollout_frames {distill.max_rollout_frames} must be at least "
+            f"data.num_frames {config.data.num_frames}"
         )
     if rollout.leading_steps > len(steps):
         raise UserError(f"rollout.leading_steps is {rollout.leading_steps}, but there are only {len(steps)} steps")

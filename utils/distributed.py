@@ -24,13 +24,26 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def local_world_size() -> int:
+    """Number of processes on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 @contextlib.contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """Join the other processes that torchrun started, over NCCL for GPUs and gloo for CPUs; alone, nothing happens."""
-    if world_size() == 1:
+    """Join the other processes that torchrun started, over NCCL for GPUs and gloo for CPUs.
+
+    Without torchrun it is a group of one, without a port, so that one process takes the same path as many. A group that
+    is there already is used.
+    """
+    if dist.is_initialized():
         yield
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
         yield
     finally:

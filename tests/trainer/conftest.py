@@ -9,18 +9,29 @@ from tiny_model import TEXT_ENCODER, TRANSFORMER, VAE, write_model
 from torch import Tensor, nn
 
 from model import presets
+from trainer.objectives import SingleNet
 from utils.clips import write_shard
 from utils.config import Config
+from utils.distributed import process_group
 from utils.ode_pairs import pair_file, write_ode_pair, write_sigmas
 from utils.rng import keyed_generator
+
+
+@pytest.fixture(autouse=True, scope="session")
+def group():
+    """The group of one process that train.py would open."""
+    with process_group(torch.device("cpu")):
+        yield
+
 
 CAPTIONS = ("a red circle", "a blue square", "a green triangle")
 
 
-class Toy:
+class Toy(SingleNet):
     """Fit a random linear map by a net with a matrix and a vector, and a buffer that counts."""
 
     def __init__(self, width: int = 6):
+        self.config = Config()
         torch.manual_seed(0)
         self.net = nn.Sequential(nn.Linear(width, 8), nn.Tanh(), nn.Linear(8, 1), Counter())
         self.iterations: list[int] = []

@@ -11,8 +11,11 @@ import pytest
 import torch
 from tiny_model import write_config
 from torch import nn
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 
 from trainer import trainer as module
+from trainer.checkpoints import read_tensors
 from trainer.muon import Muon
 from trainer.objectives import FlowMatching
 from trainer.trainer import Trainer, build_optimizers, is_inner_matrix, learning_rate_scale
@@ -28,11 +31,7 @@ class Stop(Exception):
 
 def state_of(trainer: Trainer) -> dict[str, torch.Tensor]:
     """All tensors that a run has: weights, EMA, optimizer state."""
-    parts = {"net": trainer.objective.net.state_dict(), "ema": trainer.ema}
-    for number, optimizer in enumerate(trainer.optimizers):
-        for parameter, state in optimizer.state_dict()["state"].items():
-            parts[f"optimizer {number} {parameter}"] = {k: torch.as_tensor(v) for k, v in state.items()}
-    return {f"{part} {name}": tensor.clone() for part, state in parts.items() for name, tensor in state.items()}
+    return {name: tensor.clone() for name, tensor in trainer.state().items()}
 
 
 def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
@@ -74,10 +73,11 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, toy, make_config, optimizer,
     assert_same(second.objective.exported[1], whole.objective.exported[1])
     assert (tmp_path / "parts/metrics.jsonl").read_text() == (tmp_path / "whole/metrics.jsonl").read_text()
     assert sorted(file.name for file in (tmp_path / "parts").iterdir()) == [
-        "checkpoint.pt",
+        "checkpoints",
         "config.yaml",
         "metrics.jsonl",
     ]
+    assert [path.name for path in second.checkpoints.saved()] == ["00000004", "00000006"]
 
 
 def test_a_finished_run_exports_again_and_trains_no_more(tmp_path, toy, make_config):
@@ -97,7 +97,7 @@ def test_ctrl_c_finishes_the_iteration_and_saves(tmp_path, toy, make_config):
     whole.train()
     first = Trainer(config, toy(), str(tmp_path / "parts"))
     press = lambda *_: signal.raise_signal(signal.SIGINT) if first.iteration == 2 else None  # noqa: E731
-    first.optimizers[0].register_step_post_hook(press)
+    first.optimizers["net"][0].register_step_post_hook(press)
     with pytest.raises(KeyboardInterrupt):
         first.train()
     second = Trainer(config, toy(), str(tmp_path / "parts"))
@@ -126,17 +126,45 @@ def test_flow_matching_goes_on_bit_for_bit(tmp_path, make_config, clips, tiny_pr
 def test_the_checkpoint_is_whole_or_the_one_before(tmp_path, toy, make_config, monkeypatch):
     run = Trainer(make_config(), toy(), str(tmp_path))
     run.train()
-    before = run.checkpoint.read_bytes()
+    before = run.checkpoints.saved()[-1]
+    content = read_tensors(before, "")
 
-    def full(state, path):
-        path.write_bytes(b"half of it")
+    def full(self, *arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module.torch, "save", full)
-    with pytest.raises(OSError, match="No space"):
-        run.save()
-    assert run.checkpoint.read_bytes() == before
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["checkpoint.pt", "config.yaml", "metrics.jsonl"]
+    monkeypatch.setattr(dcp.FileSystemWriter, "write_data", full)
+    run.iteration += 1
+    run.save()
+    with pytest.raises(CheckpointException, match="No space"):
+        run.checkpoints.finish()
+    assert run.checkpoints.saved()[-1] == before
+    assert_same(read_tensors(before, ""), content)
+    monkeypatch.undo()
+    again = Trainer(make_config(), toy(), str(tmp_path))
+    again.train()  # what was left of the failed one is removed
+    assert [path.name for path in again.checkpoints.folder.iterdir()] == ["00000004", "00000006"]
+
+
+def test_a_checkpoint_is_of_the_moment_it_was_asked_for(tmp_path, toy, make_config):
+    """It is written in the background, while training changes what it holds."""
+    run = Trainer(make_config(), toy(), str(tmp_path))
+    run.step()
+    expected = state_of(run)
+    run.save()
+    for tensor in run.state().values():
+        tensor.detach().zero_()
+    run.checkpoints.finish()
+    assert_same(read_tensors(run.checkpoints.saved()[-1], ""), expected)
+
+
+def test_a_given_checkpoint_can_be_resumed_from(tmp_path, toy, make_config):
+    whole = Trainer(make_config(keep_checkpoints=9), toy(), str(tmp_path / "one"))
+    whole.train()
+    [first, *_] = whole.checkpoints.saved()
+    other = Trainer(make_config(), toy(), str(tmp_path / "other"))
+    other.train(resume=first)
+    assert other.objective.iterations == [2, 3, 4, 5]
+    assert_same(state_of(other), state_of(whole))
 
 
 # ---- Batches in parts ----
@@ -144,7 +172,7 @@ def test_the_checkpoint_is_whole_or_the_one_before(tmp_path, toy, make_config, m
 
 def test_parts_add_up_to_the_mean_over_the_whole_batch(tmp_path, toy, make_config):
     run = Trainer(make_config(batch_size=2, total_batch_size=6), toy(), str(tmp_path))
-    metrics = run.accumulate()
+    metrics = run.accumulate("net")
     gradients = {name: p.grad.clone() for name, p in run.objective.net.named_parameters()}
     reference = toy()
     losses = [reference.loss(0, part)[0] for part in range(3)]
@@ -186,7 +214,7 @@ def test_two_processes_train_as_one_does(tmp_path, model):
         command += ["--logdir", str(tmp_path / logdir), f"train.iterations={iterations}"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=300)
         assert done.returncode == 0, done.stderr.decode()
-        return torch.load(tmp_path / logdir / "checkpoint.pt", weights_only=True)["ema"]
+        return read_tensors(tmp_path / logdir / "checkpoints/00000003", "ema/")
 
     alone, together = run("one", 1, 3), run("two", 2, 3)
     torch.testing.assert_close(together, alone, atol=2e-5, rtol=1e-3)
@@ -204,20 +232,27 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(tmp_pat
     run = Trainer(make_config(), toy(), str(tmp_path))
     loss = run.objective.loss
     run.objective.loss = lambda number, part: (loss(number, part)[0] * (value if number == 4 else 1), {})
-    with pytest.raises(UserError, match=r"at iteration 4: not finite; the last good state is .*checkpoint\.pt"):
+    with pytest.raises(UserError, match=rf"iteration 4: loss is {value}.*; the last good state is .*00000004, go on"):
         run.train()
-    saved = torch.load(run.checkpoint, weights_only=True)
-    assert saved["iteration"] == 4
-    assert all(weight.isfinite().all() for weight in saved["net"].values())
+    saved = read_tensors(run.checkpoints.saved()[-1], "nets/net/")
+    assert all(weight.isfinite().all() for weight in saved.values())
     parameters = dict(run.objective.net.named_parameters())
-    assert_same({name: saved["net"][name] for name in parameters}, parameters)  # no step was taken on the bad gradient
+    assert_same({name: saved[name] for name in parameters}, parameters)  # no step was taken on the bad gradient
+
+
+def test_a_gradient_out_of_all_proportion_ends_the_run(tmp_path, toy, make_config):
+    run = Trainer(make_config(stop_grad_norm=1000.0), toy(), str(tmp_path))
+    loss = run.objective.loss
+    run.objective.loss = lambda number, part: (loss(number, part)[0] * (1e6 if number == 2 else 1), {})
+    with pytest.raises(UserError, match=r"iteration 2: the gradient norm of the net is .*; the last good state is"):
+        run.train()
 
 
 def test_a_checkpoint_of_another_network_or_optimizer_is_refused(tmp_path, toy, make_config):
     Trainer(make_config(), toy(), str(tmp_path)).train()
-    with pytest.raises(UserError, match="is of another network; choose another --logdir"):
+    with pytest.raises(UserError, match=r"does not fit this configuration.*choose another --logdir"):
         Trainer(make_config(), toy(width=7), str(tmp_path)).train()
-    with pytest.raises(UserError, match="another optimizer"):
+    with pytest.raises(UserError, match="does not fit"):
         Trainer(make_config(optimizer="muon"), toy(), str(tmp_path)).train()
 
 
@@ -237,12 +272,12 @@ def test_learning_rate_rises_then_falls_to_a_twentieth():
 def test_the_rate_reaches_every_optimizer(tmp_path, toy, make_config):
     run = Trainer(make_config(optimizer="muon", warmup=4), toy(), str(tmp_path))
     run.step()
-    assert [o.param_groups[0]["lr"] for o in run.optimizers] == pytest.approx([1e-3 / 4, 5e-3 / 4])
+    assert [o.param_groups[0]["lr"] for o in run.optimizers["net"]] == pytest.approx([1e-3 / 4, 5e-3 / 4])
 
 
 def test_muon_takes_the_inner_matrices_and_adamw_the_rest(make_net):
     net = make_net()
-    adamw, muon = build_optimizers(net, TrainConfig(optimizer="muon"))
+    adamw, muon = build_optimizers(net, TrainConfig(optimizer="muon"), 1e-3)
     assert isinstance(adamw, torch.optim.AdamW) and isinstance(muon, Muon)
     names = {id(p): name for name, p in net.named_parameters()}
     inner = {names[id(p)] for p in muon.param_groups[0]["params"]}
@@ -252,14 +287,14 @@ def test_muon_takes_the_inner_matrices_and_adamw_the_rest(make_net):
     assert all(name.startswith("blocks.") and name.endswith(".weight") for name in inner)
     for name in ("patch_embedding.weight", "proj_out.weight", "blocks.0.scale_shift_table", "blocks.1.norm2.weight"):
         assert name in others
-    [only] = build_optimizers(net, TrainConfig())
+    [only] = build_optimizers(net, TrainConfig(), 1e-3)
     assert len(only.param_groups[0]["params"]) == len(names)
 
 
 def test_frozen_parameters_are_left_out():
     net = nn.Linear(3, 3).requires_grad_(False)
     net.bias.requires_grad_(True)
-    [only] = build_optimizers(net, TrainConfig(optimizer="muon"))
+    [only] = build_optimizers(net, TrainConfig(optimizer="muon"), 1e-3)
     assert [p.shape for p in only.param_groups[0]["params"]] == [(3,)]
 
 
@@ -301,7 +336,7 @@ def test_metrics_are_means_since_the_last_line(tmp_path, toy, make_config):
 def test_the_gradient_is_clipped(tmp_path, toy, make_config):
     run = Trainer(make_config(grad_clip=1e-3), toy(), str(tmp_path))
     seen = []
-    run.optimizers[0].register_step_pre_hook(
+    run.optimizers["net"][0].register_step_pre_hook(
         lambda *_: seen.append(torch.stack([p.grad.norm() for p in run.objective.net.parameters()]).norm().item())
     )
     assert run.step()["grad_norm"] > 1e-3

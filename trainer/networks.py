@@ -1,0 +1,154 @@
+"""What objectives are made of: networks to train, loaded or new; embeddings of captions; the order of the data."""
+
+import contextlib
+import json
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor
+
+from model import presets
+from model.causal_wan import CausalWanModel
+from model.text_encoder import TextEncoder
+from model.weights import ModelDirectory
+from trainer.sharding import DTYPES, shard
+from utils.config import Config
+from utils.errors import UserError
+from utils.files import atomic_path
+from utils.rng import keyed_generator
+
+
+class CaptionEmbeddings:
+    """Embeddings of a training set's captions, encoded when first needed; the latest are kept.
+
+    With `model.text_cache` they come from the disk, and if scripts/encode_prompts.py has been there, the text encoder
+    is never loaded.
+    """
+
+    def __init__(self, config: Config, captions: Sequence[str], device: torch.device):
+        self.captions = captions
+        self.device = device
+        directory, model = ModelDirectory.open(config.model.base), config.model
+        self.length = model.text_length
+        dtype = torch.float32 if device.type == "cpu" else DTYPES[model.dtype]
+        self.encoder = TextEncoder.load(directory, dtype, model.text_length, model.text_cache)
+        self._latest: OrderedDict[str, Tensor] = OrderedDict()
+
+    def of(self, clips: Sequence[int] | Tensor, dropped: Tensor | None = None) -> Tensor:
+        """Embeddings [B, L, text_dim], float32, of clips by index; the empty prompt's where `dropped` [B] is true."""
+        texts = [self.captions[int(clip)] for clip in clips]
+        if dropped is not None:
+            texts = ["" if drop else text for text, drop in zip(texts, dropped.tolist(), strict=True)]
+        return self.encode(texts)
+
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        """Embeddings [B, L, text_dim], float32, of any texts."""
+        return torch.stack([F.pad(kept, (0, 0, 0, self.length - len(kept))) for kept in map(self._kept, texts)]).to(
+            self.device, torch.float32
+        )
+
+    def _kept(self, text: str) -> Tensor:
+        """An embedding without the zeros behind its end."""
+        if text not in self._latest:
+            embedding = self.encoder.encode([text])[0].cpu()
+            used = int(embedding.any(dim=1).sum())
+            self._latest[text] = embedding[:used].clone()
+            if len(self._latest) > _KEPT_EMBEDDINGS:
+                self._latest.popitem(last=False)
+        self._latest.move_to_end(text)
+        return self._latest[text]
+
+
+_KEPT_EMBEDDINGS = 10_000  # of the miniature some 160 MB; of Wan's own, a prompt of 100 tokens is 0.8 MB
+
+
+class Sampler:
+    """The order in which a run goes through its data: every epoch a new permutation, a pure function of (seed, epoch).
+
+    Where a run is in its data follows from its iteration, so there is nothing to save.
+    """
+
+    def __init__(self, size: int, *key: int | str):
+        """
+        Args:
+            size: items of the data.
+            key: what tells this order from others, the seed included.
+        """
+        self.size = size
+        self.key = key
+        self._epoch = -1
+        self._order = torch.empty(0)
+
+    def at(self, positions: Iterable[int]) -> Tensor:
+        """The items at positions 0, 1, 2, ... of the endless order; [B] indices."""
+        return torch.tensor([int(self._permutation(p // self.size)[p % self.size]) for p in positions])
+
+    def _permutation(self, epoch: int) -> Tensor:
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._order = torch.randperm(self.size, generator=keyed_generator("epoch", *self.key, epoch))
+        return self._order
+
+
+def build_transformer(config: Config, device: torch.device) -> CausalWanModel:
+    """The DiT to train: `train.init`'s weights, or a preset's random ones; prepared as `prepare` does."""
+    torch.manual_seed(config.runtime.seed)
+    if config.train.init:
+        directory = ModelDirectory.open(config.model.base)
+        net = directory.load_transformer(CausalWanModel, torch.float32, weights=config.train.init)
+    else:
+        net = CausalWanModel(**preset(presets.TRANSFORMERS, config))
+        net.init_weights()
+    return prepare(net, config, device)
+
+
+def prepare(net: CausalWanModel, config: Config, device: torch.device) -> CausalWanModel:
+    """Put a DiT on its device, compiled, checkpointed and sharded as `config.train` says."""
+    train = config.train
+    if train.sharding == "replicate":
+        net.to(device)
+    net.train()
+    net.gradient_checkpointing = train.activation_checkpointing
+    if train.compile:
+        net.compile_layers()
+    shard(net, train, device)
+    return net
+
+
+def compute_in(config: Config, device: torch.device) -> AbstractContextManager:
+    """The context in which networks compute in `train.dtype`; sharded ones are cast as they are gathered instead."""
+    train = config.train
+    if train.sharding != "replicate" or train.dtype == "float32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, DTYPES[train.dtype])
+
+
+def preset(table: dict[str, dict[str, Any]], config: Config) -> dict[str, Any]:
+    """The sizes that `config.train.network` names.
+
+    Raises:
+        UserError: if there are none of this name.
+    """
+    name = config.train.network
+    if name not in table:
+        raise UserError(
+            f"train.network={name!r} is no preset of {config.train.objective}; choose from {', '.join(table)}"
+        )
+    return table[name]
+
+
+def export_transformer(net: CausalWanModel, folder: Path, weights: dict[str, Tensor]) -> None:
+    """Write weights in the layout of diffusers' `WanTransformer3DModel`, in bfloat16."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {name: weight.to("cpu", torch.bfloat16).contiguous() for name, weight in weights.items()}
+    with atomic_path(folder / "diffusion_pytorch_model.safetensors") as path:
+        save_file(state, path, {"format": "pt"})
+    config = {k: v for k, v in net.config.items() if not k.startswith("_")}
+    with atomic_path(folder / "config.json") as path:
+        path.write_text(json.dumps({"_class_name": "WanTransformer3DModel"} | config, indent=2) + "\n")

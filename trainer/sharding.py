@@ -1,0 +1,96 @@
+"""How processes share networks, gradients and batches: copies that are summed, or FSDP2 shards."""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+
+from model.causal_wan import CausalWanModel
+from utils.config import TrainConfig
+from utils.distributed import local_world_size, rank, sum_over_processes, world_size
+from utils.errors import UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def shard(net: CausalWanModel, config: TrainConfig, device: torch.device) -> None:
+    """Share a DiT's weights out among the processes as `train.sharding` says, and have it compute in `train.dtype`.
+
+    Weights keep their type: float32 masters are gathered, layer by layer, as `train.dtype`, and gradients are reduced
+    in float32. Forward methods other than `forward` are registered, so that they gather weights as well.
+    """
+    if config.sharding == "replicate":
+        return
+    policy = MixedPrecisionPolicy(
+        param_dtype=DTYPES[config.dtype], reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    mesh = device_mesh(config, device)
+    for layer in net.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+        for method in ("qkv", "text_kv"):
+            register_fsdp_forward_method(layer, method)
+    fully_shard(net, mesh=mesh, mp_policy=policy)
+    register_fsdp_forward_method(net, "encode_text")
+
+
+def device_mesh(config: TrainConfig, device: torch.device) -> DeviceMesh:
+    """All processes in a row, or machines times the processes of each."""
+    if config.sharding == "shard":
+        return init_device_mesh(device.type, (world_size(),), mesh_dim_names=("shard",))
+    machines = world_size() // local_world_size()
+    return init_device_mesh(device.type, (machines, local_world_size()), mesh_dim_names=("replicate", "shard"))
+
+
+def sync_gradients(net: nn.Module, wanted: bool) -> None:
+    """Whether the coming backward passes of a sharded net end in a reduction; without it they only add up."""
+    if isinstance(net, FSDPModule):
+        net.set_requires_gradient_sync(wanted)
+
+
+def loss_scale(net: nn.Module, num_parts: int) -> float:
+    """What a part's loss is multiplied by, so that the gradient of all parts together is that of their mean."""
+    # FSDP2 averages over processes what we want summed.
+    return (world_size() if isinstance(net, FSDPModule) else 1) / num_parts
+
+
+def sum_gradients(net: nn.Module, metrics: Mapping[str, float], device: torch.device) -> dict[str, float]:
+    """Sum the gradients of copies over the processes, and metrics of either kind of net; returns the latter."""
+    values = torch.tensor(list(metrics.values()), dtype=torch.float32, device=device)
+    gradients = [p.grad for p in net.parameters() if p.grad is not None]
+    sum_over_processes([values, *(() if isinstance(net, FSDPModule) else gradients)])
+    return dict(zip(metrics, values.tolist(), strict=True))
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], largest: float) -> float:
+    """Scale gradients down to a norm of `largest` over all processes; returns the norm that they had."""
+    norm = nn.utils.clip_grad_norm_(parameters, largest)
+    return whole(norm).item()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, whichever part of it this process holds."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def num_parts(config: TrainConfig) -> int:
+    """In how many parts of `batch_size` an iteration's batch is computed, over all processes.
+
+    Raises:
+        UserError: if it does not divide into the same number of parts for each process.
+    """
+    total = config.total_batch_size or config.batch_size * world_size()
+    if total <= 0 or total % (config.batch_size * world_size()):
+        raise UserError(
+            f"train.total_batch_size={total} must be a multiple of train.batch_size={config.batch_size} times the "
+            f"number of processes, {world_size()}"
+        )
+    return total // config.batch_size
+
+
+def my_parts(config: TrainConfig) -> range:
+    """Which parts of every iteration's batch this process computes."""
+    share = num_parts(config) // world_size()
+    return range(rank() * share, (rank() + 1) * share)
