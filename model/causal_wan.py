@@ -227,8 +227,9 @@ class CausalWanModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
         block_frames: int,
         sink_frames: int = 0,
         history_frames: int = 0,
+        dtype: torch.dtype | None = None,
     ) -> KVCache:
-        """An empty lane for latents of height x width, in this network's dtype and on its device."""
+        """An empty lane for latents of height x width, on this network's device and in its dtype if in no other."""
         _, patch_h, patch_w = self.config.patch_size
         return KVCache(
             num_layers=len(self.layers),
@@ -240,7 +241,7 @@ class CausalWanModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
             block_frames=block_frames,
             sink_frames=sink_frames,
             history_frames=history_frames,
-            dtype=self.dtype,
+            dtype=dtype or self.dtype,
             device=self.device,
         )
 

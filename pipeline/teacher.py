@@ -54,15 +54,17 @@ class Teacher:
 
 
 @torch.no_grad()
-def guided_flow(net: CausalWanModel, x: Tensor, sigma: float, text: Tensor, negative: Tensor, scale: float) -> Tensor:
+def guided_flow(
+    net: CausalWanModel, x: Tensor, sigma: float | Tensor, text: Tensor, negative: Tensor, scale: float
+) -> Tensor:
     """The teacher's flow with guidance, float32 [B, F, C, h, w].
 
     Args:
-        x: [B, F, C, h, w] at level sigma.
+        x: [B, F, C, h, w] at level sigma; one level for all, or [B].
         text, negative: prompt and negative-prompt embeddings [B, L, text_dim].
         scale: 1 leaves guidance out, and its second forward.
     """
-    timestep = torch.full((len(x),), 1000 * sigma, device=x.device)
+    timestep = 1000 * sigma if isinstance(sigma, Tensor) else torch.full((len(x),), 1000 * sigma, device=x.device)
 
     def flow(embeddings: Tensor) -> Tensor:
         return net(x.transpose(1, 2), timestep, embeddings).transpose(1, 2).float()

@@ -126,7 +126,8 @@ def compute_in(config: Config, device: torch.device) -> AbstractContextManager:
     train = config.train
     if train.sharding != "replicate" or train.dtype == "float32":
         return contextlib.nullcontext()
-    return torch.autocast(device.type, DTYPES[train.dtype])
+    # Without its cache: a weight that was cast without autograd would be taken where autograd needs it.
+    return torch.autocast(device.type, DTYPES[train.dtype], cache_enabled=False)
 
 
 def preset(table: dict[str, dict[str, Any]], config: Config) -> dict[str, Any]:

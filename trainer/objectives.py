@@ -17,6 +17,7 @@ from model.flow import add_noise, flow_to_x0, shift_sigma
 from model.vae import channels_last_, decode_clip, encode_clip
 from model.weights import ModelDirectory
 from pipeline.text_to_video import rollout_sigmas
+from trainer.distillation import ScoreDistillation
 from trainer.losses import flow_matching_loss, kl_to_standard_normal, masked_mse
 from trainer.networks import (
     CaptionEmbeddings,
@@ -32,7 +33,7 @@ from utils import shapes
 from utils.clips import read_clips
 from utils.config import Config
 from utils.errors import UserError
-from utils.ode_pairs import SIGMAS, read_ode_pairs, read_sigmas
+from utils.ode_pairs import open_ode_pairs
 from utils.rng import keyed_generator
 
 
@@ -213,20 +214,20 @@ class ODERegression(SingleNet):
         self.net = build_transformer(config, device)
         rollout = config.rollout
         num_levels = len(rollout_sigmas(rollout))
-        self.pairs, captions = read_ode_pairs(config.data.path, num_levels)
-        sigmas = config.data.sigmas or read_sigmas(config.data.path)
-        if sigmas is None or len(sigmas) != num_levels:
+        self.pairs = open_ode_pairs(config.data.path, config.data.sigmas, num_levels)
+        if len(self.pairs.sigmas) != num_levels:
             raise UserError(
-                f"{config.data.path} has no {SIGMAS}: set data.sigmas to the {num_levels} noise levels of its points"
+                f"the pairs in {config.data.path} have points at {len(self.pairs.sigmas)} noise levels, but the "
+                f"rollout has {num_levels}; make them with as many --save_indices"
             )
-        self.sigmas = torch.tensor(sigmas)  # the teacher's, which the student has to be told
-        if self.pairs.shape[2] % rollout.block_frames:
+        self.sigmas = torch.tensor(self.pairs.sigmas)  # the teacher's, which the student has to be told
+        if self.pairs.shape[1] % rollout.block_frames:
             raise UserError(
-                f"the ODE pairs in {config.data.path} have {self.pairs.shape[2]} frames, which blocks of "
+                f"the ODE pairs in {config.data.path} have {self.pairs.shape[1]} frames, which blocks of "
                 f"{rollout.block_frames} do not divide; set rollout.block_frames, or make pairs of another --num_frames"
             )
-        self.text = CaptionEmbeddings(config, captions, device)
-        self.order = Sampler(len(captions), "pairs", config.runtime.seed)
+        self.text = CaptionEmbeddings(config, self.pairs.prompts, device)
+        self.order = Sampler(len(self.pairs), "pairs", config.runtime.seed)
 
     def loss(self, iteration: int, part: int) -> tuple[Tensor, dict[str, float]]:
         """Mean squared error of x0 over the frames that are not clean already."""
@@ -234,7 +235,7 @@ class ODERegression(SingleNet):
         generator = keyed_generator("ode regression", self.config.runtime.seed, iteration, part)
         first = (iteration * num_parts(train) + part) * train.batch_size
         chosen = self.order.at(range(first, first + train.batch_size))
-        points = self.pairs[chosen].to(self.device, torch.float32)  # [B, S + 1, F, C, h, w]
+        points = self.pairs.read(chosen.tolist()).to(self.device, torch.float32)  # [B, S + 1, F, C, h, w]
         num_frames = points.shape[2]
         num_blocks = num_frames // rollout.block_frames
         levels = torch.randint(len(self.sigmas), (train.batch_size, num_blocks), generator=generator)
@@ -268,6 +269,7 @@ def build_objective(config: Config, device: torch.device) -> Objective:
 
 
 OBJECTIVES: dict[str, Callable[[Config, torch.device], Objective]] = {
+    "score_distillation": ScoreDistillation,
     "text_attributes": TextAttributes,
     "vae_reconstruction": VAEReconstruction,
     "flow_matching": FlowMatching,

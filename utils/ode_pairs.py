@@ -1,20 +1,148 @@
-"""Teacher ODE trajectories on disk: one file per prompt, as CausVid and Self-Forcing write them.
+"""Teacher ODE trajectories on disk, in the layouts that CausVid and Self-Forcing write and read.
 
-`{index:05d}.pt` holds {prompt: float tensor [1, saves, F, C, h, w]}, noisy to clean. Beside them `sigmas.json` (ours)
-holds the saved points' noise levels: they are the teacher's, and a student must be told those and not its own.
+A folder of `{index:05d}.pt`, each {prompt: float tensor [1, saves, F, C, h, w]}, noisy to clean; or an LMDB, or a
+folder of LMDBs, with `latents_shape` and `prompts_shape` (ASCII integers, the first the count), `latents_{i}_data` (a
+float16 row) and `prompts_{i}_data` (UTF-8). Beside them `sigmas.json` (ours) holds the saved points' noise levels: they
+are the teacher's, and a student must be told those and not its own.
 """
 
+import bisect
+import itertools
 import json
 import pickle
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from utils.errors import UserError
 from utils.files import atomic_path
+
+SIGMAS = "sigmas.json"
+_LMDB_FILE = "data.mdb"
+
+
+class Trajectories(Protocol):
+    """Where pairs are kept: prompts, the shape of one trajectory, and single ones read when they are needed."""
+
+    prompts: list[str]
+    shape: tuple[int, ...]  # [saves, F, C, h, w]
+
+    def read(self, index: int) -> Tensor:
+        """Trajectory number `index`, in its stored type."""
+        ...
+
+
+class ODEPairs:
+    """The pairs of a folder with the noise levels of their points; trajectories are read when they are needed."""
+
+    def __init__(self, trajectories: Trajectories, sigmas: Sequence[float]):
+        self._trajectories = trajectories
+        self.sigmas = list(sigmas)
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def prompts(self) -> list[str]:
+        """The pairs' prompts, in their order."""
+        return self._trajectories.prompts
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[saves, F, C, h, w] of a trajectory."""
+        return self._trajectories.shape
+
+    def read(self, indices: Iterable[int], points: Sequence[int] | None = None) -> Tensor:
+        """Trajectories by index, [B, saves, F, C, h, w] in their stored type, or some of their points only."""
+        chosen = slice(None) if points is None else list(points)
+        return torch.stack([self._trajectories.read(index)[chosen] for index in indices])
+
+
+def open_ode_pairs(folder: str, sigmas: Sequence[float], num_points: int) -> ODEPairs:
+    """Open the pairs of a folder, of whichever layout.
+
+    Args:
+        sigmas: noise levels of the points, which come before those of sigmas.json; empty if that has them.
+        num_points: first points of each trajectory that will be read.
+
+    Raises:
+        UserError: if there are no pairs, one is broken or has too few points, or nobody says their levels.
+    """
+    path = Path(folder)
+    if not folder or not path.is_dir():
+        raise UserError(f"no ODE pairs in {folder or 'data.path'}; make them with scripts/generate_ode_pairs.py")
+    environments = sorted(path.glob(f"*/{_LMDB_FILE}"))
+    trajectories: Trajectories
+    if (path / _LMDB_FILE).exists():
+        trajectories = LMDB(path)
+    elif environments:
+        trajectories = Sharded([LMDB(file.parent) for file in environments])
+    else:
+        trajectories = Files(path)
+    levels = list(sigmas) or read_sigmas(path)
+    if levels is None or len(levels) != trajectories.shape[0]:
+        raise UserError(
+            f"{folder} has no {SIGMAS} for its {trajectories.shape[0]} points: set data.sigmas to their noise levels"
+        )
+    if trajectories.shape[0] < num_points:
+        raise UserError(
+            f"the trajectories in {folder} hold {trajectories.shape[0]} points, but {num_points} are needed; make the "
+            "pairs with as many --save_indices"
+        )
+    return ODEPairs(trajectories, levels)
+
+
+# ---- Folders of .pt files ----
+
+
+class Files:
+    """A folder of .pt files."""
+
+    def __init__(self, folder: Path):
+        self.files = sorted(file for file in folder.glob("*.pt") if not file.name.startswith("."))
+        if not self.files:
+            raise UserError(f"no ODE pairs in {folder}; make them with scripts/generate_ode_pairs.py")
+        self.prompts: list[str] = []
+        self.shape: tuple[int, ...] = ()
+        for file in tqdm(self.files, desc="reading ODE pairs", unit="pair", disable=len(self.files) < 1000):
+            prompt, trajectory = load_pair(file)
+            self.prompts.append(prompt)
+            self.shape = self.shape or tuple(trajectory.shape)
+            if tuple(trajectory.shape) != self.shape:
+                raise UserError(f"{file} is of another size than {self.files[0]}; keep pairs of one size in a folder")
+
+    def read(self, index: int) -> Tensor:
+        """Trajectory number `index`."""
+        return load_pair(self.files[index])[1]
+
+
+def load_pair(file: Path) -> tuple[str, Tensor]:
+    """Prompt and trajectory [saves, F, C, h, w] of a .pt file; the tensor's pages are read when they are touched.
+
+    Raises:
+        UserError: if the file is broken or something else.
+    """
+    try:
+        [(prompt, trajectory)] = torch.load(file, weights_only=True, map_location="cpu", mmap=True).items()
+        _, _, _, _, _, _ = trajectory.shape
+        return prompt, trajectory[0]
+    # torch.load reports broken files by any of these.
+    except (
+        pickle.UnpicklingError,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        OSError,
+    ):
+        raise UserError(f"{file} is no ODE pair, or cut off; delete it and make it again") from None
 
 
 def pair_file(folder: Path, index: int) -> Path:
@@ -26,9 +154,6 @@ def write_ode_pair(file: Path, prompt: str, points: Tensor) -> None:
     """Write the saved points [saves, F, C, h, w] of one trajectory, noisy to clean; atomic."""
     with atomic_path(file) as path:
         torch.save({prompt: points[None].cpu().clone()}, path)
-
-
-SIGMAS = "sigmas.json"
 
 
 def write_sigmas(folder: Path, sigmas: Sequence[float]) -> None:
@@ -44,36 +169,101 @@ def write_sigmas(folder: Path, sigmas: Sequence[float]) -> None:
         path.write_text(json.dumps(list(sigmas)) + "\n")
 
 
-def read_sigmas(folder: str) -> list[float] | None:
+def read_sigmas(folder: Path) -> list[float] | None:
     """The noise levels of a folder's points, noisy to clean; None if nobody noted them."""
-    file = Path(folder) / SIGMAS
+    file = folder / SIGMAS
     return json.loads(file.read_text()) if file.exists() else None
 
 
-def read_ode_pairs(folder: str, num_saves: int) -> tuple[Tensor, list[str]]:
-    """All pairs of a folder: points [N, saves, F, C, h, w] in their stored type, and N prompts.
+# ---- LMDB ----
+
+
+class LMDB:
+    """One LMDB environment of trajectories; of clean latents alone, they are trajectories of one point."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._environment = open_lmdb(folder)
+        with self._environment.begin() as transaction:
+            count, *shape = self._shape(transaction, "latents")
+            self.prompts = [self._entry(transaction, f"prompts_{i}_data").decode() for i in range(count)]
+        # Latent LMDBs have no axis for points.
+        self.shape = tuple(shape) if len(shape) == 5 else (1, *shape)
+        if len(self.shape) != 5:
+            raise UserError(
+                f"latents in {folder} have the shape {shape}, not [points, frames, channels, height, width]"
+            )
+
+    def read(self, index: int) -> Tensor:
+        """Trajectory number `index`, float16."""
+        with self._environment.begin() as transaction:
+            row = np.frombuffer(self._entry(transaction, f"latents_{index}_data"), dtype=np.float16)
+        if row.size != np.prod(self.shape):
+            raise UserError(f"latents_{index}_data in {self.folder} has {row.size} numbers, not {list(self.shape)}")
+        return torch.from_numpy(row.reshape(self.shape).copy())
+
+    def _shape(self, transaction: Any, name: str) -> list[int]:
+        return [int(word) for word in self._entry(transaction, f"{name}_shape").split()]
+
+    def _entry(self, transaction: Any, name: str) -> bytes:
+        value = transaction.get(name.encode())
+        if value is None:
+            raise UserError(f"the LMDB {self.folder} has no entry {name}: it is not one of ODE pairs or latents")
+        return value
+
+
+class Sharded:
+    """Several environments behind each other."""
+
+    def __init__(self, parts: Sequence[LMDB]):
+        self.parts = parts
+        self.shape = parts[0].shape
+        if any(part.shape != self.shape for part in parts):
+            raise UserError(f"the LMDBs in {parts[0].folder.parent} hold latents of different sizes")
+        self.prompts = [prompt for part in parts for prompt in part.prompts]
+        self._starts = [0, *itertools.accumulate(len(part.prompts) for part in parts)]
+
+    def read(self, index: int) -> Tensor:
+        """Trajectory number `index`, float16."""
+        part = bisect.bisect_right(self._starts, index) - 1
+        return self.parts[part].read(index - self._starts[part])
+
+
+def open_lmdb(folder: Path, size: int | None = None) -> Any:
+    """An LMDB environment to read, or to write with room for `size` bytes.
 
     Raises:
-        UserError: if there is none, one is broken, does not hold `num_saves` points or is of another size.
+        UserError: if it cannot be opened.
     """
-    files = sorted(file for file in Path(folder).glob("*.pt") if not file.name.startswith("."))
-    if not folder or not files:
-        raise UserError(f"no ODE pairs in {folder or 'data.path'}; make them with scripts/generate_ode_pairs.py")
-    points, prompts = [], []
-    for file in tqdm(files, desc="reading ODE pairs", unit="pair", disable=len(files) < 1000):
-        try:
-            [(prompt, trajectory)] = torch.load(file, weights_only=True, map_location="cpu").items()
-            _, num_points, *_ = trajectory.shape
-        # torch.load reports broken files by any of these.
-        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, TypeError, LookupError, AttributeError):
-            raise UserError(f"{file} is no ODE pair, or cut off; delete it and make it again") from None
-        if num_points != num_saves:
-            raise UserError(
-                f"{file} holds {num_points} points, but the rollout has {num_saves} levels; make the pairs with "
-                "as many --save_indices as denoising steps and one"
-            )
-        points.append(trajectory[0])
-        if points[-1].shape != points[0].shape:
-            raise UserError(f"{file} is of another size than {files[0]}; keep pairs of one size in a folder")
-        prompts.append(prompt)
-    return torch.stack(points), prompts
+    import lmdb  # one of many ways to keep data: not needed for the others
+
+    try:
+        if size is None:
+            return lmdb.open(str(folder), readonly=True, lock=False, readahead=False, max_readers=512)
+        return lmdb.open(str(folder), map_size=size)
+    except lmdb.Error as error:
+        raise UserError(f"cannot open the LMDB {folder}: {error}") from None
+
+
+def write_lmdb(folder: Path, prompts: Sequence[str], trajectories: Iterable[Tensor], shape: Sequence[int]) -> None:
+    """Write trajectories of `shape` [saves, F, C, h, w] (or latents [F, C, h, w]) with their prompts, as float16.
+
+    `folder` must be new; the counts are written last, so that what was cut off is not taken for complete.
+    """
+    row_bytes = 2 * int(np.prod(shape))
+    size = (row_bytes + 65536) * len(prompts) * 2 + 2**24  # a map may be larger than what is put into it
+    environment = open_lmdb(folder, size)
+    for start, pair in enumerate(zip(prompts, trajectories, strict=True)):
+        prompt, trajectory = pair
+        with environment.begin(write=True) as transaction:
+            row = trajectory.to(torch.float16).contiguous().numpy()
+            if list(row.shape) != list(shape):
+                raise ValueError(f"trajectory {start} is {list(row.shape)}, not {list(shape)}")
+            transaction.put(f"latents_{start}_data".encode(), row.tobytes())
+            transaction.put(f"prompts_{start}_data".encode(), prompt.encode())
+    with environment.begin(write=True) as transaction:
+        count = len(prompts)
+        transaction.put(b"latents_shape", " ".join(map(str, [count, *shape])).encode())
+        transaction.put(b"prompts_shape", str(count).encode())
+    environment.sync()
+    environment.close()

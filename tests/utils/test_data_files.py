@@ -13,7 +13,7 @@ from torch import Tensor
 
 from utils.clips import read_clips, write_shard
 from utils.errors import UserError
-from utils.ode_pairs import pair_file, read_ode_pairs, write_ode_pair
+from utils.ode_pairs import open_ode_pairs, pair_file, write_lmdb, write_ode_pair, write_sigmas
 
 POINTS = 3  # saved points of a trajectory
 
@@ -86,9 +86,11 @@ def test_pairs_come_back_in_order_and_in_their_type(tmp_path):
     for index in (2, 0, 1):
         write_ode_pair(pair_file(tmp_path, index), f"prompt {index}", trajectories[index])
     (tmp_path / ".00003.99.partial.pt").write_bytes(b"half")
-    points, prompts = read_ode_pairs(str(tmp_path), POINTS)
+    pairs = open_ode_pairs(str(tmp_path), LEVELS, POINTS)
+    points = pairs.read(range(3))
     assert torch.equal(points, trajectories) and points.dtype == torch.float32
-    assert prompts == ["prompt 0", "prompt 1", "prompt 2"]
+    assert pairs.prompts == ["prompt 0", "prompt 1", "prompt 2"] and pairs.shape == (POINTS, 2, 4, 3, 3)
+    assert torch.equal(pairs.read([2, 0], points=[0, 2]), trajectories[[2, 0]][:, [0, 2]])
 
 
 def test_a_pair_is_what_causvid_reads(tmp_path):
@@ -110,9 +112,10 @@ def test_a_slice_of_a_batch_is_stored_alone(tmp_path):
 @pytest.mark.parametrize("folder", ["", "/nowhere"])
 def test_without_pairs_it_says_how_to_make_them(folder):
     with pytest.raises(UserError, match="generate_ode_pairs"):
-        read_ode_pairs(folder, POINTS)
+        open_ode_pairs(folder, LEVELS, POINTS)
 
 
+LEVELS = [1.0, 0.5, 0.0]
 TRAJECTORY = torch.zeros(1, POINTS, 2, 4, 3, 3)
 
 
@@ -140,7 +143,7 @@ def test_a_broken_pair_is_named(tmp_path, content):
     else:
         torch.save(content, file)
     with pytest.raises(UserError, match=r"00001\.pt") as error:
-        read_ode_pairs(str(tmp_path), POINTS)
+        open_ode_pairs(str(tmp_path), LEVELS, POINTS).read([1, 0])
     assert "\n" not in str(error.value)
 
 
@@ -149,10 +152,62 @@ def test_a_pair_that_is_cut_off_is_named(tmp_path):
     write_ode_pair(file, "a", TRAJECTORY[0])
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(UserError, match=r"00000\.pt"):
-        read_ode_pairs(str(tmp_path), POINTS)
+        open_ode_pairs(str(tmp_path), LEVELS, POINTS).read([1, 0])
 
 
 def test_another_number_of_points_says_which(tmp_path):
     write_ode_pair(pair_file(tmp_path, 0), "a", TRAJECTORY[0])
-    with pytest.raises(UserError, match=r"holds 3 points.*5 levels"):
-        read_ode_pairs(str(tmp_path), 5)
+    with pytest.raises(UserError, match=r"hold 3 points, but 5 are needed"):
+        open_ode_pairs(str(tmp_path), LEVELS, 5)
+    with pytest.raises(UserError, match=r"3 points: set data\.sigmas"):
+        open_ode_pairs(str(tmp_path), [1.0, 0.5], 2)
+    with pytest.raises(UserError, match=r"3 points: set data\.sigmas"):
+        open_ode_pairs(str(tmp_path), [], 2)
+    write_sigmas(tmp_path, LEVELS)
+    assert open_ode_pairs(str(tmp_path), [], 2).sigmas == LEVELS
+
+
+# ---- LMDBs ----
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_lmdbs_come_back_as_they_were_written(tmp_path, sharded):
+    trajectories = randn(5, POINTS, 2, 4, 3, 3).half()
+    prompts = [f"prompt {i} \N{CAT FACE}" for i in range(5)]
+    groups = [range(3), range(3, 5)] if sharded else [range(5)]
+    for number, group in enumerate(groups):
+        folder = tmp_path / f"{number}" if sharded else tmp_path
+        write_lmdb(folder, [prompts[i] for i in group], [trajectories[i] for i in group], trajectories.shape[1:])
+    pairs = open_ode_pairs(str(tmp_path), LEVELS, POINTS)
+    assert pairs.prompts == prompts and len(pairs) == 5
+    assert torch.equal(pairs.read([4, 0, 3]), trajectories[[4, 0, 3]])
+    assert torch.equal(pairs.read([2], [-1]), trajectories[2:3, -1:])
+
+
+def test_latent_lmdbs_are_trajectories_of_their_end(tmp_path):
+    latents = randn(2, 2, 4, 3, 3)
+    write_lmdb(tmp_path, ["a", "b"], latents, latents.shape[1:])
+    assert torch.equal(open_ode_pairs(str(tmp_path), [0.0], 1).read([1])[:, 0], latents[1:].half())
+
+
+def test_an_lmdb_has_the_entries_that_others_read(tmp_path):
+    import lmdb
+
+    write_lmdb(tmp_path, ["a cat"], randn(1, POINTS, 2, 4, 3, 3), (POINTS, 2, 4, 3, 3))
+    with lmdb.open(str(tmp_path), readonly=True, lock=False) as environment, environment.begin() as transaction:
+        entries = dict(transaction.cursor())
+    assert entries[b"latents_shape"] == b"1 3 2 4 3 3" and entries[b"prompts_shape"] == b"1"
+    assert entries[b"prompts_0_data"] == b"a cat" and len(entries[b"latents_0_data"]) == 2 * POINTS * 2 * 4 * 3 * 3
+
+
+def test_what_is_wrong_with_an_lmdb_is_said(tmp_path):
+    import lmdb
+
+    (tmp_path / "junk").mkdir()
+    (tmp_path / "junk/data.mdb").write_bytes(b"junk" * 5000)
+    with pytest.raises(UserError, match="cannot open the LMDB"):
+        open_ode_pairs(str(tmp_path / "junk"), LEVELS, POINTS)
+    with lmdb.open(str(tmp_path / "other")) as environment, environment.begin(write=True) as transaction:
+        transaction.put(b"something", b"else")
+    with pytest.raises(UserError, match="has no entry latents_shape"):
+        open_ode_pairs(str(tmp_path / "other"), LEVELS, POINTS)

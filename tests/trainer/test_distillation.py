@@ -1,0 +1,254 @@
+"""trainer/distillation.py: self-rollout distillation on tiny nets.
+
+Claims: block by block or through the whole graph, the gradient is the same, for both schedules, and when the rollout is
+longer than the training window; what is drawn is shared by all parts; teacher and critic that agree give no gradient; a
+turn changes its own net only; each way of the forward KL sees what it should; an interrupted run goes on bit for bit.
+"""
+
+import pytest
+import torch
+from test_trainer import Stop, assert_same, state_of
+
+from model.flow import flow_to_x0
+from trainer.distillation import ScoreDistillation
+from trainer.trainer import Trainer
+from utils.errors import UserError
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def make(make_config, pairs, tiny_presets, model):
+    """make(schedule, **changes to the distill section): the objective on clips of six latent frames of 4x4."""
+
+    def make(schedule: str = "timestep_first", **distill) -> ScoreDistillation:
+        config = make_config(pairs, objective="score_distillation", init=str(model / "transformer"))
+        config.rollout.schedule = schedule
+        config.video.height = config.video.width = 32
+        config.data.num_frames = 6
+        config.distill.max_rollout_frames = 6
+        config.teacher.negative_prompt = ""
+        for key, value in distill.items():
+            section = config.distill if hasattr(config.distill, key) else config.rollout
+            assert hasattr(section, key), key
+            setattr(section, key, value)
+        return ScoreDistillation(config, CPU)
+
+    return make
+
+
+def gradients(net) -> dict[str, torch.Tensor]:
+    result = {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+    net.zero_grad()
+    return result
+
+
+@pytest.mark.parametrize("frames", [6, 12])
+@pytest.mark.parametrize("schedule", ["timestep_first", "block_first"])
+def test_block_by_block_is_the_whole_graph(make, schedule, frames):
+    reference = None
+    for block_backward in (False, True):
+        changes = dict(block_backward=block_backward, max_rollout_frames=frames, window=9, guidance_scale=3.0)
+        objective = make(schedule, **changes)
+        for iteration in (0, 5):
+            metrics = objective.backward("generator", iteration, 0, 1.0, True)
+        assert all(value == value for value in metrics.values())
+        found = gradients(objective.generator)
+        assert max(g.abs().max() for g in found.values()) > 0
+        if reference is not None:
+            for name in reference:
+                torch.testing.assert_close(found[name], reference[name], atol=1e-6, rtol=1e-3, msg=name)
+        reference = found
+
+
+def test_draws_are_shared_by_all_parts_and_cover_the_range(make):
+    objective = make(min_exit_step=1, max_rollout_frames=12)
+    seen = set()
+    for iteration in range(24):
+        draws = set()
+        for part in range(2):
+            embeddings = objective._embeddings("critic", iteration, part)
+            generated = objective.roll_out("critic", iteration, part, embeddings, trained=False)
+            draws.add((generated.exit_step, generated.frames.shape[1]))
+        assert len(draws) == 1
+        seen |= draws
+    assert {step for step, _ in seen} == {1, 2, 3} and {frames for _, frames in seen} == {6, 9, 12}
+
+
+def test_parts_and_turns_have_noise_and_prompts_of_their_own(make):
+    objective = make()
+    objective.config.train.total_batch_size = 4
+    starts = []
+    for turn in ("generator", "critic"):
+        for part in range(2):
+            for iteration in (0, 5):
+                generated = objective.roll_out(turn, iteration, part, objective._embeddings(turn, iteration, part))
+                starts += list(generated.rollout.noise(0, 0))
+    assert not any(torch.equal(a, b) for i, a in enumerate(starts) for b in starts[:i])
+    chosen = [objective._positions("generator", iteration, part) for iteration in (0, 5) for part in (0, 1)]
+    assert chosen == [range(0, 2), range(2, 4), range(4, 6), range(6, 8)]  # no prompt is left out
+
+
+def test_a_critic_that_agrees_with_the_teacher_gives_no_gradient(make):
+    """Both start from the base's weights; without guidance they are one net."""
+    objective = make(guidance_scale=1.0)
+    metrics = objective.backward("generator", 0, 0, 1.0, True)
+    assert metrics["dmd_gradient"] == 0 and metrics["dmd_output_gradient"] == 0
+    objective = make(guidance_scale=4.0)
+    assert objective.backward("generator", 0, 0, 1.0, True)["dmd_gradient"] > 0
+
+
+def test_the_gradient_is_guidance_over_the_distance(make):
+    objective = make(guidance_scale=3.0)
+    embeddings = objective._embeddings("generator", 0, 0)
+    clip = torch.randn(2, 6, 16, 4, 4, generator=torch.Generator().manual_seed(0))
+    asked = []
+    net = objective.teacher
+
+    def spy(x, timestep, text):
+        asked.append((x, timestep, text))
+        return net.forward(x, timestep, text)
+
+    objective.teacher = spy
+    gradient = objective.score_difference(clip, embeddings, 0, 0)
+    (x, timestep, _), (_, _, negative) = asked
+    assert timestep.shape == (2,) and (timestep >= 20).all() and (timestep <= 980).all()
+    assert torch.equal(negative[0], objective.negative[0])
+    sigma = (timestep / 1000).view(-1, 1, 1, 1, 1)
+    with torch.no_grad():
+        conditional, unconditional = (net(x, timestep, text).transpose(1, 2) for text in (embeddings, negative))
+    teacher = flow_to_x0(x.transpose(1, 2), unconditional + 3 * (conditional - unconditional), sigma)
+    critic = flow_to_x0(x.transpose(1, 2), conditional, sigma)
+    expected = (critic - teacher) / (clip - teacher).abs().mean((1, 2, 3, 4), keepdim=True)
+    torch.testing.assert_close(gradient, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_each_turn_changes_its_own_net(make):
+    objective = make()
+    assert [objective.turns(i) for i in range(6)] == [
+        ["generator", "critic"],
+        *[["critic"]] * 4,
+        ["generator", "critic"],
+    ]
+    objective.backward("generator", 0, 0, 1.0, True)
+    assert gradients(objective.generator) and not gradients(objective.critic)
+    objective.backward("critic", 0, 0, 1.0, True)
+    assert gradients(objective.critic) and not gradients(objective.generator)
+    assert not any(p.requires_grad for p in objective.teacher.parameters())
+
+
+def test_of_a_longer_rollout_the_end_is_trained_behind_a_new_first_frame(make):
+    objective = make(max_rollout_frames=12)
+    for iteration in range(20):
+        embeddings = objective._embeddings("critic", iteration, 0)
+        generated = objective.roll_out("critic", iteration, 0, embeddings)
+        frames = generated.frames.shape[1]
+        if frames == 12:
+            break
+    clip, mask = objective.training_window(generated)
+    assert clip.shape[1] == 6 and mask.tolist() == [[0, 0, 0, 1, 1, 1]] * 2
+    assert torch.equal(clip[:, 1:], generated.frames[:, 7:])
+    pixels = objective.vae.decode(generated.frames[:, :7])[:, -1:]
+    assert torch.equal(clip[:, :1], objective.vae.encode(pixels))
+    assert list(generated.trained) == [3]  # of the window's two blocks, the first is masked
+    assert objective.training_window(objective.roll_out("critic", 0, 0, embeddings))[1] is None or frames == 12
+
+
+# ---- Forward KL ----
+
+
+def forward_kl_of(objective: ScoreDistillation) -> dict[str, torch.Tensor]:
+    """The gradient of the forward KL alone."""
+    metrics = objective._forward_kl(0, 0, 1.0, True)
+    assert metrics["forward_kl"] > 0
+    return gradients(objective.generator)
+
+
+def test_its_ways_are_different_and_a_rollout_of_inputs_is_the_causal_one(make):
+    """A rollout whose context is each block's own input sees, at the first step, just what one causal forward sees."""
+    found = {
+        mode: forward_kl_of(make(forward_kl_mode=mode, context="input"))
+        for mode in ("bidirectional", "block_causal", "rollout")
+    }
+    name = "blocks.0.attn1.to_v.weight"
+    assert not torch.allclose(found["bidirectional"][name], found["block_causal"][name], rtol=0.05)
+    # In the rollout the context is a constant: its keys and values get no gradient of later blocks.
+    last = "proj_out.weight"
+    torch.testing.assert_close(found["rollout"][last], found["block_causal"][last], atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("mode", ["bidirectional", "block_causal", "rollout"])
+def test_the_student_is_told_the_teachers_levels_at_every_step(make, mode):
+    objective = make(forward_kl_mode=mode, forward_kl_steps=3)
+    objective.pairs.sigmas = teacher = [1.0, 0.96, 0.8889, 0.7273, 0.0]
+    asked, net = [], objective.generator
+    handle = net.register_forward_pre_hook(lambda module, words: asked.append(words[1]))
+    steps = set()
+    for iteration in range(12):
+        asked.clear()
+        objective._forward_kl(iteration, 0, 1.0, True)
+        levels = {round(t / 1000, 4) for timestep in asked for t in timestep.flatten().tolist()}
+        assert levels <= set(teacher)
+        steps.add(max(levels) if mode != "rollout" else min(levels))
+    handle.remove()
+    assert len(steps) == 3
+
+
+def test_the_target_lies_on_the_teachers_chord(make):
+    objective = make(forward_kl_mode="bidirectional")
+    chosen = objective.pair_order.at(objective._positions("generator", 0, 0)).tolist()
+    points = objective.pairs.read(chosen)
+    sigma, next_sigma = objective.pairs.sigmas[:2]
+    x0 = points[:, 0] - sigma * (points[:, 1] - points[:, 0]) / (next_sigma - sigma)
+    text = objective.text.encode([objective.pairs.prompts[i] for i in chosen])
+    with torch.no_grad():
+        flow = objective.generator(points[:, 0].transpose(1, 2), torch.full((2,), 1000 * sigma), text).transpose(1, 2)
+    expected = (flow_to_x0(points[:, 0], flow, sigma) - x0).square().mean().item()
+    assert objective._forward_kl(0, 0, 1.0, True)["forward_kl"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_without_it_prompts_are_needed(make, tmp_path):
+    with pytest.raises(UserError, match=r"set data\.prompts"):
+        make(forward_kl_weight=0.0)
+
+
+# ---- The whole run ----
+
+
+@pytest.mark.parametrize("stop", [5, 7])
+def test_an_interrupted_run_goes_on_bit_for_bit(make, tmp_path, stop):
+    def trainer(name: str) -> Trainer:
+        objective = make(guidance_scale=3.0)
+        objective.config.train.iterations, objective.config.train.ema_start = 8, 3
+        return Trainer(objective.config, objective, str(tmp_path / name))
+
+    whole, first = trainer("whole"), trainer("parts")
+    before = {name: p.clone() for name, p in whole.objective.generator.named_parameters()}
+    whole.train()
+    backward = first.objective.backward
+
+    def failing(name, iteration, *rest):
+        if (name, iteration) == ("critic", stop):
+            raise Stop
+        return backward(name, iteration, *rest)
+
+    first.objective.backward = failing
+    with pytest.raises(Stop):
+        first.train()
+    second = trainer("parts")
+    second.train()
+    assert_same(state_of(second), state_of(whole))
+    assert not torch.equal(before["proj_out.weight"], whole.objective.generator.proj_out.weight)
+    lines = (tmp_path / "whole/metrics.jsonl").read_text()
+    assert lines == (tmp_path / "parts/metrics.jsonl").read_text()
+    for key in ("dmd_output_gradient", "forward_kl_output_gradient", "motion", "motion_bidirectional", "critic"):
+        assert f'"{key}"' in lines
+
+
+def test_a_loss_that_is_not_finite_is_named(make, tmp_path):
+    objective = make()
+    run = Trainer(objective.config, objective, str(tmp_path))
+    forward = objective._forward_kl
+    objective._forward_kl = lambda *words: forward(*words) | {"forward_kl": float("nan")}
+    with pytest.raises(UserError, match="iteration 0: forward_kl is nan; nothing was saved yet"):
+        run.train()
