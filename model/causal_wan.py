@@ -174,7 +174,7 @@ class CausalWanModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
 
         for index, layer in enumerate(self.layers):
             if not head and index == len(self.layers) - 1:
-                _, k, v = layer.qkv(hidden, modulation, rope)
+                k, v = layer.kv(hidden, modulation, rope)
                 assert cache is not None
                 cache.append(index, k, v)
                 break
@@ -344,6 +344,10 @@ class CausalWanLayer(nn.Module):
         k = attn.norm_k(attn.to_k(normed)).unflatten(2, (attn.heads, -1))
         v = attn.to_v(normed).unflatten(2, (attn.heads, -1))
         return rotate(q, *rope), rotate(k, *rope), v
+
+    def kv(self, hidden: Tensor, modulation: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Only the k and v of `qkv`: all that a context pass needs of the last layer."""
+        return self.qkv(hidden, modulation, rope)[1:]
 
     def after_attention(
         self, hidden: Tensor, attended: Tensor, modulation: Tensor, text_k: Tensor, text_v: Tensor

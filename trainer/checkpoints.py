@@ -7,6 +7,7 @@ from concurrent.futures import Future
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
@@ -29,6 +30,8 @@ class Checkpoints:
         self.folder = logdir / "checkpoints"
         self.keep = keep
         self._pending: tuple[Future, int] | None = None
+        # A group of its own: the background thread's messages must not get between those of training.
+        self._group = dist.new_group(backend="gloo")
 
     def saved(self) -> list[Path]:
         """The complete checkpoints, oldest first."""
@@ -46,7 +49,7 @@ class Checkpoints:
             self.folder.mkdir(exist_ok=True)
         # What lies on the CPU would be written while training changes it.
         copy = {name: x.detach().clone() if x.device.type == "cpu" else x for name, x in state.items()}
-        self._pending = dcp.async_save(copy, checkpoint_id=partial), iteration  # type: ignore[assignment]
+        self._pending = dcp.async_save(copy, checkpoint_id=partial, process_group=self._group), iteration  # type: ignore[assignment]
 
     def finish(self) -> None:
         """Wait for the save that is under way, give it its name, and drop those that are too old."""

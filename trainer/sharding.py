@@ -30,7 +30,7 @@ def shard(net: CausalWanModel, config: TrainConfig, device: torch.device) -> Non
     mesh = device_mesh(config, device)
     for layer in net.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
-        for method in ("qkv", "text_kv"):
+        for method in ("kv", "text_kv"):  # called from outside of `forward`
             register_fsdp_forward_method(layer, method)
     fully_shard(net, mesh=mesh, mp_policy=policy)
     register_fsdp_forward_method(net, "encode_text")

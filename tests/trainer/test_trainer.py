@@ -3,13 +3,10 @@
 import json
 import math
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_model import write_config
 from torch import nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
@@ -199,29 +196,6 @@ def test_a_batch_that_does_not_divide_is_refused(monkeypatch, total):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="must be a multiple of"):
         module.my_parts(TrainConfig(batch_size=2, total_batch_size=total))
-
-
-@pytest.mark.slow
-def test_two_processes_train_as_one_does(tmp_path, model):
-    """The same batches in halves, through train.py and torchrun; and each run can go on as the other."""
-    config = write_config(tmp_path / "config.yaml", model, train={"objective": "text_attributes", "network": "shapes"})
-    words = [*("--config_path", str(config)), "train.warmup=2", "train.log_every=1", "train.checkpoint_every=2"]
-    sizes = ["train.batch_size=4", "train.total_batch_size=8", "runtime.device=cpu"]
-
-    def run(logdir: str, processes: int, iterations: int) -> dict[str, torch.Tensor]:
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        command = [sys.executable, *(launcher if processes > 1 else []), "train.py", *words, *sizes]
-        command += ["--logdir", str(tmp_path / logdir), f"train.iterations={iterations}"]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=300)
-        assert done.returncode == 0, done.stderr.decode()
-        return read_tensors(tmp_path / logdir / "checkpoints/00000003", "ema/")
-
-    alone, together = run("one", 1, 3), run("two", 2, 3)
-    torch.testing.assert_close(together, alone, atol=2e-5, rtol=1e-3)
-    lines = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("one", "two")]
-    assert len(lines[0]) == len(lines[1]) == 3
-    for one, two in zip(*lines, strict=True):
-        assert json.loads(two)["loss"] == pytest.approx(json.loads(one)["loss"], rel=1e-3)
 
 
 # ---- What can go wrong ----
