@@ -5,8 +5,10 @@ The same command again resumes from the last checkpoint in --logdir.
 """
 
 import argparse
+from pathlib import Path
 
-from utils.config import load_config
+from utils.config import Config, load_config
+from utils.distributed import world_size
 from utils.errors import UserError, command
 
 
@@ -15,13 +17,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config_path", required=True, help="YAML file under configs/")
     parser.add_argument("--logdir", help="folder of checkpoints and logs")
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and exit")
+    parser.add_argument("--resume", default="auto", help="auto: the logdir's last checkpoint, if any; or a checkpoint")
+    parser.add_argument("--min_exit_step", type=int, help="first step at which a rollout may end")
+    parser.add_argument("--disable-wandb", action="store_true", help="as train.wandb=off")
+    parser.add_argument("--wandb-save-dir", help="as train.wandb_dir")
+    parser.add_argument("--no_save", action="store_true", help="write no checkpoints")
+    parser.add_argument("--no_visualize", action="store_true", help="sample no videos, as train.sample_every=0")
+    parser.add_argument(
+        "--dry-run", action="store_true",
+        help="print the resolved configuration and what it takes per process, for world_size=N processes, and exit",
+    )  # fmt: skip
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the configuration")
     args = parser.parse_intermixed_args()
-    config = load_config(args.config_path, args.overrides)
+    processes = [word.partition("=")[2] for word in args.overrides if word.startswith("world_size=")]
+    flags = {
+        "distill.min_exit_step": args.min_exit_step,
+        "train.wandb": "off" if args.disable_wandb else None,
+        "train.wandb_dir": args.wandb_save_dir,
+        "train.save": "false" if args.no_save else None,
+        "train.sample_every": 0 if args.no_visualize else None,
+    }
+    words = [word for word in args.overrides if not word.startswith("world_size=")]
+    words += [f"{key}={value}" for key, value in flags.items() if value is not None]
+    config = load_config(args.config_path, words)
     if args.dry_run:
-        print(config.to_yaml(), end="")
+        dry_run(config, processes[-1] if processes else str(world_size()))
         return
+    if processes:
+        raise UserError("world_size=N is for --dry-run; torchrun says how many processes there are")
     if not args.logdir:
         raise UserError("say where checkpoints and logs go: --logdir DIR")
     if not config.train.objective:
@@ -35,7 +58,22 @@ def main() -> None:
 
     device = pick_device(config.runtime.device)
     with process_group(device):
-        Trainer(config, build_objective(config, device), args.logdir).train()
+        resume = None if args.resume == "auto" else Path(args.resume)
+        if resume is not None and not resume.is_dir():
+            raise UserError(f"--resume {resume} is no checkpoint folder such as LOGDIR/checkpoints/00000500, nor auto")
+
+        Trainer(config, build_objective(config, device), args.logdir).train(resume)
+
+
+def dry_run(config: Config, processes: str) -> None:
+    """Print the configuration, and the memory that it takes if it trains DiTs."""
+    if not processes.isdigit() or int(processes) < 1:
+        raise UserError(f"world_size={processes} must be a number of processes")
+    print(config.to_yaml(), end="")
+    if config.train.objective in ("flow_matching", "ode_regression", "score_distillation"):
+        from trainer.planner import plan
+
+        print(plan(config, int(processes)))
 
 
 if __name__ == "__main__":

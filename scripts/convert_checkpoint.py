@@ -49,18 +49,14 @@ def convert(
         state = {name: tensor.to(target) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     content = export_state(state, layout)  # type: ignore[arg-type]
 
+    shape = ""
     if to_folder:
-        writable_folder(output)
-        _save(content, output / TRANSFORMER_FILE)
-        with atomic_path(output / "config.json") as file:
-            file.write_text(json.dumps({"_class_name": "WanTransformer3DModel", **config}, indent=2) + "\n")
+        write_folder(output, content, config)
         shape = (
             f"{config['num_layers']} layers, {config['num_attention_heads']} heads of {config['attention_head_dim']}, "
         )
     else:
-        writable_folder(output.parent)
-        _save(content, output)
-        shape = ""
+        write_file(output, content)
     return f"wrote {output} ({layout}: {shape}{len(state)} tensors, {sum(t.numel() for t in state.values()):,} weights)"
 
 
@@ -74,7 +70,17 @@ def folder_config(source: Path, state: dict[str, torch.Tensor], num_heads: int |
     return transformer_config(state, num_heads)
 
 
-def _save(content: dict[str, Any], path: Path) -> None:
+def write_folder(folder: Path, content: dict[str, Any], config: dict[str, Any]) -> None:
+    """Write a transformer as diffusers keeps it: weights and config.json."""
+    writable_folder(folder)
+    write_file(folder / TRANSFORMER_FILE, content)
+    with atomic_path(folder / "config.json") as file:
+        file.write_text(json.dumps({"_class_name": "WanTransformer3DModel", **config}, indent=2) + "\n")
+
+
+def write_file(path: Path, content: dict[str, Any]) -> None:
+    """Write weights as safetensors or for torch.load, by the path's suffix; atomic."""
+    writable_folder(path.parent)
     with atomic_path(path) as file:
         if path.suffix == ".safetensors":
             save_file({name: tensor.contiguous() for name, tensor in content.items()}, file, metadata={"format": "pt"})

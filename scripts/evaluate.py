@@ -26,7 +26,7 @@ from utils import shapes
 from utils.errors import UserError, command
 from utils.evaluation import FIGURES, Key, Measured, Method, common_keys, find_videos, pair_table, sum_up, table
 from utils.files import atomic_path, writable_folder
-from utils.plots import save_curves
+from utils.plots import save_lines
 from utils.shapes_measures import judge
 from utils.statistics import difference
 from utils.video import VideoWriter, read_video
@@ -61,9 +61,8 @@ def main() -> None:
         print("\n" + pair_table(methods))
     with atomic_path(output / "evaluation.json") as path:
         path.write_text(json.dumps(report(methods, floors), indent=1) + "\n", encoding="utf-8")
-    lines = [(m.label, {name: m.curve(name) for name in CURVES}, "-") for m in methods]
-    lines += [(m.label, {name: m.curve(name) for name in CURVES}, ":") for m in floors]
-    save_curves(output / "curves.png", CURVES, lines, x_step=4 / shapes.FPS, x_label="seconds")
+    lines = [(m.label, curves_over_time(m), ":" if m in floors else "-") for m in [*methods, *floors]]
+    save_lines(output / "curves.png", CURVES, lines, "seconds")
     print(f"\nwrote {output}/evaluation.json and {output}/curves.png")
 
 
@@ -114,6 +113,12 @@ def noise_floors(method: Method, num_videos: int, base: str, block_frames: int) 
                 curves = judge(read_video(path)[0], scene, block_frames)
                 floor.videos.append(Measured(key, "", sum_up(curves), curves))
     return list(floors)
+
+
+def curves_over_time(method: Method) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Every curve of a method, in seconds."""
+    curves = {name: method.curve(name) for name in CURVES}
+    return {name: (np.arange(len(values)) * 4 / shapes.FPS, values) for name, values in curves.items()}
 
 
 def report(methods: list[Method], floors: list[Method]) -> dict:

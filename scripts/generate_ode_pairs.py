@@ -13,7 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.config import load_config
+from pipeline.text_to_video import VAE_STRIDE, rollout_sigmas
+from utils.config import Config, load_config
 from utils.distributed import rank, world_size
 from utils.errors import UserError, command
 from utils.files import writable_folder
@@ -32,7 +33,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--timestep_shift", type=float, help="default: the config's teacher.timestep_shift")
     parser.add_argument("--num_prompts", type=int, help="take the first so many prompts; default: all")
     parser.add_argument("--num_frames", type=int, help="latent frames; default: the config's data.num_frames")
-    parser.add_argument("--save_indices", type=int, nargs="+", help="saved points; default: the steps' levels")
+    parser.add_argument("--save_indices", type=int, nargs="+", help="saved points; default: those that the loss reads")
+    parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32", help="of the files")
+    parser.add_argument("--latent_shape", type=int, nargs=3, metavar=("C", "H", "W"), help="default: the config's size")
+    parser.add_argument("--model_name", help="model directory of the teacher, as model.base")
+    parser.add_argument("--resume", action="store_true", help="accepted: files that exist are always kept")
     parser.add_argument("--batch_size", type=int, default=1, help="trajectories at a time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="default: the config's")
@@ -54,7 +59,11 @@ def main() -> None:
         "teacher.timestep_shift": args.timestep_shift,
         "data.num_frames": args.num_frames,
         "runtime.device": args.device,
+        "model.base": args.model_name,
     }
+    if args.latent_shape:
+        _, height, width = args.latent_shape
+        flags |= {"video.height": height * VAE_STRIDE, "video.width": width * VAE_STRIDE}
     words = [f"{key}={value}" for key, value in flags.items() if value is not None]
     config = load_config(args.config_path, [*words, *args.overrides])
     prompts = read_prompts(args.caption_path)[: args.num_prompts]
@@ -64,12 +73,11 @@ def main() -> None:
 
     from model.flow import solver_sigmas
     from pipeline.teacher import Teacher, sample_euler
-    from pipeline.text_to_video import rollout_sigmas
     from utils.device import pick_device
 
     sigmas = solver_sigmas(config.teacher.num_inference_steps, config.teacher.timestep_shift)
     num_points = len(sigmas)
-    saved = args.save_indices or matching_indices(sigmas, rollout_sigmas(config.rollout))
+    saved = args.save_indices or matching_indices(sigmas, levels_read(config))
     if any(not -num_points <= index < num_points for index in saved):
         raise UserError(f"--save_indices {saved} must be among the {num_points} points 0..{num_points - 1}, -1")
     folder = writable_folder(args.output_folder)
@@ -81,7 +89,11 @@ def main() -> None:
         return
 
     teacher = Teacher.load(config, pick_device(config.runtime.device))
+    channels = teacher.net.config.in_channels
+    if args.latent_shape and args.latent_shape[0] != channels:
+        raise UserError(f"--latent_shape {args.latent_shape}: the teacher's latents have {channels} channels")
     write_sigmas(folder, [sigmas[index] for index in saved])
+    dtype = getattr(torch, args.dtype)
     batches = [todo[i : i + args.batch_size] for i in range(0, len(todo), args.batch_size)]
     with tqdm(total=len(todo) * len(sigmas[1:]), unit="step", disable=rank() != 0) as bar:
         for batch in batches:
@@ -91,7 +103,13 @@ def main() -> None:
             points = sample_euler(flow, noise, sigmas, on_step=lambda _, count=count: bar.update(count))
             trajectories = torch.stack([points[index] for index in saved], dim=1)
             for prompt, trajectory in zip(batch, trajectories, strict=True):
-                write_ode_pair(pair_file(folder, prompt.index), prompt.text, trajectory)
+                write_ode_pair(pair_file(folder, prompt.index), prompt.text, trajectory.to(dtype))
+
+
+def levels_read(config: Config) -> list[float]:
+    """The noise levels that the configured loss reads: of the forward KL only the first steps', otherwise all."""
+    levels = rollout_sigmas(config.rollout)
+    return levels[: config.distill.forward_kl_steps + 1] if config.train.objective == "score_distillation" else levels
 
 
 def matching_indices(sigmas: list[float], wanted: list[float]) -> list[int]:

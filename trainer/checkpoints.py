@@ -35,9 +35,7 @@ class Checkpoints:
 
     def saved(self) -> list[Path]:
         """The complete checkpoints, oldest first."""
-        if not self.folder.is_dir():
-            return []
-        return sorted(path for path in self.folder.iterdir() if _NAME.fullmatch(path.name))
+        return saved_in(self.folder)
 
     def save(self, iteration: int, state: Mapping[str, Tensor]) -> None:
         """Copy the state and write it in the background; waits only for the save before to be done."""
@@ -91,6 +89,30 @@ class Checkpoints:
 
     def _partial(self, iteration: int) -> Path:
         return self.folder / f".{iteration:08d}.partial"
+
+
+def saved_in(folder: Path) -> list[Path]:
+    """The complete checkpoints of a folder, oldest first."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name))
+
+
+def find_checkpoint(logdir: Path, iteration: int | None = None) -> Path:
+    """The checkpoint of a run's iteration, or its last one.
+
+    Raises:
+        UserError: if there is none; it names those that there are.
+    """
+    saved = saved_in(logdir / "checkpoints")
+    if not saved:
+        raise UserError(f"no checkpoints in {logdir}; is it the --logdir of a training run?")
+    chosen = [path for path in saved if iteration in (None, int(path.name))]
+    if not chosen:
+        raise UserError(
+            f"{logdir} has no checkpoint of iteration {iteration}, but of {', '.join(str(int(p.name)) for p in saved)}"
+        )
+    return chosen[-1]
 
 
 def read_tensors(checkpoint: Path, prefix: str) -> dict[str, Tensor]:

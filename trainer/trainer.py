@@ -179,6 +179,8 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint in the background; a kill in between leaves the one before."""
+        if not self.train_config.save:
+            return
         self.checkpoints.save(self.iteration, self.state())
 
     def resume(self, path: Path | None = None) -> None:

@@ -19,6 +19,9 @@ from omegaconf.errors import OmegaConfBaseException
 from utils.errors import UserError
 
 DType = Literal["float32", "bfloat16", "float16"]
+ObjectiveName = Literal[
+    "", "text_attributes", "vae_reconstruction", "flow_matching", "ode_regression", "score_distillation"
+]
 
 
 @dataclass
@@ -136,9 +139,7 @@ class DataConfig:
 class TrainConfig:
     """One training run: an objective and the loop around it."""
 
-    objective: Literal[
-        "", "text_attributes", "vae_reconstruction", "flow_matching", "ode_regression", "score_distillation"
-    ] = ""
+    objective: ObjectiveName = ""
     """What is learned. Empty: this configuration does not train."""
     network: str = ""
     """Preset of the network that is trained from nothing (model/presets.py)."""
@@ -195,6 +196,12 @@ class TrainConfig:
     """Type that networks compute in while they are trained. Their weights, gradients and averages stay in float32."""
     sharding: Literal["replicate", "shard", "hybrid"] = "replicate"
     """How processes share the weights: each has all; each a part (FSDP2); or parts within a machine, copies across."""
+    save: bool = True
+    """Write checkpoints."""
+    sample_every: int = 0
+    """Iterations between sample videos of the average weights, in logdir/samples. 0: none."""
+    sample_prompts: str = ""
+    """File of their prompts. Empty: the first of those that are trained on."""
     keep_checkpoints: int = 2
     """So many of the latest checkpoints are kept."""
     log_every: int = 20

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,13 +19,16 @@ def partial_path(path: Path) -> Path:
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; rename it to `path` if the body succeeds, remove it otherwise."""
+    """Yield a temporary path beside `path`, for a file or a folder; rename it to `path` if the body succeeds, remove it
+    otherwise."""
     path = Path(path)
     temporary = partial_path(path)
     try:
         yield temporary
         os.replace(temporary, path)
     finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
         temporary.unlink(missing_ok=True)
 
 

@@ -1,6 +1,6 @@
-"""Pictures of figures over time."""
+"""Pictures of curves."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -11,36 +11,32 @@ import numpy as np
 
 from utils.files import atomic_path
 
+Curve = tuple[np.ndarray, np.ndarray]  # x and y; a NaN leaves a gap
 
-def save_curves(
-    path: Path,
-    panels: Sequence[str],
-    lines: Sequence[tuple[str, dict[str, np.ndarray], str]],
-    x_step: float,
-    x_label: str,
+
+def save_lines(
+    path: Path, panels: Sequence[str], lines: Sequence[tuple[str, Mapping[str, Curve], str]], x_label: str
 ) -> None:
-    """One panel per figure with a line per method; atomic.
+    """Write a PNG with a panel per name and a line per method; atomic.
 
     Args:
-        panels: the figures' names, as titles.
-        lines: (label, values per figure, matplotlib line style) of every method; NaN leaves a gap.
-        x_step: distance between two values, in `x_label`'s unit.
+        panels: names of the curves, as titles.
+        lines: label, curves by name and matplotlib line style of every method.
     """
-    columns = 2 if len(panels) > 1 else 1
+    columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(6 * columns, 2.6 * rows), squeeze=False, layout="constrained")
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
     for axis, name in zip(axes.flat, panels, strict=False):
-        for number, (label, values, style) in enumerate(lines):
-            y = values[name]
-            axis.plot(x_step * np.arange(len(y)), y, style, color=f"C{number % 10}", label=label, linewidth=1.4)
+        for number, (label, curves, style) in enumerate(lines):
+            if name in curves:
+                axis.plot(*curves[name], style, color=f"C{number % 10}", label=label, linewidth=1.4)
         axis.set_title(name, fontsize=10)
+        axis.set_xlabel(x_label, fontsize=8)
         axis.grid(alpha=0.3)
         axis.margins(x=0)
         axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
-    for axis in axes[-1]:
-        axis.set_xlabel(x_label)
     axes.flat[0].legend(fontsize=8)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=100, format="png")

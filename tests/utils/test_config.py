@@ -52,10 +52,10 @@ def test_there_are_configs():
     assert {"hiar.yaml", "self_forcing.yaml", "vae.yaml"} <= {file.name for file in CONFIGS}
 
 
-def test_methods_differ_in_the_schedule_alone():
+def test_methods_differ_in_the_schedule_and_the_forward_kl_alone():
     hiar, self_forcing = (asdict(load_config(str(ROOT / "configs" / f"{n}.yaml"))) for n in ("hiar", "self_forcing"))
     different = [(s, k) for s, keys in hiar.items() for k, v in keys.items() if self_forcing[s][k] != v]
-    assert different == [("rollout", "schedule")]
+    assert different == [("rollout", "schedule"), ("distill", "forward_kl_weight")]
 
 
 def test_an_empty_file_is_the_defaults(empty):
@@ -238,5 +238,5 @@ def test_a_typo_ends_the_command_with_one_line():
 
 
 def test_a_configuration_that_does_not_train_says_so():
-    done = train("--config_path", "configs/hiar.yaml", "--logdir", "/nowhere")
+    done = train("--config_path", "configs/causvid.yaml", "--logdir", "/nowhere")
     assert done.returncode == 2 and "train.objective" in done.stderr

@@ -1,0 +1,50 @@
+"""Encode the prompts of a file ahead of training, so that no GPU has to hold the text encoder.
+
+python scripts/encode_prompts.py --config_path configs/hiar.yaml --data_path prompts.txt model.text_cache=prompt_cache
+
+Training finds the embeddings when it is given the same model.text_cache. Those that are there are kept, so the same
+command goes on where it stopped; under torchrun the prompts are shared out.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from tqdm import tqdm
+
+from model.text_encoder import TextEncoder
+from model.weights import ModelDirectory
+from pipeline.text_to_video import DTYPES
+from utils.config import load_config
+from utils.device import pick_device
+from utils.distributed import rank, world_size
+from utils.errors import UserError, command
+from utils.prompts import read_prompts
+
+
+@command
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config_path", required=True, help="YAML that names model.base and model.text_cache")
+    parser.add_argument("--data_path", required=True, help="prompts, one per line")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the configuration")
+    args = parser.parse_intermixed_args()
+    config = load_config(args.config_path, args.overrides)
+    if not config.model.text_cache:
+        raise UserError("say where the embeddings go: model.text_cache=FOLDER")
+    texts = [prompt.text for prompt in read_prompts(args.data_path)]
+    # Guidance needs the negative prompt, training with dropped captions the empty one.
+    wanted = list(dict.fromkeys(["", config.teacher.negative_prompt, *texts]))[rank() :: world_size()]
+    device = pick_device(config.runtime.device)
+    dtype = torch.float32 if device.type == "cpu" else DTYPES[config.model.dtype]
+    directory = ModelDirectory.open(config.model.base)
+    encoder = TextEncoder.load(directory, dtype, config.model.text_length, config.model.text_cache).to(device)
+    for text in tqdm(wanted, unit="prompt", disable=rank() > 0):
+        encoder.encode([text])
+
+
+if __name__ == "__main__":
+    main()

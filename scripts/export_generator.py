@@ -1,0 +1,52 @@
+"""Write the generator of a training run as a checkpoint that inference reads.
+
+python scripts/export_generator.py --logdir runs/hiar --output ckpts/hiar.pt [--use_ema] [--iteration 600]
+
+OUTPUT may be a .pt file ({"generator": ..., "generator_ema": ...} with the names of the original's checkpoints, both
+halves), a .safetensors file (diffusers' names) or a folder (diffusers' layout). The run may have had any number of
+processes.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from model.weights import ModelDirectory, export_state
+from scripts.convert_checkpoint import TORCH_SUFFIXES, write_file, write_folder
+from trainer.checkpoints import find_checkpoint, read_tensors
+from utils.config import load_config
+from utils.errors import UserError, command
+
+
+@command
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--logdir", type=Path, required=True, help="folder of the training run")
+    parser.add_argument("--output", type=Path, required=True, help="FILE.pt, FILE.safetensors or a folder")
+    parser.add_argument("--use_ema", action="store_true", help="the average of the weights; a .pt file holds both")
+    parser.add_argument("--iteration", type=int, help="default: the last one that was saved")
+    args = parser.parse_args()
+    suffix = "" if args.output.suffix[1:2].isdigit() else args.output.suffix
+    if suffix not in ("", ".safetensors", *TORCH_SUFFIXES):
+        raise UserError(f"--output {args.output} must end in .pt or .safetensors, or be a folder without a suffix")
+    checkpoint = find_checkpoint(args.logdir, args.iteration)
+    if suffix in TORCH_SUFFIXES:
+        halves = {
+            "generator": read_tensors(checkpoint, "nets/generator/"),
+            "generator_ema": read_tensors(checkpoint, "ema/"),
+        }
+        write_file(args.output, {k: export_state(state, "generator")["generator"] for k, state in halves.items()})
+    else:
+        state = read_tensors(checkpoint, "ema/" if args.use_ema else "nets/generator/")
+        if suffix:
+            write_file(args.output, state)
+        else:
+            base = load_config(str(args.logdir / "config.yaml")).model.base
+            write_folder(args.output, state, ModelDirectory.open(base).transformer_config())
+    print(f"wrote {args.output} from {checkpoint}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Generate ODE pairs on all GPUs of one machine, or of several. The same command again goes on where it stopped.
+#
+#   CAPTION_PATH=prompts.txt OUTPUT_FOLDER=data/ode_pairs scripts/run_generate_ode_pairs.sh [section.key=value ...]
+#
+# CONFIG_PATH      configs/hiar.yaml         NUM_GPUS    processes of this machine (all its GPUs)
+# CAPTION_PATH     prompts, one per line     NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT    for several machines
+# OUTPUT_FOLDER    where the pairs go        GUIDANCE_SCALE, NUM_INFERENCE_STEPS, TIMESTEP_SHIFT, NUM_FRAMES,
+# NUM_PROMPTS      the first so many         SAVE_INDICES, SEED, DTYPE, MODEL_NAME    as the script's flags
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+: "${CAPTION_PATH:?set CAPTION_PATH to a file of prompts}" "${OUTPUT_FOLDER:?set OUTPUT_FOLDER to where the pairs go}"
+gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)
+words=(--config_path "${CONFIG_PATH:-configs/hiar.yaml}" --caption_path "$CAPTION_PATH" --output_folder "$OUTPUT_FOLDER")
+for name in GUIDANCE_SCALE NUM_INFERENCE_STEPS TIMESTEP_SHIFT NUM_FRAMES NUM_PROMPTS SAVE_INDICES SEED DTYPE MODEL_NAME; do
+    if [[ -n ${!name:-} ]]; then
+        # shellcheck disable=SC2206 # SAVE_INDICES is several words
+        words+=("--${name,,}" ${!name})
+    fi
+done
+exec "${PYTHON:-python}" -m torch.distributed.run \
+    --nnodes="${NNODES:-1}" --node_rank="${NODE_RANK:-0}" --nproc_per_node="${NUM_GPUS:-$((gpus > 0 ? gpus : 1))}" \
+    --master_addr="${MASTER_ADDR:-127.0.0.1}" --master_port="${MASTER_PORT:-29500}" \
+    scripts/generate_ode_pairs.py "${words[@]}" "$@"
