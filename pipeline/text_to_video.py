@@ -120,7 +120,8 @@ class TextToVideo:
 
         def new_lane() -> KVCache:
             context, sink = context_frames(config.rollout, config.video.num_output_frames)
-            return net.new_cache(len(samples), height, width, context, config.rollout.block_frames, sink)
+            block, dtype = config.rollout.block_frames, DTYPES[config.model.dtype]
+            return net.new_cache(len(samples), height, width, context, block, sink, dtype=dtype)
 
         self.embed([prompt])
         with torch.no_grad():

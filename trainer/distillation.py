@@ -22,6 +22,7 @@ from pipeline.teacher import guided_flow
 from pipeline.text_to_video import VAE_STRIDE, build_schedule, context_frames, rollout_sigmas
 from trainer.losses import dmd_gradient, dmd_loss, flow_matching_loss, forward_kl_loss, motion
 from trainer.networks import CaptionEmbeddings, Sampler, build_transformer, compute_in, export_transformer, prepare
+from trainer.sampling import VideoSampler
 from trainer.sharding import DTYPES, num_parts, sync_gradients
 from utils.config import Config
 from utils.errors import UserError
@@ -82,6 +83,7 @@ class ScoreDistillation:
         longer = distill.max_rollout_frames > num_frames
         self.vae = WanVAE(directory.load_vae(DTYPES[config.train.dtype]).to(device)) if longer else None
         self.sigmas = rollout_sigmas(config.rollout)
+        self._sampler: VideoSampler | None = None
 
     def _load_teacher(self) -> CausalWanModel:
         config = self.config
@@ -113,6 +115,12 @@ class ScoreDistillation:
     def export(self, folder: Path, weights: dict[str, Tensor]) -> None:
         """Write the generator to `folder`."""
         export_transformer(self.generator, folder, weights)
+
+    def sample(self, folder: Path) -> None:
+        """Write videos of the first prompts."""
+        if self._sampler is None:
+            self._sampler = VideoSampler(self.config, self.generator, self.text.encoder, self.text.captions)
+        self._sampler.write(folder)
 
     # ---- The generator's turn ----
 

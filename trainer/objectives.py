@@ -27,6 +27,7 @@ from trainer.networks import (
     export_transformer,
     preset,
 )
+from trainer.sampling import VideoSampler
 from trainer.sharding import num_parts, sync_gradients
 from trainer.trainer import Objective
 from utils import shapes
@@ -59,6 +60,9 @@ class SingleNet:
     def loss(self, iteration: int, part: int) -> tuple[Tensor, dict[str, float]]:
         """The loss of a part of the batch, and what to log beside it."""
         raise NotImplementedError
+
+    def sample(self, folder: Path) -> None:
+        """It makes no videos by itself."""
 
     def backward(self, name: str, iteration: int, part: int, scale: float, last: bool) -> dict[str, float]:
         """Backward through `loss`."""
@@ -228,6 +232,7 @@ class ODERegression(SingleNet):
             )
         self.text = CaptionEmbeddings(config, self.pairs.prompts, device)
         self.order = Sampler(len(self.pairs), "pairs", config.runtime.seed)
+        self._sampler: VideoSampler | None = None
 
     def loss(self, iteration: int, part: int) -> tuple[Tensor, dict[str, float]]:
         """Mean squared error of x0 over the frames that are not clean already."""
@@ -248,6 +253,12 @@ class ODERegression(SingleNet):
         x0 = flow_to_x0(x, flow, sigma[:, :, None, None, None])
         noisy = (levels < len(self.sigmas) - 1).float()
         return masked_mse(x0, points[:, -1], noisy), {}
+
+    def sample(self, folder: Path) -> None:
+        """Write videos of the first prompts."""
+        if self._sampler is None:
+            self._sampler = VideoSampler(self.config, self.net, self.text.encoder, self.pairs.prompts)
+        self._sampler.write(folder)
 
     def export(self, folder: Path, weights: dict[str, Tensor]) -> None:
         """Write the transformer to `folder`."""

@@ -49,6 +49,10 @@ class Objective(Protocol):
         """
         ...
 
+    def sample(self, folder: Path) -> None:
+        """Write a few videos that the first net makes as it is now, if it makes videos; all processes take part."""
+        ...
+
     def export(self, folder: Path, weights: dict[str, Tensor]) -> None:
         """Write finished `weights` of the first net in the diffusers layout."""
         ...
@@ -89,6 +93,9 @@ class Trainer:
                     log.write(self.iteration, metrics)
                     if self.iteration % config.checkpoint_every == 0 or self.iteration == config.iterations:
                         self.save()
+                    if config.sample_every and self.iteration % config.sample_every == 0:
+                        with self.average_weights():
+                            self.objective.sample(self.logdir / "samples" / f"{self.iteration:08d}")
             except KeyboardInterrupt:
                 self.save()
                 raise
@@ -161,6 +168,19 @@ class Trainer:
                 self.ema[name].lerp_(value, 1 - decay)
             else:
                 self.ema[name].copy_(value)
+
+    @contextlib.contextmanager
+    def average_weights(self) -> Iterator[None]:
+        """The first net with its EMA for weights."""
+        with torch.no_grad():
+            own = {name: tensor.clone() for name, tensor in self.net.state_dict().items()}
+            for name, tensor in self.net.state_dict().items():
+                tensor.copy_(self.ema[name])
+            try:
+                yield
+            finally:
+                for name, tensor in self.net.state_dict().items():
+                    tensor.copy_(own[name])
 
     def state(self) -> dict[str, Tensor]:
         """Every tensor that decides how the run goes on, by name; they are the run's own, not copies.

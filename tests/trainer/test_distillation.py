@@ -252,3 +252,32 @@ def test_a_loss_that_is_not_finite_is_named(make, tmp_path):
     objective._forward_kl = lambda *words: forward(*words) | {"forward_kl": float("nan")}
     with pytest.raises(UserError, match="iteration 0: forward_kl is nan; nothing was saved yet"):
         run.train()
+
+
+def test_sample_videos_are_the_averages_and_change_nothing(make, tmp_path):
+    """Also where a video cannot be written: it is noted, and the run goes on as if nothing had been."""
+
+    def trainer(name: str, **changes) -> Trainer:
+        objective = make()
+        objective.config.train.iterations = 4
+        for key, value in changes.items():
+            setattr(objective.config.train, key, value)
+        return Trainer(objective.config, objective, str(tmp_path / name))
+
+    plain, sampled = trainer("plain"), trainer("sampled", sample_every=2)
+    plain.train()
+    seen = []
+    sample = sampled.objective.sample
+
+    def spied_sample(folder):
+        seen.append(torch.equal(sampled.objective.generator.proj_out.weight, sampled.ema["proj_out.weight"]))
+        sample(folder)
+        (tmp_path / "sampled/samples/00000004").mkdir(exist_ok=True)
+        (tmp_path / "sampled/samples/00000004/a red circle-0.mp4").mkdir(exist_ok=True)  # in the way of the next
+
+    sampled.objective.sample = spied_sample
+    sampled.train()
+    assert seen == [True, True]
+    videos = {path.parent.name: path.stem for path in (tmp_path / "sampled/samples").glob("*/*.mp4") if path.is_file()}
+    assert videos.keys() == {"00000002", "00000004"}
+    assert_same(state_of(sampled), state_of(plain))

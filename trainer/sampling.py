@@ -1,0 +1,71 @@
+"""Sample videos during training: by inference's own pipeline, with the net that is being trained."""
+
+from collections.abc import Sequence
+from copy import deepcopy
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from model.causal_wan import CausalWanModel
+from model.text_encoder import TextEncoder
+from model.vae import WanVAE
+from model.weights import ModelDirectory
+from pipeline.text_to_video import DTYPES, TextToVideo
+from trainer.networks import compute_in
+from utils.config import Config
+from utils.distributed import rank, world_size
+from utils.files import writable_folder
+from utils.prompts import Prompt, read_prompts, unique_stems
+from utils.video import VideoWriter
+
+_SAMPLES = 4  # prompts, where none are configured
+
+
+class VideoSampler:
+    """Rolls the generator out over a few prompts, which the processes share out, and writes videos."""
+
+    def __init__(self, config: Config, net: CausalWanModel, encoder: TextEncoder, captions: Sequence[str]):
+        """
+        Args:
+            captions: prompts to choose from where `train.sample_prompts` names none.
+        """
+        self.config = deepcopy(config)
+        # Latents of the training's length; keys and values in the type that the net computes in.
+        self.config.video.num_output_frames = config.data.num_frames
+        self.config.model.dtype = config.train.dtype
+        self.config.model.offload = False
+        directory = ModelDirectory.open(config.model.base)
+        self.vae = WanVAE(directory.load_vae(DTYPES[config.train.dtype]).to(net.device))
+        self.pipeline = TextToVideo(self.config, net, encoder, self.vae)
+        self.captions = read_captions(config.train.sample_prompts) or list(dict.fromkeys(captions))[:_SAMPLES]
+
+    def write(self, folder: Path) -> None:
+        """Write a video of every prompt to `folder`.
+
+        All processes run equally many forwards, since those of a sharded net are a common work: one without a prompt of
+        its own makes one again. What goes wrong with a file is printed and no process waits for it.
+        """
+        writable_folder(folder)
+        prompts = [Prompt(index, text, text) for index, text in enumerate(self.captions)]
+        stems = unique_stems(prompts, 1)
+        rounds = -(-len(prompts) // world_size())
+        for number in range(rounds):
+            index = number * world_size() + rank()
+            prompt = prompts[index % len(prompts)]
+            with torch.no_grad(), compute_in(self.config, self.pipeline.net.device):
+                latents = torch.cat(list(self.pipeline.generate(prompt.text, [0])), dim=1)
+            if index < len(prompts):
+                self._write(folder / f"{stems[prompt.index][0]}.mp4", latents)
+
+    def _write(self, path: Path, latents: Tensor) -> None:
+        try:
+            with VideoWriter(path, fps=self.config.video.fps) as video:
+                video.write(self.vae.decode(latents)[0])
+        except Exception as error:  # whatever it is, training can do without
+            print(f"note: {path} was not written: {type(error).__name__}: {error}", flush=True)
+
+
+def read_captions(path: str) -> list[str]:
+    """The prompts of a file; none without one."""
+    return [prompt.text for prompt in read_prompts(path)] if path else []
