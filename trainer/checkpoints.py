@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import warnings
 from collections.abc import Mapping
 from concurrent.futures import Future
 from pathlib import Path
@@ -132,5 +133,7 @@ def read_tensors(checkpoint: Path, prefix: str) -> dict[str, Tensor]:
     }
     if not tensors:
         raise UserError(f"{checkpoint} holds no {prefix.rstrip('/')}")
-    dcp.load(tensors, checkpoint_id=checkpoint, no_dist=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that it is a single process, which is what we want
+        dcp.load(tensors, checkpoint_id=checkpoint, no_dist=True)
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}

@@ -1,5 +1,6 @@
 """How processes share networks, gradients and batches: copies that are summed, or FSDP2 shards."""
 
+import warnings
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -24,6 +25,8 @@ def shard(net: CausalWanModel, config: TrainConfig, device: torch.device) -> Non
     """
     if config.sharding == "replicate":
         return
+    # Nobody changes what a layer returns in place, which is what it warns of.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     policy = MixedPrecisionPolicy(
         param_dtype=DTYPES[config.dtype], reduce_dtype=torch.float32, cast_forward_inputs=False
     )

@@ -1,0 +1,213 @@
+"""Scripts around training: exported generators make the same samples; prompts encoded ahead; LMDBs; plots; plans."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from tiny_model import write_config, write_model
+
+import train
+from model.causal_wan import CausalWanModel
+from model.text_encoder import TextEncoder
+from model.weights import ModelDirectory
+from pipeline.text_to_video import TextToVideo
+from scripts import create_lmdb, encode_prompts, export_generator, generate_ode_pairs, plot_metrics
+from trainer.planner import plan
+from utils.config import load_config
+from utils.ode_pairs import open_ode_pairs, pair_file, write_ode_pair, write_sigmas
+
+ROOT = Path(train.__file__).parent
+LEVELS = [1.0, 0.9375, 0.8333, 0.625, 0.0]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """model/, pairs/ and config.yaml of a tiny distillation."""
+    root = tmp_path_factory.mktemp("world")
+    model = write_model(root / "model")
+    (root / "pairs").mkdir()
+    for index in range(5):
+        points = torch.randn(5, 6, 16, 4, 4, generator=torch.Generator().manual_seed(index))
+        write_ode_pair(pair_file(root / "pairs", index), ["a red circle", "a blue square"][index % 2], points)
+    write_sigmas(root / "pairs", LEVELS)
+    write_config(
+        root / "config.yaml",
+        model,
+        train={"objective": "score_distillation", "init": str(model / "transformer"), "iterations": 3, "batch_size": 1,
+               "warmup": 0, "learning_rate": 1e-2, "checkpoint_every": 1, "keep_checkpoints": 2},
+        distill={"max_rollout_frames": 6},
+        data={"path": str(root / "pairs"), "num_frames": 6},
+    )  # fmt: skip
+    return root
+
+
+@pytest.fixture(scope="module")
+def run(world) -> Path:
+    """A training run that has ended."""
+    words = ["train.py", "--config_path", str(world / "config.yaml"), "--logdir", str(world / "run")]
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, timeout=200)
+    assert done.returncode == 0, done.stderr.decode()
+    return world / "run"
+
+
+# ---- export_generator.py ----
+
+
+def samples(world: Path, weights: Path, *overrides: str) -> torch.Tensor:
+    words = [f"model.generator={weights}", "video.num_output_frames=6", *overrides]
+    config = load_config(str(world / "config.yaml"), words)
+    return torch.cat(list(TextToVideo.load(config, torch.device("cpu")).generate("a red circle", [0])), dim=1)
+
+
+def test_an_exported_generator_makes_the_same_samples_in_every_format(world, run, tmp_path, call):
+    results = {}
+    for ema in (False, True):
+        for name in ("g.pt", "g.safetensors", "folder"):
+            target = tmp_path / f"{ema}-{name}"
+            words = ["--logdir", run, "--output", target, *(["--use_ema"] if ema else [])]
+            assert call(export_generator, *words)[0] == 0
+            half = ["model.use_ema=true"] if ema and name == "g.pt" else []
+            results[ema, name] = samples(world, target, *half)
+    for ema in (False, True):
+        assert torch.equal(results[ema, "g.pt"], results[ema, "g.safetensors"])
+        assert torch.equal(results[ema, "g.pt"], results[ema, "folder"])
+    assert not torch.equal(results[False, "g.pt"], results[True, "g.pt"])
+    keys = torch.load(tmp_path / "True-g.pt", weights_only=True)
+    assert keys.keys() == {"generator", "generator_ema"}
+    assert "model.blocks.0.self_attn.q.weight" in keys["generator"]
+
+
+def test_an_earlier_iteration_can_be_exported(run, tmp_path, call):
+    assert call(export_generator, "--logdir", run, "--output", tmp_path / "g.pt", "--iteration", 2)[0] == 0
+    code, _, err = call(export_generator, "--logdir", run, "--output", tmp_path / "g.pt", "--iteration", 1)
+    assert code == 2 and "has no checkpoint of iteration 1, but of 2, 3" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [(["--logdir", "/nowhere"], "no checkpoints in /nowhere"), (["--output", "g.txt"], "must end in")],
+)
+def test_what_cannot_be_exported_is_said(run, tmp_path, call, words, says):
+    always = ["--logdir", run, "--output", tmp_path / "g.pt"]
+    code, _, err = call(export_generator, *always, *words)
+    assert code == 2 and says in err and err.count("\n") == 1
+
+
+# ---- encode_prompts.py ----
+
+
+def test_prompts_encoded_ahead_are_all_that_training_needs(world, tmp_path, call, monkeypatch):
+    (tmp_path / "prompts.txt").write_text("a red circle\na blue square\n")
+    cache = f"model.text_cache={tmp_path / 'cache'}"
+    config = world / "config.yaml"
+    words = ("--config_path", config, "--data_path", tmp_path / "prompts.txt", cache)
+    assert call(encode_prompts, *words)[0] == 0
+    files = {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").iterdir()}
+    assert len(files) == 3  # and the empty prompt
+    assert call(encode_prompts, *words)[0] == 0
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").iterdir()} == files
+
+    def refuse(*words):
+        raise AssertionError("the text encoder was loaded")
+
+    monkeypatch.setattr(ModelDirectory, "load_text_encoder", refuse)
+    directory = ModelDirectory.open(world / "model")
+    encoder = TextEncoder.load(directory, torch.float32, 24, str(tmp_path / "cache"))
+    assert encoder.encode(["a red circle", ""]).shape == (2, 24, 16)
+
+
+def test_without_a_place_for_embeddings_it_says_so(world, call):
+    code, _, err = call(encode_prompts, "--config_path", world / "config.yaml", "--data_path", world / "config.yaml")
+    assert code == 2 and "model.text_cache" in err
+
+
+# ---- create_lmdb.py ----
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_an_lmdb_holds_the_pairs_of_the_folder(world, tmp_path, call, shards):
+    target = tmp_path / "lmdb"
+    assert call(create_lmdb, "--data_path", world / "pairs", "--lmdb_path", target, "--shards", shards)[0] == 0
+    one, other = (open_ode_pairs(str(folder), [], 5) for folder in (world / "pairs", target))
+    order = [i for shard in range(shards) for i in range(shard, 5, shards)]
+    assert other.prompts == [one.prompts[i] for i in order] and other.sigmas == one.sigmas
+    assert torch.equal(other.read(range(5)), one.read(order).half())
+    code, _, err = call(create_lmdb, "--data_path", world / "pairs", "--lmdb_path", target)
+    assert code == 2 and "is there already" in err
+
+
+def test_an_lmdb_that_fails_leaves_nothing(world, tmp_path, call):
+    (tmp_path / "pairs").mkdir()
+    for file in (world / "pairs").glob("*.pt"):
+        (tmp_path / "pairs" / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "pairs/00003.pt").write_bytes(b"broken")
+    code, _, err = call(create_lmdb, "--data_path", tmp_path / "pairs", "--lmdb_path", tmp_path / "lmdb")
+    assert code == 2 and "00003.pt" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["pairs"]
+
+
+# ---- generate_ode_pairs.py ----
+
+
+def test_only_the_points_that_the_loss_reads_are_kept(world, tmp_path, call):
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    words = (
+        "--config_path",
+        world / "config.yaml",
+        "--caption_path",
+        tmp_path / "prompts.txt",
+        "--num_inference_steps",
+    )
+    always = (*words, 8, "--timestep_shift", 5, "--output_folder")
+    assert call(generate_ode_pairs, *always, tmp_path / "kl", "--dtype", "float16")[0] == 0
+    pairs = open_ode_pairs(str(tmp_path / "kl"), [], 2)
+    assert pairs.shape[0] == 2 and pairs.read([0]).dtype == torch.float16
+    assert call(generate_ode_pairs, *always, tmp_path / "ode", "train.objective=ode_regression")[0] == 0
+    whole = open_ode_pairs(str(tmp_path / "ode"), [], 5)
+    assert whole.sigmas[:2] == pairs.sigmas and whole.sigmas[-1] == 0
+    torch.testing.assert_close(whole.read([0], [0, 1]).half(), pairs.read([0]))
+    code, _, err = call(generate_ode_pairs, *always, tmp_path / "x", "--latent_shape", 8, 4, 4)
+    assert code == 2 and "16 channels" in err
+
+
+# ---- plot_metrics.py ----
+
+
+def test_curves_are_plotted(run, tmp_path, call):
+    code, _, _ = call(plot_metrics, f"tiny={run}", run, "--output", tmp_path / "x/curves.png")
+    assert code == 0 and Image.open(tmp_path / "x/curves.png").size[0] > 600
+    assert call(plot_metrics, run, "--output", tmp_path / "one.png", "--only", "critic", "--smooth", 2)[0] == 0
+    for words, says in [((run, "--only", "nonsense"), "no run has logged nonsense"), ((tmp_path,), "cannot read")]:
+        code, _, err = call(plot_metrics, *words, "--output", tmp_path / "no.png")
+        assert code == 2 and says in err
+
+
+def test_metrics_of_the_run_are_complete(run):
+    [line] = (run / "metrics.jsonl").read_text().splitlines()  # the last iteration's, log_every is 20
+    assert {"dmd_output_gradient", "forward_kl_output_gradient", "motion", "critic", "forward_kl"} <= json.loads(
+        line
+    ).keys()
+
+
+# ---- the planner ----
+
+
+def test_the_full_size_run_is_planned_without_its_weights():
+    """METHOD's figures: a 1.3B lane of 21 frames takes 6.04 GB; the teacher has 14.3 billion parameters."""
+    config = load_config(str(ROOT / "configs/hiar.yaml"))
+    text = plan(config, 64)
+    assert "generator 1.42B, critic 1.42B, teacher 14.29B" in text
+    assert "6.04 GB  KV cache" in text and "fits in 80 GB" in text
+    alone = plan(load_config(str(ROOT / "configs/hiar.yaml"), ["train.sharding=replicate"]), 64)
+    assert "does NOT fit in 80 GB" in alone and "teacher: weights" in alone
+
+
+def test_the_plan_counts_what_is_there(world):
+    config = load_config(str(world / "config.yaml"))
+    net = ModelDirectory.open(world / "model").load_transformer(CausalWanModel, torch.float32)
+    count = sum(p.numel() for p in net.parameters())
+    assert f"{4 * 3 * count / 1e9:8.2f} GB  generator: float32 weights, gradients, average" in plan(config, 1)
