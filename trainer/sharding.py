@@ -53,6 +53,13 @@ def sync_gradients(net: nn.Module, wanted: bool) -> None:
         net.set_requires_gradient_sync(wanted)
 
 
+def settle(net: nn.Module) -> None:
+    """Let a sharded net's parameters be its shards again: after a forward without a backward its outermost are whole,
+    and in the type that it computes in."""
+    if isinstance(net, FSDPModule):
+        net.reshard()
+
+
 def loss_scale(net: nn.Module, num_parts: int) -> float:
     """What a part's loss is multiplied by, so that the gradient of all parts together is that of their mean."""
     # FSDP2 averages over processes what we want summed.

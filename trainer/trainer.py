@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from trainer.checkpoints import Checkpoints
 from trainer.muon import Muon
-from trainer.sharding import clip_gradients, loss_scale, my_parts, num_parts, sum_gradients, whole
+from trainer.sharding import clip_gradients, loss_scale, my_parts, num_parts, settle, sum_gradients, whole
 from utils.config import Config, TrainConfig
 from utils.distributed import rank
 from utils.errors import UserError
@@ -112,6 +112,8 @@ class Trainer:
         metrics: dict[str, float] = {"rate_scale": learning_rate_scale(self.iteration, self.train_config)}
         for name in self.objective.turns(self.iteration):
             metrics |= self.update(name, metrics["rate_scale"])
+        for net in self.objective.nets.values():
+            settle(net)
         return metrics
 
     def update(self, name: str, rate_scale: float) -> dict[str, float]:
@@ -179,6 +181,7 @@ class Trainer:
             try:
                 yield
             finally:
+                settle(self.net)
                 for name, tensor in self.net.state_dict().items():
                     tensor.copy_(own[name])
 
