@@ -7,7 +7,7 @@ import torch
 from diffusers import UniPCMultistepScheduler
 from torch import Tensor
 
-from model.causal_wan import CausalWanModel
+from model.causal_wan import CausalWanModel, TextContext
 from model.flow import guide
 from model.text_encoder import TextEncoder
 from model.weights import ModelDirectory
@@ -37,6 +37,8 @@ class Teacher:
         check_size(config, directory)
         net = directory.load_transformer(CausalWanModel, dtype, weights=config.teacher.path or None).to(device)
         choose_attention_backend(net, model.attention_backend)
+        if model.compile:
+            net.compile_layers()
         return cls(config, net, TextEncoder.load(directory, dtype, model.text_length, model.text_cache).to(device))
 
     def noise(self, seed: int, samples: Sequence[int]) -> Tensor:
@@ -47,27 +49,34 @@ class Teacher:
 
     def flow(self, prompts: Sequence[str]) -> Callable[[Tensor, float], Tensor]:
         """The guided flow of a batch of prompts, as a function of x [B, F, C, h, w] and sigma."""
-        text = self.text_encoder.encode(prompts)
-        negative = self._negative.expand(len(prompts), -1, -1)
+        with torch.no_grad():  # keys and values of the text are the same at every step
+            text = self.net.encode_text(self.text_encoder.encode(prompts))
+            negative = self.net.encode_text(self._negative.expand(len(prompts), -1, -1))
         scale = self.config.teacher.guidance_scale
         return lambda x, sigma: guided_flow(self.net, x, sigma, text, negative, scale)
 
 
 @torch.no_grad()
 def guided_flow(
-    net: CausalWanModel, x: Tensor, sigma: float | Tensor, text: Tensor, negative: Tensor, scale: float
+    net: CausalWanModel,
+    x: Tensor,
+    sigma: float | Tensor,
+    text: Tensor | TextContext,
+    negative: Tensor | TextContext,
+    scale: float,
 ) -> Tensor:
     """The teacher's flow with guidance, float32 [B, F, C, h, w].
 
     Args:
         x: [B, F, C, h, w] at level sigma; one level for all, or [B].
-        text, negative: prompt and negative-prompt embeddings [B, L, text_dim].
+        text, negative: prompt and negative-prompt embeddings [B, L, text_dim], or what the net's `encode_text` made of
+            them.
         scale: 1 leaves guidance out, and its second forward.
     """
     timestep = 1000 * sigma if isinstance(sigma, Tensor) else torch.full((len(x),), 1000 * sigma, device=x.device)
 
-    def flow(embeddings: Tensor) -> Tensor:
-        return net(x.transpose(1, 2), timestep, embeddings).transpose(1, 2).float()
+    def flow(condition: Tensor | TextContext) -> Tensor:
+        return net(x.transpose(1, 2), timestep, condition).transpose(1, 2).float()
 
     conditional = flow(text)
     return conditional if scale == 1 else guide(conditional, flow(negative), scale)
