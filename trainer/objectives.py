@@ -75,7 +75,9 @@ class SingleNet:
 class TextAttributes(SingleNet):
     """The miniature's text encoder, pre-trained to tell a caption's attributes; the heads are thrown away.
 
-    Trained together with the DiT, a text encoder this small lags far behind it.
+    Trained together with the DiT, a text encoder this small lags far behind it. It reads the captions of held-out scenes
+    too, as a real one has read all language: what is held out is how they look. Without them it took a green circle on
+    blue for a blue one on green.
     """
 
     def __init__(self, config: Config, device: torch.device):
@@ -93,7 +95,9 @@ class TextAttributes(SingleNet):
         train = self.config.train
         first = (iteration * num_parts(train) + part) * train.batch_size
         seed = self.config.runtime.seed
-        scenes = [shapes.sample_clip(seed, first + i).scene for i in range(train.batch_size)]
+        # A seventh of the scenes are held out.
+        numbers = range(first, first + train.batch_size)
+        scenes = [shapes.sample_clip(seed, i, held_out=i % 7 == 0).scene for i in numbers]
         tokens = self.tokenizer([scene.caption for scene in scenes], padding=True, return_tensors="pt").to(self.device)
         hidden = self.encoder(**tokens).last_hidden_state
         mask = tokens.attention_mask[..., None]
