@@ -75,9 +75,9 @@ class SingleNet:
 class TextAttributes(SingleNet):
     """The miniature's text encoder, pre-trained to tell a caption's attributes; the heads are thrown away.
 
-    Trained together with the DiT, a text encoder this small lags far behind it. It reads the captions of held-out scenes
-    too, as a real one has read all language: what is held out is how they look. Without them it took a green circle on
-    blue for a blue one on green.
+    Trained together with the DiT, a text encoder this small lags far behind it. It reads the captions of held-out
+    scenes too, as a real one has read all language: what is held out is how they look. Without them it took a green
+    circle on blue for a blue one on green.
     """
 
     def __init__(self, config: Config, device: torch.device):
