@@ -54,7 +54,7 @@ def main() -> None:
     from trainer.objectives import build_objective
     from trainer.trainer import Trainer
     from utils.device import pick_device
-    from utils.distributed import process_group
+    from utils.process_group import process_group
 
     device = pick_device(config.runtime.device)
     with process_group(device):

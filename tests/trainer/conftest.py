@@ -12,8 +12,8 @@ from model import presets
 from trainer.objectives import SingleNet
 from utils.clips import write_shard
 from utils.config import Config
-from utils.distributed import process_group
 from utils.ode_pairs import pair_file, write_ode_pair, write_sigmas
+from utils.process_group import process_group
 from utils.rng import keyed_generator
 
 

@@ -3,6 +3,7 @@
 Slow: every run starts Python anew.
 """
 
+import contextlib
 import json
 import os
 import random
@@ -116,13 +117,19 @@ def test_killed_five_times_it_ends_with_the_same_bits(config, tmp_path, sharding
         time.sleep(random_moments.uniform(0, 0.4))
         if process.poll() is None:
             killed += 1
-        os.killpg(process.pid, signal.SIGKILL)
+        kill_all(process)
         process.wait()
     assert killed >= 4  # a short run may be over before the last one
     final = run(config, logdir, 2, *overrides)
     assert final.keys() == expected.keys()
     assert [name for name in expected if not torch.equal(final[name], expected[name])] == []
     assert (logdir / "metrics.jsonl").read_text() == (tmp_path / "whole/metrics.jsonl").read_text()
+
+
+def kill_all(process: subprocess.Popen[bytes]) -> None:
+    """SIGKILL to the launcher and all its workers, as far as there are any left."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def lines_of(logdir: Path) -> list[str]:
@@ -147,4 +154,4 @@ def test_one_that_dies_takes_the_others_along(config, tmp_path):
         _, err = process.communicate(timeout=90)
         assert process.returncode != 0 and b"Signal 9 (SIGKILL)" in err
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
+        kill_all(process)
