@@ -19,7 +19,7 @@ from trainer.sharding import clip_gradients, loss_scale, my_parts, num_parts, se
 from utils.config import Config, TrainConfig
 from utils.distributed import rank
 from utils.errors import UserError
-from utils.files import atomic_path, writable_folder
+from utils.files import atomic_path, only_user, writable_folder
 
 
 class Objective(Protocol):
@@ -79,8 +79,12 @@ class Trainer:
 
     def train(self, resume: Path | None = None) -> None:
         """Resume if there is a checkpoint, train to the last iteration, export the EMA weights."""
+        with only_user(self.logdir, "training in") if rank() == 0 else contextlib.nullcontext():
+            self.resume(resume)
+            self._train()
+
+    def _train(self) -> None:
         config = self.train_config
-        self.resume(resume)
         if rank() == 0:
             with atomic_path(self.logdir / "config.yaml") as path:
                 path.write_text(self.config.to_yaml())

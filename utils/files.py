@@ -1,6 +1,7 @@
 """Files that are complete or absent: written beside their final name, then renamed."""
 
 import contextlib
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -47,3 +48,20 @@ def writable_folder(path: str | os.PathLike[str]) -> Path:
     except OSError as error:
         raise UserError(f"cannot write to folder {path}: {error.strerror}; choose another output folder") from None
     return path
+
+
+@contextlib.contextmanager
+def only_user(folder: Path, doing: str) -> Iterator[None]:
+    """Hold `folder` for this process alone until the block is done, or the process is.
+
+    Raises:
+        UserError: if another process holds it.
+    """
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is {doing} {folder}; wait for it or end it") from None
+        except OSError:  # a file system without locks
+            pass
+        yield

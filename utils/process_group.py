@@ -1,7 +1,10 @@
 """The processes of one run as a torch.distributed group."""
 
 import contextlib
+import ctypes
 import os
+import signal
+import sys
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -23,6 +26,7 @@ def process_group(device: torch.device) -> Iterator[None]:
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ:
+        die_with_launcher()
         dist.init_process_group(backend)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -30,6 +34,17 @@ def process_group(device: torch.device) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def die_with_launcher() -> None:
+    """Have Linux end this process when the launcher that started it is gone, even by SIGKILL.
+
+    torchrun gives each process a session of its own, so that nothing else would: it would train on, beside whoever
+    runs the same command again.
+    """
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 def sum_over_processes(tensors: Sequence[Tensor]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from utils.errors import UserError, command
-from utils.files import atomic_path, writable_folder
+from utils.files import atomic_path, only_user, writable_folder
 
 
 def names(folder: Path) -> list[str]:
@@ -124,3 +124,11 @@ def test_command_keeps_the_name_and_prints_no_traceback():
         [sys.executable, "-c", code], cwd=Path(__file__).resolve().parents[2], capture_output=True, text=True
     )
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: a is wrong: do b\n")
+
+
+def test_a_folder_has_one_user_at_a_time(tmp_path):
+    with only_user(tmp_path, "training in"):
+        with pytest.raises(UserError, match="another process is training in"), only_user(tmp_path, "training in"):
+            pass
+    with only_user(tmp_path, "training in"):
+        pass
