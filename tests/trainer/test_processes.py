@@ -97,7 +97,6 @@ def test_a_run_goes_on_with_another_number_of_processes(config, tmp_path, refere
     assert_close(one, whole)
 
 
-@pytest.mark.parametrize("sharding", ["replicate", "shard"])
 def test_killed_five_times_it_ends_with_the_same_bits(config, tmp_path):
     """SIGKILL at random moments to all of a run of two processes; the same command goes on."""
     overrides = ("train.sharding=shard", "train.iterations=16")

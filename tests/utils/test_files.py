@@ -127,8 +127,8 @@ def test_command_keeps_the_name_and_prints_no_traceback():
 
 
 def test_a_folder_has_one_user_at_a_time(tmp_path):
-    with only_user(tmp_path, "training in"):
-        with pytest.raises(UserError, match="another process is training in"), only_user(tmp_path, "training in"):
-            pass
+    again = only_user(tmp_path, "training in")
+    with only_user(tmp_path, "training in"), pytest.raises(UserError, match="another process is training in"), again:
+        pass
     with only_user(tmp_path, "training in"):
         pass
