@@ -170,7 +170,7 @@ class CausalWanModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
         hidden = self.patch_embedding(x.to(self.dtype)).flatten(2).transpose(1, 2).contiguous()
         time, modulation = self.embed_timestep(timestep)
         rope = rotary_table(self.config.attention_head_dim, first_frame, grid, hidden.device)
-        attend = self._attend(causal, cache, write, first_frame, tokens_per_frame=grid[1] * grid[2])
+        attend = self._attend(causal, cache, write, checkpointing, first_frame, tokens_per_frame=grid[1] * grid[2])
 
         for index, layer in enumerate(self.layers):
             if not head and index == len(self.layers) - 1:
@@ -256,7 +256,13 @@ class CausalWanModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
             layer.after_attention = torch.compile(layer.after_attention)  # type: ignore[method-assign]
 
     def _attend(
-        self, causal: BlockCausal | None, cache: KVCache | None, write: bool, first_frame: int, tokens_per_frame: int
+        self,
+        causal: BlockCausal | None,
+        cache: KVCache | None,
+        write: bool,
+        checkpointing: bool,
+        first_frame: int,
+        tokens_per_frame: int,
     ) -> Attend:
         """The way of attending that this forward takes."""
 
@@ -296,7 +302,7 @@ class CausalWanModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
         before = min(first_frame, cache.num_frames)
         # A checkpointed layer reads its context again in the backward pass, when the lane has moved on.
         past = None
-        if self.gradient_checkpointing and torch.is_grad_enabled():
+        if checkpointing:
             past = [tuple(x.clone() for x in cache.read(layer, before)) for layer in range(len(self.layers))]
         return cached
 

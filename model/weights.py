@@ -22,11 +22,12 @@ from diffusers import AutoencoderKLWan
 from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 from diffusers.models.modeling_utils import no_init_weights
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
 
 from utils.errors import UserError
+from utils.files import atomic_path, writable_folder
 
 State = dict[str, Tensor]
 Layout = Literal["diffusers", "native", "generator"]
@@ -462,3 +463,23 @@ class ModelDirectory:
             state = convert_wan_vae_to_diffusers(_read_state(source))
             config = {"base_dim": len(state["encoder.conv_in.bias"])} if "encoder.conv_in.bias" in state else {}
         return _build(lambda: AutoencoderKLWan.from_config(config), state, source, dtype, ())
+
+
+# ---- Writing ----
+
+
+def save_weights(path: Path, content: dict[str, Any]) -> None:
+    """Write weights as safetensors or for torch.load, by the path's suffix; atomic."""
+    writable_folder(path.parent)
+    with atomic_path(path) as file:
+        if path.suffix == ".safetensors":
+            save_file({name: tensor.contiguous() for name, tensor in content.items()}, file, metadata={"format": "pt"})
+        else:
+            torch.save(content, file)
+
+
+def save_transformer(folder: Path, state: dict[str, Tensor], config: dict[str, Any]) -> None:
+    """Write a transformer as diffusers keeps it: weights and config.json."""
+    save_weights(folder / TRANSFORMER_FILE, state)
+    with atomic_path(folder / "config.json") as file:
+        file.write_text(json.dumps({"_class_name": "WanTransformer3DModel", **config}, indent=2) + "\n")

@@ -125,9 +125,9 @@ class Schedule:
             return None
         return self.num_steps if block < self.given_blocks + self.leading_blocks else later[0]
 
-    def lane_of(self, step: int) -> int:
-        """The lane that a step's Denoise ops attend to, after the leading blocks."""
-        return next(phase[0] for phase in self.phases if step in phase)
+    def lanes_until(self, exit_step: int) -> list[int]:
+        """The lanes that the ops of `until` use."""
+        return [lane for lane in self.lanes if lane <= exit_step]
 
     def until(self, exit_step: int) -> Iterator[Op]:
         """The ops of a rollout of which only the x0 predicted at `exit_step` is wanted, as training does; step-major.

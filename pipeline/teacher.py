@@ -11,8 +11,9 @@ from model.causal_wan import CausalWanModel, TextContext
 from model.flow import guide
 from model.text_encoder import TextEncoder
 from model.weights import ModelDirectory
-from pipeline.text_to_video import DTYPES, VAE_STRIDE, check_size, choose_attention_backend
+from pipeline.text_to_video import VAE_STRIDE, check_size, choose_attention_backend
 from utils.config import Config
+from utils.device import DTYPES
 from utils.rng import keyed_noise
 
 

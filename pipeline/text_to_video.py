@@ -18,10 +18,9 @@ from model.weights import ModelDirectory
 from pipeline.rollout import BlockLayout, Rollout
 from pipeline.schedule import Op, Schedule
 from utils.config import Config, RolloutConfig
+from utils.device import DTYPES
 from utils.errors import UserError
 from utils.rng import keyed_noise
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class TextToVideo:

@@ -14,13 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from model.weights import TRANSFORMER_FILE, export_state, read_checkpoint, transformer_config
+from model.weights import export_state, read_checkpoint, save_transformer, save_weights, transformer_config
 from utils.errors import UserError, command
-from utils.files import atomic_path, writable_folder
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "keep": None}
 TORCH_SUFFIXES = (".pt", ".pth")
@@ -36,7 +34,7 @@ def convert(
     """
     formats = {"diffusers": ("", ".safetensors", *TORCH_SUFFIXES), "native": (".safetensors", *TORCH_SUFFIXES)}
     allowed = formats.get(layout, TORCH_SUFFIXES)
-    suffix = "" if output.suffix[1:2].isdigit() else output.suffix  # a folder may be called wan-1.3b
+    suffix = folder_or_suffix(output)
     to_folder = suffix == ""
     if suffix not in allowed:
         names = ", ".join(suffix or "no suffix (a folder)" for suffix in allowed)
@@ -51,12 +49,12 @@ def convert(
 
     shape = ""
     if to_folder:
-        write_folder(output, content, config)
+        save_transformer(output, content, config)
         shape = (
             f"{config['num_layers']} layers, {config['num_attention_heads']} heads of {config['attention_head_dim']}, "
         )
     else:
-        write_file(output, content)
+        save_weights(output, content)
     return f"wrote {output} ({layout}: {shape}{len(state)} tensors, {sum(t.numel() for t in state.values()):,} weights)"
 
 
@@ -70,22 +68,9 @@ def folder_config(source: Path, state: dict[str, torch.Tensor], num_heads: int |
     return transformer_config(state, num_heads)
 
 
-def write_folder(folder: Path, content: dict[str, Any], config: dict[str, Any]) -> None:
-    """Write a transformer as diffusers keeps it: weights and config.json."""
-    writable_folder(folder)
-    write_file(folder / TRANSFORMER_FILE, content)
-    with atomic_path(folder / "config.json") as file:
-        file.write_text(json.dumps({"_class_name": "WanTransformer3DModel", **config}, indent=2) + "\n")
-
-
-def write_file(path: Path, content: dict[str, Any]) -> None:
-    """Write weights as safetensors or for torch.load, by the path's suffix; atomic."""
-    writable_folder(path.parent)
-    with atomic_path(path) as file:
-        if path.suffix == ".safetensors":
-            save_file({name: tensor.contiguous() for name, tensor in content.items()}, file, metadata={"format": "pt"})
-        else:
-            torch.save(content, file)
+def folder_or_suffix(path: Path) -> str:
+    """What decides about a file's format; empty for a folder, which may be called wan-1.3b."""
+    return "" if path.suffix[1:2].isdigit() else path.suffix
 
 
 @command

@@ -12,12 +12,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
 from tqdm import tqdm
 
-from model.text_encoder import TextEncoder
-from model.weights import ModelDirectory
-from pipeline.text_to_video import DTYPES
+from trainer.networks import load_text_encoder
 from utils.config import load_config
 from utils.device import pick_device
 from utils.distributed import rank, world_size
@@ -39,9 +36,7 @@ def main() -> None:
     # Guidance needs the negative prompt, training with dropped captions the empty one.
     wanted = list(dict.fromkeys(["", config.teacher.negative_prompt, *texts]))[rank() :: world_size()]
     device = pick_device(config.runtime.device)
-    dtype = torch.float32 if device.type == "cpu" else DTYPES[config.model.dtype]
-    directory = ModelDirectory.open(config.model.base)
-    encoder = TextEncoder.load(directory, dtype, config.model.text_length, config.model.text_cache).to(device)
+    encoder = load_text_encoder(config, device).to(device)
     for text in tqdm(wanted, unit="prompt", disable=rank() > 0):
         encoder.encode([text])
 

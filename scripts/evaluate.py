@@ -26,7 +26,7 @@ from utils import shapes
 from utils.errors import UserError, command
 from utils.evaluation import FIGURES, Key, Measured, Method, common_keys, find_videos, pair_table, sum_up, table
 from utils.files import atomic_path, writable_folder
-from utils.plots import save_lines
+from utils.plots import save_lines, split_label
 from utils.shapes_measures import judge
 from utils.statistics import difference
 from utils.video import VideoWriter, read_video
@@ -64,12 +64,6 @@ def main() -> None:
     lines = [(m.label, curves_over_time(m), ":" if m in floors else "-") for m in [*methods, *floors]]
     save_lines(output / "curves.png", CURVES, lines, "seconds")
     print(f"\nwrote {output}/evaluation.json and {output}/curves.png")
-
-
-def split_label(word: str) -> tuple[str, str]:
-    """`name=folder`, or a folder that is called by its own name."""
-    label, separator, folder = word.partition("=")
-    return (label, folder) if separator else (Path(word).name or word, word)
 
 
 def measure(label: str, folder: str, videos: list[tuple[Path, Key, dict]], block_frames: int) -> Method:

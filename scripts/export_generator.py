@@ -13,8 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from model.weights import ModelDirectory, export_state
-from scripts.convert_checkpoint import TORCH_SUFFIXES, write_file, write_folder
+from model.weights import ModelDirectory, export_state, save_transformer, save_weights
+from scripts.convert_checkpoint import TORCH_SUFFIXES, folder_or_suffix
 from trainer.checkpoints import find_checkpoint, read_tensors
 from utils.config import load_config
 from utils.errors import UserError, command
@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--use_ema", action="store_true", help="the average of the weights; a .pt file holds both")
     parser.add_argument("--iteration", type=int, help="default: the last one that was saved")
     args = parser.parse_args()
-    suffix = "" if args.output.suffix[1:2].isdigit() else args.output.suffix
+    suffix = folder_or_suffix(args.output)
     if suffix not in ("", ".safetensors", *TORCH_SUFFIXES):
         raise UserError(f"--output {args.output} must end in .pt or .safetensors, or be a folder without a suffix")
     checkpoint = find_checkpoint(args.logdir, args.iteration)
@@ -37,14 +37,14 @@ def main() -> None:
             "generator": read_tensors(checkpoint, "nets/generator/"),
             "generator_ema": read_tensors(checkpoint, "ema/"),
         }
-        write_file(args.output, {k: export_state(state, "generator")["generator"] for k, state in halves.items()})
+        save_weights(args.output, {k: export_state(state, "generator")["generator"] for k, state in halves.items()})
     else:
         state = read_tensors(checkpoint, "ema/" if args.use_ema else "nets/generator/")
         if suffix:
-            write_file(args.output, state)
+            save_weights(args.output, state)
         else:
             base = load_config(str(args.logdir / "config.yaml")).model.base
-            write_folder(args.output, state, ModelDirectory.open(base).transformer_config())
+            save_transformer(args.output, state, ModelDirectory.open(base).transformer_config())
     print(f"wrote {args.output} from {checkpoint}")
 
 

@@ -22,8 +22,8 @@ from model.kv_cache import KVCache
 from model.presets import TRANSFORMERS
 from pipeline.rollout import BlockLayout, Rollout
 from pipeline.schedule import Denoise, WriteContext
-from pipeline.text_to_video import DTYPES, VAE_STRIDE
-from utils.device import pick_device
+from pipeline.text_to_video import VAE_STRIDE
+from utils.device import DTYPES, pick_device
 from utils.errors import UserError, command
 from utils.rng import keyed_noise
 

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from utils.errors import UserError, command
-from utils.plots import save_lines
+from utils.plots import save_lines, split_label
 
 
 @command
@@ -38,9 +38,7 @@ def main() -> None:
 
 def read_run(word: str, smooth: int) -> tuple[str, dict[str, tuple[np.ndarray, np.ndarray]]]:
     """Label and curves (iterations, values) of a run."""
-    label, separator, folder = word.partition("=")
-    if not separator:
-        label, folder = Path(word).name, word
+    label, folder = split_label(word)
     file = Path(folder) / "metrics.jsonl"
     try:
         lines = [json.loads(line) for line in file.read_text().splitlines()]

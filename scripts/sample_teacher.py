@@ -20,9 +20,8 @@ from model.vae import WanVAE
 from model.weights import ModelDirectory
 from pipeline.generate import Files, make_record
 from pipeline.teacher import Teacher, sample_euler, sample_unipc
-from pipeline.text_to_video import DTYPES
 from utils.config import load_config
-from utils.device import pick_device
+from utils.device import DTYPES, pick_device
 from utils.distributed import rank, world_size
 from utils.errors import UserError, command
 from utils.files import atomic_path, writable_folder

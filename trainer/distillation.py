@@ -21,10 +21,20 @@ from pipeline.rollout import BlockLayout, Rollout
 from pipeline.teacher import guided_flow
 from pipeline.text_to_video import VAE_STRIDE, build_schedule, context_frames, rollout_sigmas
 from trainer.losses import dmd_gradient, dmd_loss, flow_matching_loss, forward_kl_loss, motion
-from trainer.networks import CaptionEmbeddings, Sampler, build_transformer, compute_in, export_transformer, prepare
+from trainer.networks import (
+    CaptionEmbeddings,
+    Sampler,
+    batch_positions,
+    build_transformer,
+    compute_in,
+    evenly_drawn,
+    export_transformer,
+    prepare,
+)
 from trainer.sampling import VideoSampler
-from trainer.sharding import DTYPES, num_parts, sync_gradients
+from trainer.sharding import sync_gradients
 from utils.config import Config
+from utils.device import DTYPES
 from utils.errors import UserError
 from utils.ode_pairs import ODEPairs, open_ode_pairs
 from utils.prompts import read_prompts
@@ -196,9 +206,8 @@ class ScoreDistillation:
             exit_step=exit_step,
             with_grad=lambda block: graph and block in blocks,
         )
-        lanes = [lane for lane in schedule.lanes if lane <= exit_step]
         with compute_in(config, self.device):
-            finished = dict(rollout.run(list(schedule.until(exit_step)), lanes))
+            finished = dict(rollout.run(list(schedule.until(exit_step)), schedule.lanes_until(exit_step)))
         return Generated(rollout, finished, blocks, exit_step)
 
     def training_window(self, generated: Generated) -> tuple[Tensor, Tensor | None]:
@@ -222,7 +231,7 @@ class ScoreDistillation:
     def score_difference(self, clip: Tensor, embeddings: Tensor, iteration: int, part: int) -> Tensor:
         """The DMD gradient at a clip, at one noise level per clip."""
         generator = keyed_generator("score difference", self.config.runtime.seed, iteration, part)
-        sigma, x = self._noised(clip, generator, part)
+        sigma, x, _ = self._noised(clip, generator, part)
         negative = self.negative.expand(len(clip), -1, -1)
         with compute_in(self.config, self.device):
             critic = self.critic(x.transpose(1, 2), 1000 * sigma, embeddings).transpose(1, 2)
@@ -256,9 +265,7 @@ class ScoreDistillation:
         with torch.no_grad():
             clip, _ = self.training_window(self.roll_out("critic", iteration, part, embeddings, trained=False))
         generator = keyed_generator("critic", self.config.runtime.seed, iteration, part)
-        noise = torch.randn(clip.shape, generator=generator).to(clip)
-        sigma = self._levels(len(clip), generator, part)
-        x = add_noise(clip, noise, sigma.view(-1, 1, 1, 1, 1))
+        sigma, x, noise = self._noised(clip, generator, part)
         with compute_in(self.config, self.device):
             flow = self.critic(x.transpose(1, 2), 1000 * sigma, embeddings).transpose(1, 2)
         loss = flow_matching_loss(flow, clip, noise)
@@ -336,8 +343,7 @@ class ScoreDistillation:
             exit_step=exit_step,
             with_grad=lambda block: True,
         )
-        lanes = [lane for lane in schedule.lanes if lane <= exit_step]
-        blocks = dict(rollout.run(list(schedule.until(exit_step)), lanes))
+        blocks = dict(rollout.run(list(schedule.until(exit_step)), schedule.lanes_until(exit_step)))
         x0 = torch.cat([blocks[block] for block in sorted(blocks)], dim=1)
         point = torch.cat([rollout.exits[block].x for block in sorted(blocks)], dim=1)
         return point, (point - x0) / self.pairs.sigmas[exit_step]
@@ -346,10 +352,8 @@ class ScoreDistillation:
 
     def _positions(self, turn: str, iteration: int, part: int) -> range:
         """Where in the endless order of prompts this part of the batch stands."""
-        size = self.config.train.batch_size
         number = iteration // self.config.distill.generator_every if turn == "generator" else iteration
-        start = (number * num_parts(self.config.train) + part) * size
-        return range(start, start + size)
+        return batch_positions(self.config.train, number, part)
 
     def _embeddings(self, turn: str, iteration: int, part: int) -> Tensor:
         """Prompt embeddings [B, L, text_dim] of a part of the batch."""
@@ -359,18 +363,13 @@ class ScoreDistillation:
         with torch.set_grad_enabled(graph), compute_in(self.config, self.device):
             return Denoiser(self.generator, self.generator.encode_text(embeddings))
 
-    def _levels(self, count: int, generator: torch.Generator, part: int) -> Tensor:
-        """One noise level per clip, [B]: evenly drawn, shifted, clamped. Parts and clips share out the whole range."""
+    def _noised(self, clip: Tensor, generator: torch.Generator, part: int) -> tuple[Tensor, Tensor, Tensor]:
+        """A noise level for every clip [B], evenly drawn, shifted, clamped; the clips at it; their noise."""
         distill = self.config.distill
-        place = part * count + torch.arange(count) + torch.rand(count, generator=generator)
-        sigma = shift_sigma(place / (num_parts(self.config.train) * count), distill.timestep_shift)
-        return sigma.clamp(distill.min_timestep / 1000, distill.max_timestep / 1000).to(self.device)
-
-    def _noised(self, clip: Tensor, generator: torch.Generator, part: int) -> tuple[Tensor, Tensor]:
-        """A level for every clip, and the clips at it."""
         noise = torch.randn(clip.shape, generator=generator).to(clip)
-        sigma = self._levels(len(clip), generator, part)
-        return sigma, add_noise(clip, noise, sigma.view(-1, 1, 1, 1, 1))
+        sigma = shift_sigma(evenly_drawn(self.config.train, len(clip), part, generator), distill.timestep_shift)
+        sigma = sigma.clamp(distill.min_timestep / 1000, distill.max_timestep / 1000).to(self.device)
+        return sigma, add_noise(clip, noise, sigma.view(-1, 1, 1, 1, 1)), noise
 
     def _latent_size(self) -> tuple[int, int]:
         return self.config.video.height // VAE_STRIDE, self.config.video.width // VAE_STRIDE

@@ -1,7 +1,6 @@
 """What objectives are made of: networks to train, loaded or new; embeddings of captions; the order of the data."""
 
 import contextlib
-import json
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -10,17 +9,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor
 
 from model import presets
 from model.causal_wan import CausalWanModel
 from model.text_encoder import TextEncoder
-from model.weights import ModelDirectory
-from trainer.sharding import DTYPES, shard
-from utils.config import Config
+from model.weights import ModelDirectory, save_transformer
+from trainer.sharding import num_parts, shard
+from utils.config import Config, TrainConfig
+from utils.device import DTYPES
 from utils.errors import UserError
-from utils.files import atomic_path
 from utils.rng import keyed_generator
 
 
@@ -34,10 +32,8 @@ class CaptionEmbeddings:
     def __init__(self, config: Config, captions: Sequence[str], device: torch.device):
         self.captions = captions
         self.device = device
-        directory, model = ModelDirectory.open(config.model.base), config.model
-        self.length = model.text_length
-        dtype = torch.float32 if device.type == "cpu" else DTYPES[model.dtype]
-        self.encoder = TextEncoder.load(directory, dtype, model.text_length, model.text_cache)
+        self.length = config.model.text_length
+        self.encoder = load_text_encoder(config, device)
         self._latest: OrderedDict[str, Tensor] = OrderedDict()
 
     def of(self, clips: Sequence[int] | Tensor, dropped: Tensor | None = None) -> Tensor:
@@ -63,6 +59,13 @@ class CaptionEmbeddings:
                 self._latest.popitem(last=False)
         self._latest.move_to_end(text)
         return self._latest[text]
+
+
+def load_text_encoder(config: Config, device: torch.device) -> TextEncoder:
+    """The text encoder that training reads captions with. Embeddings on the disk are kept apart by its type."""
+    dtype = torch.float32 if device.type == "cpu" else DTYPES[config.model.dtype]
+    directory = ModelDirectory.open(config.model.base)
+    return TextEncoder.load(directory, dtype, config.model.text_length, config.model.text_cache)
 
 
 _KEPT_EMBEDDINGS = 10_000  # of the miniature some 160 MB; of Wan's own, a prompt of 100 tokens is 0.8 MB
@@ -94,6 +97,19 @@ class Sampler:
             self._epoch = epoch
             self._order = torch.randperm(self.size, generator=keyed_generator("epoch", *self.key, epoch))
         return self._order
+
+
+def batch_positions(train: TrainConfig, number: int, part: int) -> range:
+    """Where in the endless order of the data a part of the `number`th batch stands."""
+    start = (number * num_parts(train) + part) * train.batch_size
+    return range(start, start + train.batch_size)
+
+
+def evenly_drawn(train: TrainConfig, count: int, part: int, generator: torch.Generator) -> Tensor:
+    """Random numbers in [0, 1), [count], one from each of as many equal pieces as the whole batch has clips: all of the
+    range is covered, whatever the chance."""
+    piece = part * count + torch.arange(count) + torch.rand(count, generator=generator)
+    return piece / (num_parts(train) * count)
 
 
 def build_transformer(config: Config, device: torch.device) -> CausalWanModel:
@@ -146,10 +162,5 @@ def preset(table: dict[str, dict[str, Any]], config: Config) -> dict[str, Any]:
 
 def export_transformer(net: CausalWanModel, folder: Path, weights: dict[str, Tensor]) -> None:
     """Write weights in the layout of diffusers' `WanTransformer3DModel`, in bfloat16."""
-    folder.mkdir(parents=True, exist_ok=True)
-    state = {name: weight.to("cpu", torch.bfloat16).contiguous() for name, weight in weights.items()}
-    with atomic_path(folder / "diffusion_pytorch_model.safetensors") as path:
-        save_file(state, path, {"format": "pt"})
-    config = {k: v for k, v in net.config.items() if not k.startswith("_")}
-    with atomic_path(folder / "config.json") as path:
-        path.write_text(json.dumps({"_class_name": "WanTransformer3DModel"} | config, indent=2) + "\n")
+    state = {name: weight.to("cpu", torch.bfloat16) for name, weight in weights.items()}
+    save_transformer(folder, state, {k: v for k, v in net.config.items() if not k.startswith("_")})

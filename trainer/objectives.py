@@ -22,13 +22,15 @@ from trainer.losses import flow_matching_loss, kl_to_standard_normal, masked_mse
 from trainer.networks import (
     CaptionEmbeddings,
     Sampler,
+    batch_positions,
     build_transformer,
     compute_in,
+    evenly_drawn,
     export_transformer,
     preset,
 )
 from trainer.sampling import VideoSampler
-from trainer.sharding import num_parts, sync_gradients
+from trainer.sharding import sync_gradients
 from trainer.trainer import Objective
 from utils import shapes
 from utils.clips import read_clips
@@ -92,11 +94,9 @@ class TextAttributes(SingleNet):
 
     def loss(self, iteration: int, part: int) -> tuple[Tensor, dict[str, float]]:
         """Cross-entropy of every attribute from the mean embedding."""
-        train = self.config.train
-        first = (iteration * num_parts(train) + part) * train.batch_size
         seed = self.config.runtime.seed
         # A seventh of the scenes are held out.
-        numbers = range(first, first + train.batch_size)
+        numbers = batch_positions(self.config.train, iteration, part)
         scenes = [shapes.sample_clip(seed, i, held_out=i % 7 == 0).scene for i in numbers]
         tokens = self.tokenizer([scene.caption for scene in scenes], padding=True, return_tensors="pt").to(self.device)
         hidden = self.encoder(**tokens).last_hidden_state
@@ -137,8 +137,8 @@ class VAEReconstruction(SingleNet):
         """Absolute and squared error of the reconstruction, and the KL term."""
         train = self.config.train
         num_clips, num_frames = draw_length(self.config, iteration)
-        first = (iteration * num_parts(train) + part) * train.batch_size
-        pixels = torch.stack([self.clip(first + i, num_frames) for i in range(num_clips)])
+        numbers = batch_positions(train, iteration, part)[:num_clips]
+        pixels = torch.stack([self.clip(i, num_frames) for i in numbers])
         pixels = pixels.to(self.device, memory_format=torch.channels_last_3d)
         mean, log_variance = encode_clip(self.net, pixels)
         generator = keyed_generator("posterior", self.config.runtime.seed, iteration, part)
@@ -192,12 +192,9 @@ class FlowMatching(SingleNet):
         if train.clip_frames:
             num_clips, num_pixel_frames = draw_length(self.config, iteration)
             num_frames = (num_pixel_frames - 1) // 4 + 1
-        first = (iteration * num_parts(train) + part) * train.batch_size
-        chosen = self.order.at(range(first, first + num_clips))
+        chosen = self.order.at(batch_positions(train, iteration, part)[:num_clips])
         x0 = self.latents[chosen, :num_frames].to(self.device, torch.float32)
-        # One level from each of as many equal parts of [0, 1) as there are clips: all are covered, whatever the chance.
-        clips = part * num_clips + torch.arange(num_clips) + torch.rand(num_clips, generator=generator)
-        u = clips / (num_parts(train) * num_clips)
+        u = evenly_drawn(train, num_clips, part, generator)
         sigma = shift_sigma(u, train.timestep_shift).to(self.device)
         noise = torch.randn(x0.shape, generator=generator).to(self.device)
         dropped = torch.rand(num_clips, generator=generator) < train.text_dropout
@@ -242,8 +239,7 @@ class ODERegression(SingleNet):
         """Mean squared error of x0 over the frames that are not clean already."""
         train, rollout = self.config.train, self.config.rollout
         generator = keyed_generator("ode regression", self.config.runtime.seed, iteration, part)
-        first = (iteration * num_parts(train) + part) * train.batch_size
-        chosen = self.order.at(range(first, first + train.batch_size))
+        chosen = self.order.at(batch_positions(train, iteration, part))
         points = self.pairs.read(chosen.tolist()).to(self.device, torch.float32)  # [B, S + 1, F, C, h, w]
         num_frames = points.shape[2]
         num_blocks = num_frames // rollout.block_frames

@@ -8,8 +8,8 @@ from model import presets
 from model.causal_wan import CausalWanModel
 from model.weights import ModelDirectory
 from pipeline.text_to_video import VAE_STRIDE, context_frames
-from trainer.sharding import DTYPES
 from utils.config import Config
+from utils.device import DTYPES
 from utils.errors import UserError
 
 GB = 1e9

@@ -11,10 +11,12 @@ from model.causal_wan import CausalWanModel
 from model.text_encoder import TextEncoder
 from model.vae import WanVAE
 from model.weights import ModelDirectory
-from pipeline.text_to_video import DTYPES, TextToVideo
+from pipeline.text_to_video import TextToVideo
 from trainer.networks import compute_in
 from utils.config import Config
+from utils.device import DTYPES
 from utils.distributed import rank, world_size
+from utils.errors import UserError
 from utils.files import writable_folder
 from utils.prompts import Prompt, read_prompts, unique_stems
 from utils.video import VideoWriter
@@ -62,7 +64,7 @@ class VideoSampler:
         try:
             with VideoWriter(path, fps=self.config.video.fps) as video:
                 video.write(self.vae.decode(latents)[0])
-        except Exception as error:  # whatever it is, training can do without
+        except (OSError, UserError) as error:  # training can do without
             print(f"note: {path} was not written: {type(error).__name__}: {error}", flush=True)
 
 

@@ -11,11 +11,10 @@ from torch.distributed.tensor import DTensor
 
 from model.causal_wan import CausalWanModel
 from utils.config import TrainConfig
+from utils.device import DTYPES
 from utils.distributed import local_world_size, rank, world_size
 from utils.errors import UserError
 from utils.process_group import sum_over_processes
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def shard(net: CausalWanModel, config: TrainConfig, device: torch.device) -> None:

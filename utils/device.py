@@ -1,9 +1,11 @@
-"""Which device to run on."""
+"""Which device to run on, and in which type."""
 
 import torch
 
 from utils.distributed import local_rank
 from utils.errors import UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def pick_device(name: str) -> torch.device:

@@ -14,6 +14,12 @@ from utils.files import atomic_path
 Curve = tuple[np.ndarray, np.ndarray]  # x and y; a NaN leaves a gap
 
 
+def split_label(word: str) -> tuple[str, str]:
+    """`name=folder`, or a folder that is called by its own name."""
+    label, separator, folder = word.partition("=")
+    return (label, folder) if separator else (Path(word).name or word, word)
+
+
 def save_lines(
     path: Path, panels: Sequence[str], lines: Sequence[tuple[str, Mapping[str, Curve], str]], x_label: str
 ) -> None:

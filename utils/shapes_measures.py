@@ -95,8 +95,7 @@ def _templates() -> tuple[np.ndarray, np.ndarray]:
 def _centroid(coverage: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Centre of mass [T, 2] of the coverage within a shape's reach of pixel (x, y), on the torus."""
     grid = np.arange(SIZE)
-    dx = (grid[None] - x[:, None] + SIZE / 2) % SIZE - SIZE / 2
-    dy = (grid[None] - y[:, None] + SIZE / 2) % SIZE - SIZE / 2
+    dx, dy = wrapped(grid[None] - x[:, None]), wrapped(grid[None] - y[:, None])
     reach = np.hypot(dx[:, None, :], dy[:, :, None]) < shapes.RADIUS * 1.4
     weight = coverage * reach
     total = np.maximum(weight.sum((1, 2)), 1e-6)

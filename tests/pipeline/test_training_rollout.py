@@ -21,7 +21,7 @@ NUM_BLOCKS = 5
 def exits(schedule: Schedule, sigmas: list[float], exit_step: int) -> dict[int, Tensor]:
     """What the blocks are at the exit step of a cut rollout with the fake denoiser."""
     rollout = Rollout(FakeDenoiser(), sigmas, noise_of(LAYOUT), FakeLane, LAYOUT, exit_step=exit_step)
-    lanes = [lane for lane in schedule.lanes if lane <= exit_step]
+    lanes = schedule.lanes_until(exit_step)
     return dict(rollout.run(list(schedule.until(exit_step)), lanes))
 
 
@@ -97,7 +97,7 @@ def gradients(net) -> dict[str, Tensor]:
 def test_block_by_block_gradients_are_those_of_the_whole_graph(net, variant, context, history, checkpointing):
     exit_step = 2
     schedule = Schedule(4, NUM_BLOCKS, **VARIANTS[variant])
-    ops, used = list(schedule.until(exit_step)), [lane for lane in schedule.lanes if lane <= exit_step]
+    ops, used = list(schedule.until(exit_step)), schedule.lanes_until(exit_step)
     wanted = range(2, NUM_BLOCKS)
     weight = {b: torch.randn(2, 2, *FRAME, generator=torch.Generator().manual_seed(b)) for b in wanted}
 

@@ -70,6 +70,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, toy, make_config, optimizer,
     assert_same(second.objective.exported[1], whole.objective.exported[1])
     assert (tmp_path / "parts/metrics.jsonl").read_text() == (tmp_path / "whole/metrics.jsonl").read_text()
     assert sorted(file.name for file in (tmp_path / "parts").iterdir()) == [
+        ".lock",
         "checkpoints",
         "config.yaml",
         "metrics.jsonl",
