@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Make the miniature model, data/shapes-wan, from nothing: text encoder, VAE, encoded clips, teacher, ODE pairs, generator.
+# Make the miniature model, data/shapes-wan, from nothing: text encoder, VAE, encoded clips, teacher, ODE pairs, causal
+# initialisation, and the generators that are distilled from it.
 #
 #   scripts/train_shapes.sh [section.key=value ...]
 #
@@ -24,10 +25,14 @@ run() { # script [word ...], on all processes
 }
 
 train() { # stage output [override ...]
-    local stage=$1 output=$2
-    shift 2
-    echo "== $stage"
-    run train.py --config_path "configs/shapes/$stage.yaml" --logdir "$runs/$stage" \
+    train_as "$1" "$@"
+}
+
+train_as() { # name stage output [override ...]
+    local name=$1 stage=$2 output=$3
+    shift 3
+    echo "== $name"
+    run train.py --config_path "configs/shapes/$stage.yaml" --logdir "$runs/$name" \
         model.base="$model" train.output="$output" "$@"
 }
 
@@ -50,6 +55,12 @@ train teacher "$model/transformer" data.path="$runs/clips" "$@"
 echo "== ODE pairs"
 "$python" scripts/write_shapes_clips.py --output "$runs" --num_clips "${PAIRS:-2048}" --seed 1 --captions_only
 run scripts/generate_ode_pairs.py --config_path configs/shapes.yaml --caption_path "$runs/captions.txt" \
-    --output_folder "$runs/ode_pairs" --batch_size 8 --num_inference_steps 24 model.base="$model"
+    --output_folder "$runs/ode_pairs" --batch_size 8 --num_inference_steps 16 --dtype float16 model.base="$model"
 
-train generator "$model/generator" data.path="$runs/ode_pairs" train.init="$model/transformer" "$@"
+train ode_init "$model/ode_init" data.path="$runs/ode_pairs" train.init="$model/transformer" "$@"
+
+distilled=(data.path="$runs/ode_pairs" data.prompts="$runs/captions.txt" train.init="$model/ode_init")
+train hiar "$model/hiar" "${distilled[@]}" "$@"
+train self_forcing "$model/self_forcing" "${distilled[@]}" "$@"
+train_as hiar_without_forward_kl hiar "$runs/hiar_without_forward_kl/weights" "${distilled[@]}" \
+    distill.forward_kl_weight=0 "$@"

@@ -279,18 +279,15 @@ class Config:
 def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file over the schema's defaults, then `section.key=value` overrides.
 
+    A file that says `inherit: other.yaml` (beside it) states what differs from that one.
+
     Raises:
         UserError: for a missing or malformed file, an unknown key, a wrong type or a bad choice, naming the key.
     """
     if not os.path.isfile(path):
         raise UserError(f"no config file {path}; see configs/ for those that exist")
     record = parse_record(path)
-    try:
-        loaded = OmegaConf.load(path) if record is None else OmegaConf.create(record["config"])
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(loaded, DictConfig):
-        raise UserError(f"{path} must hold a mapping of sections, see utils/config.py")
+    files = _read_yaml(path) if record is None else [OmegaConf.create(record["config"])]
     for word in overrides:
         if "=" not in word or word.startswith("-"):
             raise UserError(f"cannot read {word!r}: options are --name value, config overrides are section.key=value")
@@ -300,7 +297,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
         reason = " ".join(str(error).split())
         raise UserError(f"cannot read a value in {' '.join(overrides)}: it is not valid YAML ({reason})") from None
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(Config), loaded, changes)
+        merged = OmegaConf.merge(OmegaConf.structured(Config), *files, changes)
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         key = f" (key {error.full_key})" if error.full_key else ""
@@ -308,6 +305,25 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
     assert isinstance(config, Config)
     check_config(config)
     return config
+
+
+def _read_yaml(path: str, heirs: tuple[str, ...] = ()) -> list[DictConfig]:
+    """A YAML file after those that it inherits from; `heirs` inherit from it."""
+    path = os.path.normpath(path)
+    if path in heirs:
+        raise UserError(f"{heirs[-1]} inherits from {path}, which inherits from it")
+    try:
+        loaded = OmegaConf.load(path)
+    except OSError:
+        raise UserError(f"{heirs[-1]} inherits from {path}, which cannot be read") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(loaded, DictConfig):
+        raise UserError(f"{path} must hold a mapping of sections, see utils/config.py")
+    parent = loaded.pop("inherit", None)
+    if parent is None:
+        return [loaded]
+    return [*_read_yaml(os.path.join(os.path.dirname(path), str(parent)), (*heirs, path)), loaded]
 
 
 def parse_record(path: str) -> dict[str, Any] | None:

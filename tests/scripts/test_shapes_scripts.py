@@ -282,10 +282,12 @@ def test_the_training_script_makes_a_model_from_nothing(tmp_path, stages, call, 
         code, _, err = call(module, *words)
         assert code == 0, (script, words, err)
     assert names(tmp_path / "runs") == [
-        *("captions.txt", "clips", "generator", "ode_pairs", "teacher", "text_encoder", "vae", "vae_long", "vae_short")
+        *("captions.txt", "clips", "hiar", "hiar_without_forward_kl", "ode_init", "ode_pairs", "self_forcing"),
+        *("teacher", "text_encoder", "vae", "vae_long", "vae_short"),
     ]
     directory = ModelDirectory.open(tmp_path / "model")
-    net = directory.load_transformer(CausalWanModel, torch.float32, weights=tmp_path / "model/generator")
-    assert all(weight.isfinite().all() for weight in net.state_dict().values())
+    for name in ("model/ode_init", "model/hiar", "model/self_forcing", "runs/hiar_without_forward_kl/weights"):
+        net = directory.load_transformer(CausalWanModel, torch.float32, weights=tmp_path / name)
+        assert all(weight.isfinite().all() for weight in net.state_dict().values())
     directory.load_vae()
     directory.load_text_encoder()

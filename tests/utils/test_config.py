@@ -240,3 +240,21 @@ def test_a_typo_ends_the_command_with_one_line():
 def test_a_configuration_that_does_not_train_says_so():
     done = train("--config_path", "configs/causvid.yaml", "--logdir", "/nowhere")
     assert done.returncode == 2 and "train.objective" in done.stderr
+
+
+def test_a_file_states_what_differs_from_the_one_it_inherits_from(tmp_path):
+    (tmp_path / "parent.yaml").write_text("video: {height: 64, width: 64}\nruntime: {seed: 3}\n")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub/child.yaml").write_text("inherit: ../parent.yaml\nvideo: {width: 128}\n")
+    config = load_config(str(tmp_path / "sub/child.yaml"), ["runtime.seed=4"])
+    assert (config.video.height, config.video.width, config.runtime.seed) == (64, 128, 4)
+
+
+@pytest.mark.parametrize(
+    ("parent", "message"),
+    [("child.yaml", "which inherits from it"), ("none.yaml", "cannot be read"), ("3", "cannot be read")],
+)
+def test_what_cannot_be_inherited_is_said(tmp_path, parent, message):
+    (tmp_path / "child.yaml").write_text(f"inherit: {parent}\n")
+    with pytest.raises(UserError, match=message):
+        load_config(str(tmp_path / "child.yaml"))
