@@ -45,11 +45,20 @@ class BlockCausal:
     """Which frames see which, when a whole clip goes through the network at once.
 
     A block sees itself, the sink, and as many frames before it as a `KVCache` of the same size would hold.
+
+    With `beside_clean`, the clip stands twice in a row, clean and noisy: both halves have the same positions, and a
+    noisy block sees the clean blocks before it instead of the noisy ones (teacher forcing).
     """
 
     blocks: tuple[int, ...]  # frames of each block
     context_frames: int | None = None  # frames before a block that it sees, the sink included; None: all
     sink_frames: int = 0
+    beside_clean: bool = False
+
+    @property
+    def copies(self) -> int:
+        """How often the clip stands in a row."""
+        return 2 if self.beside_clean else 1
 
     def visible(self) -> list[tuple[int, int, list[tuple[int, int]]]]:
         """Per block (first frame, end frame, frame ranges that it sees)."""
@@ -61,6 +70,10 @@ class BlockCausal:
             seen = [(0, sink), (max(oldest, sink), start + frames)] if oldest > sink else [(0, start + frames)]
             result.append((start, start + frames, [r for r in seen if r[0] < r[1]]))
             start += frames
+        if self.beside_clean:
+            for first, end, seen in result[: len(self.blocks)]:
+                past = [(a, min(b, first)) for a, b in seen if a < first]
+                result.append((start + first, start + end, [*past, (start + first, start + end)]))
         return result
 
 
@@ -143,7 +156,8 @@ class CausalWanModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
             timestep: 1000 sigma, [B] for one per clip or [B, F] for one per frame.
             text: prompt embeddings [B, L, text_dim], or what `encode_text` made of them.
             first_frame: absolute index of x's first frame in the video, without an upper limit.
-            causal: block-causal attention over the whole of x. Without it and without a cache, every token sees all.
+            causal: block-causal attention over the whole of x, which is [clean; noisy] if it says `beside_clean`.
+                Without it and without a cache, every token sees all.
             cache: x is one block, which sees the lane's context before `first_frame` and itself.
             write: append this block's keys and values to the cache.
             head: false to leave out what only the prediction needs: the head, and all but the keys and values of the
@@ -169,7 +183,11 @@ class CausalWanModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
 
         hidden = self.patch_embedding(x.to(self.dtype)).flatten(2).transpose(1, 2).contiguous()
         time, modulation = self.embed_timestep(timestep)
-        rope = rotary_table(self.config.attention_head_dim, first_frame, grid, hidden.device)
+        copies = causal.copies if causal is not None else 1
+        once = (frames // copies, *grid[1:])
+        rope = rotary_table(self.config.attention_head_dim, first_frame, once, hidden.device)
+        if copies > 1:
+            rope = rope[0].repeat(copies, 1, 1), rope[1].repeat(copies, 1, 1)
         attend = self._attend(causal, cache, write, checkpointing, first_frame, tokens_per_frame=grid[1] * grid[2])
 
         for index, layer in enumerate(self.layers):

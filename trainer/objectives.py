@@ -169,7 +169,11 @@ class VAEReconstruction(SingleNet):
 
 
 class FlowMatching(SingleNet):
-    """The bidirectional teacher: flow matching on encoded clips, one noise level per clip, text dropped at times."""
+    """Flow matching on encoded clips, text dropped at times.
+
+    It trains a bidirectional net, at one noise level per clip, or by `train.forcing` a causal one, at one per block:
+    beside the noisy past (diffusion forcing, arXiv 2407.01392) or the clean one (teacher forcing).
+    """
 
     def __init__(self, config: Config, device: torch.device):
         self.config, self.device = config, device
@@ -180,6 +184,13 @@ class FlowMatching(SingleNet):
             raise UserError(
                 f"train.clip_frames={config.train.clip_frames} asks for more than the {longest} pixel frames of the "
                 f"clips in {config.data.path}"
+            )
+        self.block_frames = config.rollout.block_frames if config.train.forcing != "none" else 0
+        lengths = [(n - 1) // 4 + 1 for n in config.train.clip_frames] or [self.latents.shape[1]]
+        if self.block_frames and any(frames % self.block_frames for frames in lengths):
+            raise UserError(
+                f"blocks of {self.block_frames} latent frames do not divide clips of {' or '.join(map(str, lengths))}; "
+                "change train.clip_frames or rollout.block_frames"
             )
         self.text = CaptionEmbeddings(config, captions, device)
         self.order = Sampler(len(captions), "clips", config.runtime.seed)
@@ -194,16 +205,30 @@ class FlowMatching(SingleNet):
             num_frames = (num_pixel_frames - 1) // 4 + 1
         chosen = self.order.at(batch_positions(train, iteration, part)[:num_clips])
         x0 = self.latents[chosen, :num_frames].to(self.device, torch.float32)
-        u = evenly_drawn(train, num_clips, part, generator)
-        sigma = shift_sigma(u, train.timestep_shift).to(self.device)
+        num_blocks = num_frames // self.block_frames if self.block_frames else 1
+        u = evenly_drawn(train, num_clips * num_blocks, part, generator).view(num_clips, num_blocks)
+        if num_blocks > 1:  # levels of neighbours are independent
+            u = u.flatten()[torch.randperm(u.numel(), generator=generator)].view_as(u)
+        sigma = shift_sigma(u, train.timestep_shift).to(self.device).repeat_interleave(num_frames // num_blocks, dim=1)
         noise = torch.randn(x0.shape, generator=generator).to(self.device)
         dropped = torch.rand(num_clips, generator=generator) < train.text_dropout
-        x = add_noise(x0, noise, sigma.view(-1, 1, 1, 1, 1))
+        x = add_noise(x0, noise, sigma.view(*sigma.shape, 1, 1, 1))
         with compute_in(self.config, self.device):
-            flow = self.net(x.transpose(1, 2), 1000 * sigma, self.text.of(chosen, dropped)).transpose(1, 2)
+            flow = self._flow(x0, x, sigma, self.text.of(chosen, dropped))
         weight = torch.ones(x0.shape[:2], device=self.device)
         weight[:, 0] = train.first_frame_weight
         return flow_matching_loss(flow, x0, noise, weight), {}
+
+    def _flow(self, x0: Tensor, x: Tensor, sigma: Tensor, text: Tensor) -> Tensor:
+        """The net's flow of x [B, F, C, h, w] at levels [B, F], beside what `train.forcing` has it see."""
+        frames = x.shape[1]
+        if not self.block_frames:
+            return self.net(x.transpose(1, 2), 1000 * sigma[:, 0], text).transpose(1, 2)
+        beside_clean = self.config.train.forcing == "teacher"
+        causal = BlockCausal((self.block_frames,) * (frames // self.block_frames), beside_clean=beside_clean)
+        if beside_clean:
+            x, sigma = torch.cat([x0, x], dim=1), torch.cat([torch.zeros_like(sigma), sigma], dim=1)
+        return self.net(x.transpose(1, 2), 1000 * sigma, text, causal=causal).transpose(1, 2)[:, -frames:]
 
     def export(self, folder: Path, weights: dict[str, Tensor]) -> None:
         """Write the transformer to `folder`."""

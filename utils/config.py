@@ -179,6 +179,9 @@ class TrainConfig:
     """Share of clips trained without their caption, for classifier-free guidance."""
     timestep_shift: float = 5.0
     """Shift of the noise levels that are trained on."""
+    forcing: Literal["none", "diffusion", "teacher"] = "none"
+    """Flow matching: none trains a bidirectional net, at one noise level per clip; the others a causal one, at a level
+    per block, which sees the blocks before it as noisy as they come (diffusion forcing) or clean (teacher forcing)."""
     first_frame_weight: float = 1.0
     """Flow matching: how much the first latent frame counts. It holds one pixel frame, not four, and learns last."""
     kl_weight: float = 1e-6

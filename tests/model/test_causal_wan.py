@@ -7,6 +7,7 @@ last position; files, LoRA, attention backends, torch.compile, the sizes of the 
 """
 
 import copy
+import dataclasses
 import itertools
 
 import pytest
@@ -181,6 +182,26 @@ def test_blocks_through_a_cache_are_one_masked_pass(net, text, causal):
         actual = net(*block, first_frame=start, cache=cache)
         torch.testing.assert_close(actual, expected[:, :, span], **CLOSE)
         assert net(*block, first_frame=start, cache=cache, write=True, head=False) is None
+        start += length
+
+
+@settings(max_examples=15)
+@given(windows())
+def test_teacher_forcing_in_one_pass_is_noisy_blocks_beside_a_cache_of_clean_ones(net, text, causal):
+    frames = sum(causal.blocks)
+    clean, noisy = clip(frames, 2, 4), clip(frames, 2, 4).flip(2)
+    steps = torch.linspace(900, 100, frames)[None]
+    both = torch.cat([clean, noisy], dim=2), torch.cat([torch.zeros_like(steps), steps], dim=1)
+    expected = net(*both, text, causal=dataclasses.replace(causal, beside_clean=True))[:, :, frames:]
+    context = frames if causal.context_frames is None else causal.context_frames
+    cache = net.new_cache(1, 2, 4, context, 3, causal.sink_frames)
+    start = 0
+    for length in causal.blocks:
+        span = slice(start, start + length)
+        actual = net(noisy[:, :, span], steps[:, span], text, first_frame=start, cache=cache)
+        torch.testing.assert_close(actual, expected[:, :, span], **CLOSE)
+        now = torch.zeros(1, length)
+        net(clean[:, :, span], now, text, first_frame=start, cache=cache, write=True, head=False)
         start += length
 
 

@@ -54,6 +54,35 @@ def test_flow_matching_asks_for_noise_minus_x0(make_config, clips, tiny_presets)
     assert objective.loss(0, 0)[0].item() > 1
 
 
+@pytest.mark.parametrize("forcing", ["diffusion", "teacher"])
+def test_forcing_draws_a_level_for_every_block_and_is_causal(make_config, clips, tiny_presets, forcing):
+    config = make_config(clips, forcing=forcing, batch_size=4, timestep_shift=1.0)
+    config.rollout.block_frames = 2
+    config.train.clip_frames = [13]
+    objective = FlowMatching(config, CPU)
+    objective.latents = objective.latents[:1].expand(6, -1, -1, -1, -1)
+    x0 = objective.latents[:1, :4].float().transpose(1, 2)
+
+    def exact(x, timestep):
+        levels = (timestep / 1000).view(len(timestep), 1, -1, 1, 1)
+        return (x - x0.repeat(1, 1, x.shape[2] // 4, 1, 1)) / levels.clamp(min=1e-6)
+
+    objective.net = spy = Spy(exact)
+    assert objective.loss(0, 0)[0].item() < 1e-8
+    assert spy.causal == BlockCausal((2, 2), beside_clean=forcing == "teacher")
+    if forcing == "teacher":
+        assert torch.equal(spy.x[:, :, :4], x0.expand(4, -1, -1, -1, -1)) and not spy.timestep[:, :4].any()
+    levels = spy.timestep[:, -4:]
+    assert torch.equal(levels[:, ::2], levels[:, 1::2])
+    assert sorted((levels[:, ::2].flatten() / 125).long().tolist()) == list(range(8))  # the range is covered
+
+
+def test_forcing_needs_whole_blocks(make_config, clips, tiny_presets):
+    config = make_config(clips, forcing="teacher", clip_frames=[13])
+    with pytest.raises(UserError, match="blocks of 3 latent frames do not divide clips of 4"):
+        FlowMatching(config, CPU)
+
+
 def test_clips_of_several_lengths_keep_the_batch_as_large(make_config, clips, tiny_presets):
     objective = FlowMatching(make_config(clips, batch_size=6, total_batch_size=12, clip_frames=[5, 17]), CPU)
     objective.net = spy = Spy()
