@@ -33,7 +33,7 @@ FIGURES = (
     Figure("color", "of those, in the right colour"),
     Figure("direction", "of those, moving in the right direction"),
     Figure("speed", "of those, at the right one of the speeds"),
-    Figure("speed_ratio", "speed over the prompt's", "x", 1.0, 2),
+    Figure("speed_ratio", "speed along the right direction over the prompt's", "x", 1.0, 2),
     Figure("background", "frames with the right background"),
     Figure("grading", "frames whose background is graded or plain, as it should be"),
     Figure("overlap", "overlap with the best fitting shape"),

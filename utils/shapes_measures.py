@@ -173,7 +173,8 @@ def judge(frames: np.ndarray, scene: Scene, block_frames: int = 3) -> dict[str, 
     limits = [STILL, *(np.sqrt(a * b) for a, b in itertools.pairwise(speeds)), 2 * speeds[-1]]
     curves["direction"] = Curve(right_way.astype(float), known)
     curves["speed"] = Curve((np.digitize(speed, limits) - 1 == names.index(scene.speed)).astype(float), known)
-    curves["speed_ratio"] = Curve(speed / true_speed, known)
+    # Along the way: what a shape trembles across it makes it no faster.
+    curves["speed_ratio"] = Curve(along / true_speed, known & right_way)
     curves["moving"] = Curve((speed >= STILL).astype(float), known)
 
     change = np.zeros(num_frames)
