@@ -49,6 +49,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--use_ema", action="store_true", help="take the checkpoint's generator_ema")
     parser.add_argument("--seed", help="all noise is a function of it and the sample's number")
     parser.add_argument("--num_samples", type=int, default=1, help="videos per prompt")
+    parser.add_argument("--batch_size", type=int, default=1, help="videos at a time; changes them by rounding only")
     parser.add_argument("--save_with_index", action="store_true", help="name videos by the prompt's number")
     parser.add_argument("--inference_method", choices=METHODS, help="default: the config's rollout.schedule")
     parser.add_argument("--num_frame_first_blocks", help="leading blocks of hybrid_block0")
@@ -70,8 +71,9 @@ def parse_arguments() -> argparse.Namespace:
         raise UserError("give --image or --video, not both")
     if args.num_frame_first_blocks is not None and args.inference_method not in (None, "hybrid_block0"):
         raise UserError("--num_frame_first_blocks belongs to --inference_method hybrid_block0")
-    if args.num_samples < 1:
-        raise UserError(f"--num_samples must be at least 1, not {args.num_samples}")
+    for flag in ("num_samples", "batch_size"):
+        if getattr(args, flag) < 1:
+            raise UserError(f"--{flag} must be at least 1, not {getattr(args, flag)}")
     return args
 
 
@@ -132,6 +134,7 @@ def main() -> None:
         condition=condition,
         save_latents=args.save_latents,
         overwrite=args.overwrite,
+        batch_size=args.batch_size,
     )
 
 

@@ -1,7 +1,7 @@
 """From a prompt to finished blocks of latents: loads the networks and sets up a rollout. No loop over steps in here."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -91,16 +91,17 @@ class TextToVideo:
 
     def generate(
         self,
-        prompt: str,
-        samples: list[int],
+        prompts: Sequence[str],
+        samples: Sequence[int],
         given: Tensor | None = None,
         observe: Callable[[Op], None] | None = None,
     ) -> Iterator[Tensor]:
-        """Generate samples of one prompt as one batch; yields latents [B, F, C, h, w] as blocks are finished.
+        """Generate videos as one batch; yields latents [B, F, C, h, w] as blocks are finished.
 
         Args:
-            samples: numbers of the samples. With the seed, they decide about the noise; nothing else does.
-            given: clean latents [1 or B, F, C, h, w] that the video starts with; they are not yielded.
+            prompts: one per video.
+            samples: the number of each video. With the seed, it decides about the noise; nothing else does.
+            given: clean latents [1 or B, F, C, h, w] that the videos start with; they are not yielded.
             observe: called after every op.
         """
         config, net = self.config, self.net
@@ -122,11 +123,12 @@ class TextToVideo:
             block, dtype = config.rollout.block_frames, DTYPES[config.model.dtype]
             return net.new_cache(len(samples), height, width, context, block, sink, dtype=dtype)
 
-        self.embed([prompt])
+        assert len(prompts) == len(samples)
+        self.embed(list(prompts))
         with torch.no_grad():
-            kept = self._embeddings[prompt].to(net.device)
-            embedding = F.pad(kept, (0, 0, 0, config.model.text_length - len(kept)))
-            text = net.encode_text(embedding.expand(len(samples), -1, -1))
+            kept = [self._embeddings[prompt] for prompt in prompts]
+            padded = torch.stack([F.pad(x, (0, 0, 0, config.model.text_length - len(x))) for x in kept])
+            text = net.encode_text(padded.to(net.device))
         rollout = Rollout(
             Denoiser(net, text),
             rollout_sigmas(config.rollout),

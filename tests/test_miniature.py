@@ -74,7 +74,7 @@ def test_colours_follow_the_prompts():
     backgrounds, colors, count = 0, 0, 0
     for prompt in PROMPTS:
         scene = shapes.parse_caption(prompt)
-        latents = torch.cat(list(pipeline.generate(prompt, [0])), dim=1)
+        latents = torch.cat(list(pipeline.generate([prompt], [0])), dim=1)
         frames = to_uint8(pipeline.vae.decode(latents)[0])[10::10]
         backgrounds += sum(background_of(frame) == scene.background for frame in frames)
         colors += sum(shape_color_of(frame) == scene.color for frame in frames)

@@ -56,7 +56,7 @@ class VideoSampler:
             index = number * world_size() + rank()
             prompt = prompts[index % len(prompts)]
             with torch.no_grad(), compute_in(self.config, self.pipeline.net.device):
-                latents = torch.cat(list(self.pipeline.generate(prompt.text, [0])), dim=1)
+                latents = torch.cat(list(self.pipeline.generate([prompt.text], [0])), dim=1)
             if index < len(prompts):
                 self._write(folder / f"{stems[prompt.index][0]}.mp4", latents)
 

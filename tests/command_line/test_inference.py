@@ -55,13 +55,13 @@ def videos(folder: Path) -> list[str]:
 def count_videos(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The stems of the videos that are made from now on."""
     made: list[str] = []
-    make_video = generate.make_video
+    make_videos = generate.make_videos
 
-    def counting(pipeline, prompt, sample, files, *rest):
-        made.append(files.stem)
-        make_video(pipeline, prompt, sample, files, *rest)
+    def counting(pipeline, batch, *rest):
+        made.extend(wanted.files.stem for wanted in batch)
+        make_videos(pipeline, batch, *rest)
 
-    monkeypatch.setattr(generate, "make_video", counting)
+    monkeypatch.setattr(generate, "make_videos", counting)
     return made
 
 
@@ -156,6 +156,20 @@ def test_more_samples_do_not_change_the_first(tmp_path, world, command, referenc
     samples = list(latents(tmp_path / "out").values())
     assert len(samples) == 4 and torch.equal(samples[0], latents(reference)["a red circle-0"])
     assert not any(torch.equal(samples[0], other) for other in samples[1:])
+
+
+@pytest.mark.parametrize("conditioned", [False, True])
+def test_videos_made_together_are_those_made_one_by_one(tmp_path, infer, conditioned):
+    words = ["--num_samples", 2, "--seed", 3]
+    if conditioned:
+        words += ["--image", write_image(tmp_path / "start.png"), "--num_output_frames", 7]
+    infer(tmp_path / "one", *words)
+    infer(tmp_path / "three", *words, "--batch_size", 3)  # the last batch is not full
+    one, three = latents(tmp_path / "one"), latents(tmp_path / "three")
+    assert one.keys() == three.keys() and len(one) >= 4
+    for stem, expected in one.items():
+        torch.testing.assert_close(three[stem], expected, atol=1e-4, rtol=0)
+    assert videos(tmp_path / "one") == videos(tmp_path / "three")
 
 
 def test_the_record_makes_the_video_again(tmp_path, infer, command, reference):
@@ -533,6 +547,7 @@ BAD = [
     bad("file for a folder", "--output_folder", "{}/f", says="cannot write to folder", prepare=text("f", "")),
     bad("file above folder", "--output_folder", "{}/f/out", says="cannot write to folder", prepare=text("f", "")),
     bad("no samples", "--num_samples", "0", says="--num_samples must be at least 1, not 0"),
+    bad("no batch", "--batch_size", "0", says="--batch_size must be at least 1, not 0"),
     bad("image and video", "--image", "a.png", "--video", "b.mp4", says="--image or --video, not both"),
     bad("no image", "--image", "{}/none.png", says="none.png: there is no such file"),
     bad("no video", "--video", "{}/none.mp4", says="none.mp4: there is no such file"),
@@ -650,10 +665,10 @@ def test_the_diagonal_order_runs_in_constant_memory(tmp_path, world):
     def peak(num_frames: int) -> int:
         """MB of the process while it makes a video, at most."""
         pipeline.config = load_config(str(config), [f"video.num_output_frames={num_frames}", "rollout.order=diagonal"])
-        files = generate.Files(tmp_path, f"{num_frames}-0")
+        wanted = generate.Wanted(generate.Prompt(0, "a", "a"), 0, generate.Files(tmp_path, f"{num_frames}-0"))
         Path("/proc/self/clear_refs").write_text("5")
         bar = generate.tqdm(disable=True)
-        generate.make_video(pipeline, generate.Prompt(0, "a", "a"), 0, files, None, "", True, bar)
+        generate.make_videos(pipeline, [wanted], None, "", True, bar)
         status = Path("/proc/self/status").read_text()
         return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))) // 1024
 

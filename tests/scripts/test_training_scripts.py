@@ -60,7 +60,7 @@ def run(world) -> Path:
 def samples(world: Path, weights: Path, *overrides: str) -> torch.Tensor:
     words = [f"model.generator={weights}", "video.num_output_frames=6", *overrides]
     config = load_config(str(world / "config.yaml"), words)
-    return torch.cat(list(TextToVideo.load(config, torch.device("cpu")).generate("a red circle", [0])), dim=1)
+    return torch.cat(list(TextToVideo.load(config, torch.device("cpu")).generate(["a red circle"], [0])), dim=1)
 
 
 def test_an_exported_generator_makes_the_same_samples_in_every_format(world, run, tmp_path, call):
