@@ -148,6 +148,7 @@ class CausalWanModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
         cache: KVCache | None = None,
         write: bool = False,
         head: bool = True,
+        written: int = 0,
     ) -> Tensor | None:
         """Predict the flow of x.
 
@@ -162,9 +163,12 @@ class CausalWanModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
             write: append this block's keys and values to the cache.
             head: false to leave out what only the prediction needs: the head, and all but the keys and values of the
                 last layer. Nothing is returned then.
+            written: the first so many frames of x are a block of their own, whose keys and values are appended to the
+                cache; the frames after them are the next block, which sees it. Timesteps are per frame then.
 
         Returns:
-            The flow noise - x0, [B, C, F, h, w] in the network's dtype; None without the head.
+            The flow noise - x0, [B, C, F, h, w] in the network's dtype; None without the head, and without the frames
+            that were only written.
         """
         frames, height, width = x.shape[2:]
         _, patch_h, patch_w = self.config.patch_size
@@ -176,6 +180,8 @@ class CausalWanModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
         if not head and (cache is None or not write):
             raise ValueError("without its head a forward only writes: give a cache, and write=True")
         checkpointing = self.gradient_checkpointing and torch.is_grad_enabled()
+        if written and (cache is None or write or not head or timestep.ndim == 1 or torch.is_grad_enabled()):
+            raise ValueError("`written` frames need a cache, timesteps per frame, a head, and no autograd")
         if checkpointing and write:
             raise ValueError("a checkpointed forward runs twice and would write twice; write the context without grad")
         if isinstance(text, Tensor):
@@ -188,18 +194,25 @@ class CausalWanModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
         rope = rotary_table(self.config.attention_head_dim, first_frame, once, hidden.device)
         if copies > 1:
             rope = rope[0].repeat(copies, 1, 1), rope[1].repeat(copies, 1, 1)
-        attend = self._attend(causal, cache, write, checkpointing, first_frame, tokens_per_frame=grid[1] * grid[2])
+        per_frame = grid[1] * grid[2]
+        attend = self._attend(causal, cache, write, checkpointing, first_frame, per_frame, written)
 
         for index, layer in enumerate(self.layers):
-            if not head and index == len(self.layers) - 1:
-                k, v = layer.kv(hidden, modulation, rope)
+            if index == len(self.layers) - 1 and (written or not head):
+                # Of frames that are only written, the last layer gives its keys and values and nothing else.
                 assert cache is not None
+                tokens = written * per_frame if head else hidden.shape[1]
+                own = slice(None) if modulation.shape[1] == 1 else slice(tokens // per_frame)
+                k, v = layer.kv(hidden[:, :tokens], modulation[:, own], (rope[0][:tokens], rope[1][:tokens]))
                 cache.append(index, k, v)
-                break
+                if not head:
+                    break
+                hidden, modulation, time = hidden[:, tokens:], modulation[:, written:], time[:, written:]
+                rope = rope[0][tokens:], rope[1][tokens:]
             arguments = (index, hidden, modulation, rope, text.k[index], text.v[index], attend)
             hidden = checkpoint(layer, *arguments, use_reentrant=False) if checkpointing else layer(*arguments)
-        if cache is not None and write:
-            cache.commit(frames)
+        if cache is not None and (write or written):
+            cache.commit(written or frames)
         if not head:
             return None
 
@@ -209,7 +222,7 @@ class CausalWanModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
         return rearrange(
             self.proj_out(hidden),
             "b (f h w) (ph pw c) -> b c f (h ph) (w pw)",
-            f=frames, h=grid[1], w=grid[2], ph=patch_h, pw=patch_w,
+            f=frames - written, h=grid[1], w=grid[2], ph=patch_h, pw=patch_w,
         )  # fmt: skip
 
     def encode_text(self, embeddings: Tensor) -> TextContext:
@@ -281,6 +294,7 @@ class CausalWanModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
         checkpointing: bool,
         first_frame: int,
         tokens_per_frame: int,
+        written: int,
     ) -> Attend:
         """The way of attending that this forward takes."""
 
@@ -314,8 +328,22 @@ class CausalWanModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
                 cache.append(layer, k, v)
             return output
 
+        def write_then_attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            assert cache is not None
+            tokens = written * tokens_per_frame if layer < len(self.layers) - 1 else 0  # the last has appended already
+            outputs = []
+            if tokens:
+                context = k[:, :tokens], v[:, :tokens]
+                outputs.append(attention(q[:, :tokens], *cache.beside(layer, *context)))
+                cache.append(layer, *context)
+            keys, values = cache.beside(layer, k[:, tokens:], v[:, tokens:], appended=written)
+            outputs.append(attention(q[:, tokens:], keys, values))
+            return torch.cat(outputs, dim=1)
+
         if cache is None:
             return full if causal is None else block_causal
+        if written:
+            return write_then_attend
         # A lane that has gone past this block already is read as it was before it.
         before = min(first_frame, cache.num_frames)
         # A checkpointed layer reads its context again in the backward pass, when the lane has moved on.
@@ -361,8 +389,7 @@ class CausalWanLayer(nn.Module):
 
     def qkv(self, hidden: Tensor, modulation: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Self-attention's q, k, v [B, N, heads, head_dim]; q and k normalised and rotated."""
-        shift, scale = self.modulation_part(modulation, 0), self.modulation_part(modulation, 1)
-        normed = modulate(self.norm1(hidden.float()), shift, scale).type_as(hidden)
+        normed = self._normed(hidden, modulation)
         attn = self.attn1
         q = attn.norm_q(attn.to_q(normed)).unflatten(2, (attn.heads, -1))
         k = attn.norm_k(attn.to_k(normed)).unflatten(2, (attn.heads, -1))
@@ -371,7 +398,15 @@ class CausalWanLayer(nn.Module):
 
     def kv(self, hidden: Tensor, modulation: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Only the k and v of `qkv`: all that a context pass needs of the last layer."""
-        return self.qkv(hidden, modulation, rope)[1:]
+        normed = self._normed(hidden, modulation)
+        attn = self.attn1
+        k = attn.norm_k(attn.to_k(normed)).unflatten(2, (attn.heads, -1))
+        return rotate(k, *rope), attn.to_v(normed).unflatten(2, (attn.heads, -1))
+
+    def _normed(self, hidden: Tensor, modulation: Tensor) -> Tensor:
+        """What self-attention sees of the tokens."""
+        shift, scale = self.modulation_part(modulation, 0), self.modulation_part(modulation, 1)
+        return modulate(self.norm1(hidden.float()), shift, scale).type_as(hidden)
 
     def after_attention(
         self, hidden: Tensor, attended: Tensor, modulation: Tensor, text_k: Tensor, text_v: Tensor

@@ -39,6 +39,25 @@ class Denoiser:
             head=False,
         )
 
+    def write_then_denoise(
+        self, context: Tensor, context_sigma: float, x: Tensor, sigma: float, first_frame: int, lane: KVCache
+    ) -> Tensor:
+        """`write_context` of a block and `denoise` of the one after it, by one pass.
+
+        Args:
+            first_frame: absolute index of the context block's first frame.
+        """
+        timestep = torch.cat([self._timestep(context, context_sigma), self._timestep(x, sigma)], dim=1)
+        flow = self.net(
+            torch.cat([context, x], dim=1).transpose(1, 2),
+            timestep,
+            self.text,
+            first_frame=first_frame,
+            cache=lane,
+            written=context.shape[1],
+        )
+        return flow_to_x0(x, flow.transpose(1, 2), sigma)
+
     def _timestep(self, x: Tensor, sigma: float) -> Tensor:
         # Filled on the device: nothing is copied to it, nothing waits for it.
         return torch.full(x.shape[:2], 1000 * sigma, dtype=torch.float32, device=x.device)

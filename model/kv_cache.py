@@ -80,12 +80,24 @@ class KVCache:
             torch.cat([self._v[layer, :, piece] for piece in pieces], dim=1),
         )
 
-    def beside(self, layer: int, k: Tensor, v: Tensor, before: int | None = None) -> tuple[Tensor, Tensor]:
+    def beside(
+        self, layer: int, k: Tensor, v: Tensor, before: int | None = None, appended: int = 0
+    ) -> tuple[Tensor, Tensor]:
         """The context, as `read` gives it, with a block's own k, v [B, tokens, heads, head_dim] behind it.
 
         The context is not changed. Without autograd the block is put into scratch slots and a view comes back where it
         can; otherwise a fresh tensor.
+
+        Args:
+            before: as `read` has it.
+            appended: frames that this layer has appended and nobody has committed yet; they count as context.
         """
+        if appended:
+            self.num_frames += appended
+            try:
+                return self.beside(layer, k, v)
+            finally:
+                self.num_frames -= appended
         earlier = before is not None and before != self.num_frames
         if torch.is_grad_enabled() or earlier or self.num_frames > self.context_frames < self._first_scratch:
             past_k, past_v = self.read(layer, before)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from model.flow import add_noise
-from pipeline.schedule import Denoise, Fused, Op, WriteContext
+from pipeline.schedule import Denoise, Fused, Op, WriteContext, WriteThenDenoise
 
 Lane = Any  # whatever the denoiser keeps its context in; a KVCache for the real one
 
@@ -22,6 +22,12 @@ class BlockDenoiser(Protocol):
 
     def write_context(self, x: Tensor, sigma: float, first_frame: int, lane: Lane) -> None:
         """Append the block at this level to the lane."""
+        ...
+
+    def write_then_denoise(
+        self, context: Tensor, context_sigma: float, x: Tensor, sigma: float, first_frame: int, lane: Lane
+    ) -> Tensor:
+        """`write_context` of a block that starts at `first_frame`, then `denoise` of the next, by one pass."""
         ...
 
 
@@ -131,6 +137,7 @@ class Rollout:
         self.blocks: dict[int, BlockState] = {}
         self.lanes: dict[int, Lane] = {}
         self._free_lanes: list[Lane] = []
+        self._finished: list[tuple[int, Tensor]] = []  # and not yielded yet
         self._reached: dict[int, int] = {}  # the block that each lane has come to
 
     @property
@@ -141,6 +148,8 @@ class Rollout:
     def run(self, ops: Iterable[Op], lanes: Iterable[int]) -> Iterator[tuple[int, Tensor]]:
         """Execute ops in the order given; yield (block, latents [B, F, C, h, w]) as blocks are finished.
 
+        Of the ranks of a pipeline only the last yields blocks, all of them.
+
         Args:
             ops: a list, or an iterator that may be endless. Given a list, lanes are used again once they are done with.
             lanes: all the lanes that the ops touch.
@@ -148,37 +157,43 @@ class Rollout:
         self._reached = dict.fromkeys(lanes, -1)
         last_use = {op.lane: index for index, op in enumerate(ops)} if isinstance(ops, Sequence) else {}
         for index, op in enumerate(ops):
-            finished = self.execute(op)
+            self.execute(op)
             self.observe(op)
-            if finished is not None:
-                yield op.block, finished
+            yield from self._finished
+            self._finished.clear()
             needed = any(exit.lane is self.lanes[op.lane] for exit in self.exits.values())
             if last_use.get(op.lane) == index and not needed:
                 self._release_lane(op.lane)
 
     @torch.no_grad()
-    def execute(self, op: Op) -> Tensor | None:
-        """Execute one op; returns the block's latents if it is finished now."""
+    def execute(self, op: Op) -> None:
+        """Execute one op."""
         lane = self._lane(op.lane)
         if isinstance(op, WriteContext):
-            self._write(op, lane)
-            result = None
+            x, sigma = self._context(op)
+            self.denoiser.write_context(x, sigma, self.layout.start(op.block), lane)
         elif isinstance(op, Fused):
             assert op.write.level == op.denoise.step, op
-            result = self._denoise(op.denoise, lane, write=True)
+            self._denoise(op.denoise, lane, write=True)
+        elif isinstance(op, WriteThenDenoise):
+            self._denoise(op.denoise, lane, after=op.write)
         else:
-            result = self._denoise(op, lane, write=False)
+            self._denoise(op, lane)
         self._leave_behind(op)
-        return result
 
-    def _denoise(self, op: Denoise, lane: Lane, write: bool) -> Tensor | None:
+    def _denoise(self, op: Denoise, lane: Lane, write: bool = False, after: WriteContext | None = None) -> None:
+        context = None if after is None else self._context(after)  # first: it comes from the rank before first
         state = self._state(op.block, op.step)
         assert state.level == op.step, f"block {op.block} is at level {state.level}, not ready for {op}"
         sigma, next_sigma = self.sigmas[op.step : op.step + 2]
         first_frame = self.layout.start(op.block)
         leaves = op.step == (self.num_steps - 1 if self.exit_step is None else self.exit_step)
         with torch.set_grad_enabled(leaves and self.with_grad(op.block)):
-            result = self.denoiser.denoise(state.x, sigma, first_frame, lane, write)
+            if after is None or context is None:
+                result = self.denoiser.denoise(state.x, sigma, first_frame, lane, write)
+            else:
+                start = self.layout.start(after.block)
+                result = self.denoiser.write_then_denoise(*context, state.x, sigma, start, lane)
         x0 = result.detach()
         if self.exit_step is not None and leaves:
             self.exits[op.block] = Exit(state.x, sigma, first_frame, lane)
@@ -190,8 +205,7 @@ class Rollout:
         else:
             x = add_noise(x0, self.noise(op.block, level), next_sigma)
         self.blocks[op.block] = BlockState(level, x, x0, before=state.x)
-        self._hand_on(op.block)
-        return result if leaves else None
+        self._hand_on(op.block, result if leaves else None)
 
     def denoise_again(self, block: int) -> Tensor:
         """x0 of a finished block once more, with its graph: the exit step's Denoise, beside the lane as it was then.
@@ -203,7 +217,8 @@ class Rollout:
         with torch.enable_grad():
             return self.denoiser.denoise(exit.x, exit.sigma, exit.first_frame, exit.lane)
 
-    def _write(self, op: WriteContext, lane: Lane) -> None:
+    def _context(self, op: WriteContext) -> tuple[Tensor, float]:
+        """What a write takes: the block at the op's level, and that level's sigma."""
         state = self._state(op.block, op.level)
         if op.level == state.level:
             x = state.x
@@ -212,7 +227,7 @@ class Rollout:
         else:
             assert op.level == state.level - 1, f"block {op.block} is at level {state.level}, too late for {op}"
             x = state.before
-        self.denoiser.write_context(x, self.sigmas[op.level], self.layout.start(op.block), lane)
+        return x, self.sigmas[op.level]
 
     def _state(self, block: int, level: int) -> BlockState:
         """The block as it is; one that is not here yet is given, or received, or starts from noise."""
@@ -230,14 +245,21 @@ class Rollout:
                 assert self.transport is not None, f"block {block} is needed at level {level} before it is there"
                 came_at, x, x0 = self.transport.receive(block)
                 self.blocks[block] = BlockState(came_at, x, x0, before=x)
-                self._hand_on(block)
+                self._hand_on(block, x if came_at == self.num_steps else None)
         return self.blocks[block]
 
-    def _hand_on(self, block: int) -> None:
-        """Send a block to the rank after as soon as this rank will not change it: before its context is written."""
+    def _hand_on(self, block: int, finished: Tensor | None) -> None:
+        """Send a block to the rank after as soon as this rank will not change it: before its context is written.
+
+        finished: its latents, if it is; then the last rank yields it.
+        """
         state = self.blocks[block]
-        if self.transport is not None and state.level == self.transport.leaves_at(block):
+        leaves_at = None if self.transport is None else self.transport.leaves_at(block)
+        if leaves_at is not None and state.level == leaves_at:
+            assert self.transport is not None
             self.transport.send(block, state.level, state.x, state.x0)
+        if leaves_at is None and finished is not None:
+            self._finished.append((block, finished))
 
     def _lane(self, number: int) -> Lane:
         if number not in self.lanes:

@@ -54,7 +54,25 @@ class Fused:
         return self.denoise.lane
 
 
-Op = Denoise | WriteContext | Fused
+@dataclass(frozen=True, slots=True)
+class WriteThenDenoise:
+    """A WriteContext of one block and the Denoise of the next beside it, by one forward pass over both."""
+
+    write: WriteContext
+    denoise: Denoise
+
+    @property
+    def block(self) -> int:
+        """The block that is denoised."""
+        return self.denoise.block
+
+    @property
+    def lane(self) -> int:
+        """The lane of both."""
+        return self.denoise.lane
+
+
+Op = Denoise | WriteContext | Fused | WriteThenDenoise
 Context = Literal["output", "input", "clean"]
 
 
@@ -84,7 +102,8 @@ class Schedule:
     @property
     def phases(self) -> list[range]:
         """Steps that share a lane; the lane has the number of its first step."""
-        if self.method == "block_first":
+        all_leading = self.num_blocks is not None and self.given_blocks + self.leading_blocks >= self.num_blocks
+        if self.method == "block_first" or all_leading:
             return [range(self.num_steps)]
         together = max(1, self.leading_steps)
         return [range(together), *(range(step, step + 1) for step in range(together, self.num_steps))]
@@ -139,13 +158,18 @@ class Schedule:
         kept = (op for op in ops if not isinstance(op, Denoise) or op.step <= exit_step)
         return fuse(drop_unread_writes(_reachable(op, exit_step, self.num_steps) for op in kept))
 
-    def ops(self, order: Literal["step_major", "diagonal"] = "step_major") -> Iterator[Op]:
+    def ops(self, order: Literal["step_major", "diagonal"] = "step_major", fuse_context: bool = False) -> Iterator[Op]:
         """All ops in one order, without writes that nobody reads, with those fused that one forward can serve.
+
+        Args:
+            fuse_context: also join a context write with the denoising of the next block on the same lane.
 
         Raises:
             ValueError: for step_major order of a video without an end: its second step would never come.
         """
-        streams = self.streams()
+        streams: Sequence[Iterable[Op]] = self.streams()
+        if fuse_context:
+            streams = [join_writes(fuse(stream)) for stream in streams]
         if order == "step_major" and len(streams) > 1 and self.num_blocks is None:
             raise ValueError("a video without an end needs the diagonal order: step-major finishes no block of it")
         ops = step_major(streams) if order == "step_major" else diagonal(streams)
@@ -199,6 +223,20 @@ def fuse(ops: Iterable[Op]) -> Iterator[Op]:
         yield held
 
 
+def join_writes(stream: Iterable[Op]) -> Iterator[Op]:
+    """Join every write on a lane with the Denoise of the next block that follows it: one pass over both blocks."""
+    held: Op | None = None
+    for op in stream:
+        if isinstance(held, WriteContext) and isinstance(op, Denoise):
+            held = WriteThenDenoise(held, op)
+            continue
+        if held is not None:
+            yield held
+        held = op
+    if held is not None:
+        yield held
+
+
 def for_stage(ops: Iterable[Op], lanes: Iterable[int]) -> Iterator[Op]:
     """Only the ops of the rank that owns `lanes`, in their order."""
     owned = frozenset(lanes)
@@ -217,8 +255,11 @@ def dependencies(ops: Sequence[Op]) -> list[set[int]]:
     for index, op in enumerate(ops):
         block, lane = ("block", op.block), ("lane", op.lane)
         changes = {block} if isinstance(op, Denoise) else {lane} if isinstance(op, WriteContext) else {block, lane}
+        things = [block, lane]
+        if isinstance(op, WriteThenDenoise):
+            things.append(("block", op.write.block))  # which it reads
         before: set[int] = set()
-        for thing in (block, lane):
+        for thing in things:
             if thing in changed:
                 before.add(changed[thing])
             if thing in changes:

@@ -79,7 +79,11 @@ class TextToVideo:
 
     def num_ops(self, given_frames: int = 0) -> int:
         """Ops of one video, for progress."""
-        return sum(1 for _ in self.schedule(given_frames).ops(self.config.rollout.order))
+        return sum(1 for _ in self.ops(self.schedule(given_frames)))
+
+    def ops(self, schedule: Schedule) -> Iterator[Op]:
+        """A schedule's ops as the configuration orders and joins them."""
+        return schedule.ops(self.config.rollout.order, self.config.rollout.fuse_context)
 
     def schedule(self, given_frames: int = 0) -> Schedule:
         """The schedule of a video that continues `given_frames` latent frames.
@@ -139,7 +143,7 @@ class TextToVideo:
             deterministic=config.rollout.use_ode_trajectory,
             observe=observe,
         )
-        for _, latents in rollout.run(list(schedule.ops(config.rollout.order)), schedule.lanes):
+        for _, latents in rollout.run(list(self.ops(schedule)), schedule.lanes):
             yield latents
 
 

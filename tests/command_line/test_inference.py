@@ -172,6 +172,12 @@ def test_videos_made_together_are_those_made_one_by_one(tmp_path, infer, conditi
     assert videos(tmp_path / "one") == videos(tmp_path / "three")
 
 
+def test_fused_contexts_make_the_same_videos(tmp_path, infer, reference):
+    infer(tmp_path, "rollout.fuse_context=true")
+    for stem, expected in latents(reference).items():
+        torch.testing.assert_close(latents(tmp_path)[stem], expected, atol=2e-4, rtol=0)
+
+
 def test_the_record_makes_the_video_again(tmp_path, infer, command, reference):
     words = ("--num_samples", 2, "--window", 6, "--sink", 2, "--seed", 3)
     infer(tmp_path / "first", *words, "--image", write_image(tmp_path / "start.png"), "--num_output_frames", 7)

@@ -110,6 +110,12 @@ class FakeDenoiser:
         self.calls.append(("write", first_frame, sigma, x, None))
         lane.append(x * (1 + sigma))
 
+    def write_then_denoise(
+        self, context: Tensor, context_sigma: float, x: Tensor, sigma: float, first_frame: int, lane: FakeLane
+    ) -> Tensor:
+        self.write_context(context, context_sigma, first_frame, lane)
+        return self.denoise(x, sigma, first_frame + context.shape[1], lane)
+
 
 def fake_rollout(layout: BlockLayout = BlockLayout(2), **changes) -> Rollout:  # noqa: B008
     noise = noise_of(layout, frame=(1, 1, 1))
@@ -303,17 +309,21 @@ class Pipe:
         self.after.put((block, level, x.clone(), x0.clone()))
 
 
-def run_ranks(make: Callable[..., Rollout], schedule: Schedule, stages: list[list[int]], order: str) -> Tensor:
+def run_ranks(
+    make: Callable[..., Rollout], schedule: Schedule, stages: list[list[int]], order: str, fuse_context: bool = False
+) -> Tensor:
     """What the ranks finish together, each in a thread of its own."""
     queues = [None, *(queue.Queue() for _ in stages[1:]), None]
     finished: list[tuple[int, Tensor]] = []
 
     def work(rank: int) -> None:
         torch.set_num_threads(1)
-        ops = for_stage(schedule.ops(order), stages[rank])
+        ops = for_stage(schedule.ops(order, fuse_context), stages[rank])
         leaves_at = functools.partial(schedule.leaves_at, lanes=stages[rank])
         rollout = make(transport=Pipe(queues[rank], queues[rank + 1], leaves_at))
-        finished.extend(rollout.run(ops, stages[rank]))
+        blocks = list(rollout.run(ops, stages[rank]))
+        assert bool(blocks) == (rank == len(stages) - 1)  # only the last has finished blocks
+        finished.extend(blocks)
 
     with ThreadPoolExecutor(len(stages)) as pool:
         for future in [pool.submit(work, rank) for rank in range(len(stages))]:
@@ -513,6 +523,38 @@ def test_timestep_first_equals_masked_passes_without_a_cache(small_net, small_te
     schedule = Schedule(4, num_blocks, **VARIANTS[variant])
     actual = finish(net_rollout(small_net, small_text, context=4), schedule.ops("diagonal"), schedule.lanes)
     torch.testing.assert_close(actual, torch.cat(estimates, dim=1), atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("order", ["step_major", "diagonal"])
+@variants
+def test_writes_joined_with_the_next_denoise_change_nothing(variant, order):
+    schedule = Schedule(4, BLOCKS, **VARIANTS[variant])
+    plain, joined = list(schedule.ops(order)), list(schedule.ops(order, fuse_context=True))
+    if variant != "input":  # which has fused them already with their own Denoise
+        assert len(joined) < len(plain)
+    expected = finish(fake_rollout(), plain, schedule.lanes)
+    assert torch.equal(finish(fake_rollout(), joined, schedule.lanes), expected)
+    for stages in ([[lane] for lane in schedule.lanes], [schedule.lanes[:1], schedule.lanes[1:]]):
+        if all(stages) and order == "diagonal":
+            assert torch.equal(run_ranks(fake_rollout, schedule, stages, order, fuse_context=True), expected)
+
+
+@settings(max_examples=20)
+@given(random=st.randoms(use_true_random=False), variant=st.sampled_from(sorted(VARIANTS)))
+def test_any_order_of_joined_ops_gives_the_same_latents(variant, random):
+    schedule = Schedule(4, BLOCKS, **VARIANTS[variant])
+    expected = finish(fake_rollout(), list(schedule.ops()), schedule.lanes)
+    order = random_order(list(schedule.ops(fuse_context=True)), random)
+    assert torch.equal(finish(fake_rollout(), order, schedule.lanes), expected)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_pass_over_two_blocks_is_two_passes(small_net, small_text, expected, case):
+    """To float tolerance: the two blocks share matrix products, whose rounding depends on their size."""
+    schedule = case_schedule(case)
+    ops = list(schedule.ops("diagonal", fuse_context=True))
+    actual = finish(net_rollout(small_net, small_text, **CASES[case][1]), ops, schedule.lanes)
+    torch.testing.assert_close(actual, expected(case), atol=2e-4, rtol=0)
 
 
 def test_fused_passes_change_nothing(small_net, small_text, expected):
