@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import TracebackType
 
 import diffusers
 import torch
@@ -59,6 +60,11 @@ class Files:
         """Its latents."""
         return self.folder / f"{self.stem}.safetensors"
 
+    @property
+    def unfinished(self) -> Path:
+        """What there was of the video when a pipeline failed."""
+        return self.folder / f"{self.stem}.unfinished.mp4"
+
     def remove_leftovers(self) -> None:
         """Delete what a killed run was writing."""
         # Names as `atomic_path` makes them, once or, while a video is rewritten, twice over.
@@ -66,6 +72,7 @@ class Files:
         for file in self.folder.iterdir():
             if ours.fullmatch(file.name):
                 file.unlink(missing_ok=True)
+        self.unfinished.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -122,7 +129,7 @@ def generate_videos(
     given = read_condition(condition, config, pipeline.vae) if condition else None
     given_frames = 0 if given is None else given.shape[1]
     num_ops = pipeline.num_ops(given_frames)
-    pipeline.embed(list(dict.fromkeys(video.prompt.text for video in todo)))
+    pipeline.embeddings.encode([video.prompt.text for video in todo])
     quiet = rank() != 0
     interval = 0.5 if sys.stderr.isatty() else 15
     batches = [todo[i : i + batch_size] for i in range(0, len(todo), batch_size)]
@@ -141,46 +148,82 @@ def make_videos(
     save_latents: bool,
     bar: tqdm,
 ) -> None:
-    """Generate, decode and write videos; each file `video` appears last, when all else is there."""
-    config, vae = pipeline.config, pipeline.vae
-    for wanted in batch:
-        wanted.files.remove_leftovers()
-    started = time.perf_counter()
-    num_frames = config.video.num_output_frames
-    shape = (num_frames, *vae.latent_shape(config.video.height, config.video.width))
-    decoder = vae.stream()
-    sheets = [ContactSheetSampler(vae.num_pixel_frames(num_frames), fps=config.video.fps) for _ in batch]
+    """Generate, decode and write videos."""
 
     def progress(op: Op) -> None:
         bar.set_postfix_str(f"block {op.block + 1}", refresh=False)
         bar.update()
 
-    with contextlib.ExitStack() as stack:
-        videos = [stack.enter_context(VideoWriter(w.files.video, fps=config.video.fps)) for w in batch]
-        latents_files = [stack.enter_context(LatentsWriter(w.files.latents, shape)) for w in batch if save_latents]
-
-        def emit(latents: Tensor) -> None:
-            for video, sheet, pixels in zip(videos, sheets, map(to_uint8, decoder.push(latents)), strict=True):
-                video.write(pixels)
-                sheet.add(pixels)
-            for latents_file, own in zip(latents_files, latents, strict=False):
-                latents_file.write(own)
-
+    with VideoOutput(pipeline.config, pipeline.vae, batch, condition, save_latents) as output:
         if given is not None:
-            emit(given.expand(len(batch), -1, -1, -1, -1))
+            output.emit(given.expand(len(batch), -1, -1, -1, -1))
         prompts, samples = [w.prompt.text for w in batch], [w.sample for w in batch]
         for latents in pipeline.generate(prompts, samples, given, progress):
-            emit(latents)
-        for wanted, sheet in zip(batch, sheets, strict=True):
-            save_contact_sheet(wanted.files.sheet, [sheet.strip(wanted.prompt.name)], fps=config.video.fps)
-            record = make_record(config, wanted.prompt, wanted.sample, condition) | {
-                "latent_frames": num_frames,
-                "pixel_frames": vae.num_pixel_frames(num_frames),
-                "seconds": round((time.perf_counter() - started) / len(batch), 3),
-                "device": device_name(pipeline.net.device),
-            }
-            with atomic_path(wanted.files.record) as path:
-                path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            output.emit(latents)
+
+
+class VideoOutput:
+    """The files of a batch of videos, decoded and written as latents come; each `video` appears last, when all else is
+    there."""
+
+    def __init__(self, config: Config, vae: WanVAE, batch: Sequence[Wanted], condition: str, save_latents: bool):
+        self.config, self.vae, self.batch, self.condition = config, vae, batch, condition
+        num_frames = config.video.num_output_frames
+        self._shape = (num_frames, *vae.latent_shape(config.video.height, config.video.width))
+        self._save_latents = save_latents
+        self._decoder = vae.stream()
+        self._sheets = [ContactSheetSampler(vae.num_pixel_frames(num_frames), fps=config.video.fps) for _ in batch]
+        self._files = contextlib.ExitStack()
+        self._videos: list[VideoWriter] = []
+        self._latents: list[LatentsWriter] = []
+
+    def __enter__(self) -> "VideoOutput":
+        self._started = time.perf_counter()
+        for wanted in self.batch:
+            wanted.files.remove_leftovers()
+        fps = self.config.video.fps
+        with contextlib.ExitStack() as files:
+            self._videos = [files.enter_context(VideoWriter(w.files.video, fps=fps)) for w in self.batch]
+            if self._save_latents:
+                self._latents = [files.enter_context(LatentsWriter(w.files.latents, self._shape)) for w in self.batch]
+            self._files = files.pop_all()
+        return self
+
+    def emit(self, latents: Tensor) -> None:
+        """Decode and write the next latents [B, F, C, h, w]."""
+        for video, sheet, pixels in zip(self._videos, self._sheets, self._decoder.push(latents), strict=True):
+            frames = to_uint8(pixels)
+            video.write(frames)
+            sheet.add(frames)
+        for file, own in zip(self._latents, latents, strict=False):
+            file.write(own)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self._files.__exit__(kind, error, trace)
+            return
+        with self._files:  # which an error removes
+            for wanted, sheet in zip(self.batch, self._sheets, strict=True):
+                self._write_sheet_and_record(wanted, sheet)
+
+    def _write_sheet_and_record(self, wanted: Wanted, sheet: ContactSheetSampler) -> None:
+        config, num_frames = self.config, self.config.video.num_output_frames
+        save_contact_sheet(wanted.files.sheet, [sheet.strip(wanted.prompt.name)], fps=config.video.fps)
+        record = make_record(config, wanted.prompt, wanted.sample, self.condition) | {
+            "latent_frames": num_frames,
+            "pixel_frames": self.vae.num_pixel_frames(num_frames),
+            "seconds": round((time.perf_counter() - self._started) / len(self.batch), 3),
+            "device": device_name(self.vae.net.device),
+        }
+        with atomic_path(wanted.files.record) as path:
+            path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def keep_unfinished(self) -> list[Path]:
+        """End the videos where they are, for a run that fails; returns the files that hold what there is of them."""
+        kept = [video.keep_unfinished(w.files.unfinished) for video, w in zip(self._videos, self.batch, strict=False)]
+        return [path for path in kept if path is not None]
 
 
 def make_record(config: Config, prompt: Prompt, sample: int, condition: str) -> dict:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.causal_wan import CausalWanModel
+from model.causal_wan import CausalWanModel, TextContext
 from model.denoiser import Denoiser
 from model.flow import step_sigmas
 from model.kv_cache import KVCache
@@ -15,7 +15,7 @@ from model.lora import fuse_lora
 from model.text_encoder import TextEncoder
 from model.vae import WanVAE
 from model.weights import ModelDirectory
-from pipeline.rollout import BlockLayout, Rollout
+from pipeline.rollout import BlockLayout, Rollout, Transport
 from pipeline.schedule import Op, Schedule
 from utils.config import Config, RolloutConfig
 from utils.device import DTYPES
@@ -31,7 +31,7 @@ class TextToVideo:
         self.net = net
         self.text_encoder = text_encoder
         self.vae = vae
-        self._embeddings: dict[str, Tensor] = {}
+        self.embeddings = PromptEmbeddings(config, text_encoder)
 
     @classmethod
     def load(cls, config: Config, device: torch.device) -> "TextToVideo":
@@ -40,18 +40,8 @@ class TextToVideo:
         Raises:
             UserError: for missing or broken files, and for a size that VAE and patches do not divide.
         """
-        model, dtype = config.model, DTYPES[config.model.dtype]
-        directory = ModelDirectory.open(model.base)
-        weights = model.generator or None
-        net = directory.load_transformer(CausalWanModel, dtype, weights=weights, use_ema=model.use_ema)
-        if model.lora:
-            fuse_lora(net, model.lora, model.lora_scale)
-        net.to(device).eval().requires_grad_(False)
-        choose_attention_backend(net, model.attention_backend)
-        if model.compile:
-            net.compile_layers()
-        text_encoder = TextEncoder.load(directory, dtype, model.text_length, model.text_cache)
-        return cls(config, net, text_encoder.to(device), WanVAE(directory.load_vae(dtype).to(device)))
+        net = load_network(config, device)
+        return cls(config, net, load_text_encoder(config, device), load_vae(config, device))
 
     @staticmethod
     def check(config: Config, given_frames: int | None = 0) -> None:
@@ -66,16 +56,6 @@ class TextToVideo:
         check_size(config, ModelDirectory.open(config.model.base))
         if given_frames is not None:
             build_schedule(config.rollout, config.video.num_output_frames, given_frames)
-
-    def embed(self, prompts: list[str]) -> None:
-        """Encode prompts ahead of their videos, then move the text encoder off the device if so configured."""
-        for prompt in prompts:
-            if prompt not in self._embeddings:
-                embedding = self.text_encoder.encode([prompt])[0].cpu()
-                used = int(embedding.any(dim=1).nonzero().max()) + 1  # the rest is zero, and need not be kept
-                self._embeddings[prompt] = embedding[:used].clone()
-        if self.config.model.offload:
-            self.text_encoder.to("cpu")
 
     def num_ops(self, given_frames: int = 0) -> int:
         """Ops of one video, for progress."""
@@ -108,43 +88,116 @@ class TextToVideo:
             given: clean latents [1 or B, F, C, h, w] that the videos start with; they are not yielded.
             observe: called after every op.
         """
-        config, net = self.config, self.net
+        assert len(prompts) == len(samples)
         given_frames = 0 if given is None else given.shape[1]
         schedule = self.schedule(given_frames)
-        layout = BlockLayout(config.rollout.block_frames, given_frames)
-        channels, height, width = self.vae.latent_shape(config.video.height, config.video.width)
-
-        def noise(block: int, step: int) -> Tensor:
-            shape = (layout.frames(block), channels, height, width)
-            each = [keyed_noise(config.runtime.seed, sample, block, step, shape) for sample in samples]
-            drawn = torch.stack(each)
-            if net.device.type == "cuda":  # pinned, the copy is queued; otherwise the host would wait for the queue
-                drawn = drawn.pin_memory()
-            return drawn.to(net.device, non_blocking=True)
-
-        def new_lane() -> KVCache:
-            context, sink = context_frames(config.rollout, config.video.num_output_frames)
-            block, dtype = config.rollout.block_frames, DTYPES[config.model.dtype]
-            return net.new_cache(len(samples), height, width, context, block, sink, dtype=dtype)
-
-        assert len(prompts) == len(samples)
-        self.embed(list(prompts))
         with torch.no_grad():
-            kept = [self._embeddings[prompt] for prompt in prompts]
-            padded = torch.stack([F.pad(x, (0, 0, 0, config.model.text_length - len(x))) for x in kept])
-            text = net.encode_text(padded.to(net.device))
-        rollout = Rollout(
-            Denoiser(net, text),
-            rollout_sigmas(config.rollout),
-            noise,
-            new_lane,
-            layout,
-            given=None if given is None else given.to(net.device, torch.float32).expand(len(samples), -1, -1, -1, -1),
-            deterministic=config.rollout.use_ode_trajectory,
-            observe=observe,
-        )
+            text = self.net.encode_text(self.embeddings.of(prompts).to(self.net.device))
+        rollout = build_rollout(self.config, self.net, text, samples, given, observe=observe)
         for _, latents in rollout.run(list(self.ops(schedule)), schedule.lanes):
             yield latents
+
+
+class PromptEmbeddings:
+    """Embeddings of prompts, encoded ahead of their videos."""
+
+    def __init__(self, config: Config, text_encoder: TextEncoder):
+        self.config = config
+        self.text_encoder = text_encoder
+        self._kept: dict[str, Tensor] = {}  # without the zeros behind their ends
+
+    def encode(self, prompts: Sequence[str]) -> None:
+        """Encode prompts, then move the text encoder off the device if so configured."""
+        for prompt in prompts:
+            if prompt not in self._kept:
+                embedding = self.text_encoder.encode([prompt])[0].cpu()
+                used = int(embedding.any(dim=1).nonzero().max()) + 1
+                self._kept[prompt] = embedding[:used].clone()
+        if self.config.model.offload:
+            self.text_encoder.to("cpu")
+
+    def of(self, prompts: Sequence[str]) -> Tensor:
+        """Embeddings [B, text length, text_dim] on the CPU, in the text encoder's type."""
+        self.encode(prompts)
+        length = self.config.model.text_length
+        return torch.stack([F.pad(x, (0, 0, 0, length - len(x))) for x in (self._kept[p] for p in prompts)])
+
+
+# ---- What one process, or each of a pipeline's, is made of ----
+
+
+def load_network(config: Config, device: torch.device) -> CausalWanModel:
+    """The causal generator that `config.model` names.
+
+    Raises:
+        UserError: for missing or broken files.
+    """
+    model = config.model
+    directory = ModelDirectory.open(model.base)
+    weights, dtype = model.generator or None, DTYPES[model.dtype]
+    net = directory.load_transformer(CausalWanModel, dtype, weights=weights, use_ema=model.use_ema)
+    if model.lora:
+        fuse_lora(net, model.lora, model.lora_scale)
+    net.to(device).eval().requires_grad_(False)
+    choose_attention_backend(net, model.attention_backend)
+    if model.compile:
+        net.compile_layers()
+    return net
+
+
+def load_text_encoder(config: Config, device: torch.device) -> TextEncoder:
+    """The text encoder that `config.model` names."""
+    model = config.model
+    directory, dtype = ModelDirectory.open(model.base), DTYPES[model.dtype]
+    return TextEncoder.load(directory, dtype, model.text_length, model.text_cache).to(device)
+
+
+def load_vae(config: Config, device: torch.device) -> WanVAE:
+    """The VAE that `config.model` names."""
+    return WanVAE(ModelDirectory.open(config.model.base).load_vae(DTYPES[config.model.dtype]).to(device))
+
+
+def build_rollout(
+    config: Config,
+    net: CausalWanModel,
+    text: TextContext,
+    samples: Sequence[int],
+    given: Tensor | None = None,
+    transport: Transport | None = None,
+    observe: Callable[[Op], None] | None = None,
+) -> Rollout:
+    """A rollout of `config.rollout`, its noise keyed by `config.runtime.seed` and the samples' numbers.
+
+    Args:
+        given: clean latents [1 or B, F, C, h, w] that the videos start with.
+        transport: for a rank of a pipeline.
+    """
+    layout = BlockLayout(config.rollout.block_frames, 0 if given is None else given.shape[1])
+    height, width = config.video.height // VAE_STRIDE, config.video.width // VAE_STRIDE
+
+    def noise(block: int, step: int) -> Tensor:
+        shape = (layout.frames(block), net.config.in_channels, height, width)
+        drawn = torch.stack([keyed_noise(config.runtime.seed, sample, block, step, shape) for sample in samples])
+        if net.device.type == "cuda":  # pinned, the copy is queued; otherwise the host would wait for the queue
+            drawn = drawn.pin_memory()
+        return drawn.to(net.device, non_blocking=True)
+
+    def new_lane() -> KVCache:
+        context, sink = context_frames(config.rollout, config.video.num_output_frames)
+        block, dtype = config.rollout.block_frames, DTYPES[config.model.dtype]
+        return net.new_cache(len(samples), height, width, context, block, sink, dtype=dtype)
+
+    return Rollout(
+        Denoiser(net, text),
+        rollout_sigmas(config.rollout),
+        noise,
+        new_lane,
+        layout,
+        given=None if given is None else given.to(net.device, torch.float32).expand(len(samples), -1, -1, -1, -1),
+        deterministic=config.rollout.use_ode_trajectory,
+        transport=transport,
+        observe=observe,
+    )
 
 
 def choose_attention_backend(net: CausalWanModel, name: str) -> None:

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tqdm import tqdm
 
-from trainer.networks import load_text_encoder
+from trainer.networks import load_caption_encoder
 from utils.config import load_config
 from utils.device import pick_device
 from utils.distributed import rank, world_size
@@ -36,7 +36,7 @@ def main() -> None:
     # Guidance needs the negative prompt, training with dropped captions the empty one.
     wanted = list(dict.fromkeys(["", config.teacher.negative_prompt, *texts]))[rank() :: world_size()]
     device = pick_device(config.runtime.device)
-    encoder = load_text_encoder(config, device).to(device)
+    encoder = load_caption_encoder(config, device).to(device)
     for text in tqdm(wanted, unit="prompt", disable=rank() > 0):
         encoder.encode([text])
 

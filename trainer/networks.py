@@ -33,7 +33,7 @@ class CaptionEmbeddings:
         self.captions = captions
         self.device = device
         self.length = config.model.text_length
-        self.encoder = load_text_encoder(config, device)
+        self.encoder = load_caption_encoder(config, device)
         self._latest: OrderedDict[str, Tensor] = OrderedDict()
 
     def of(self, clips: Sequence[int] | Tensor, dropped: Tensor | None = None) -> Tensor:
@@ -61,7 +61,7 @@ class CaptionEmbeddings:
         return self._latest[text]
 
 
-def load_text_encoder(config: Config, device: torch.device) -> TextEncoder:
+def load_caption_encoder(config: Config, device: torch.device) -> TextEncoder:
     """The text encoder that training reads captions with. Embeddings on the disk are kept apart by its type."""
     dtype = torch.float32 if device.type == "cpu" else DTYPES[config.model.dtype]
     directory = ModelDirectory.open(config.model.base)

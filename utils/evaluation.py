@@ -143,7 +143,11 @@ def find_videos(folder: str) -> list[tuple[Path, Key, dict]]:
     if not Path(folder).is_dir():
         raise UserError(f"no folder {folder}")
     found: dict[Key, tuple[Path, Key, dict]] = {}
-    for video in sorted(path for path in Path(folder).glob("*.mp4") if not path.name.startswith(".")):
+    for video in sorted(
+        path
+        for path in Path(folder).glob("*.mp4")
+        if not path.name.startswith(".") and not path.name.endswith(".unfinished.mp4")
+    ):
         path = video.with_suffix(".json")
         try:
             record = json.loads(path.read_text(encoding="utf-8"))

@@ -133,6 +133,19 @@ class VideoWriter:
         with self._cleanup:  # stops ffmpeg if need be, then renames the file or, on an error, removes it
             self._finish()
 
+    def keep_unfinished(self, path: Path) -> Path | None:
+        """End the video where it is and move it to `path`, where it plays; None if there is nothing of it yet.
+
+        For a process that is about to end: the writer is of no use afterwards.
+        """
+        if self._ffmpeg is None or self.partial is None:
+            return None
+        with contextlib.suppress(UserError, OSError, ValueError):
+            self._ffmpeg.finish()
+        if not self.partial.exists() or not self.partial.stat().st_size:
+            return None
+        return self.partial.replace(path)
+
     def _start(self, height: int, width: int) -> "_Ffmpeg":
         if height % 2 or width % 2:
             raise UserError(f"cannot write {self.path}: H.264 video needs even sides, not {width}x{height} pixels")

@@ -437,3 +437,15 @@ def sampled(caption: str) -> Strip:
     sampler = ContactSheetSampler(9, columns=4)
     sampler.add(clip(9))
     return sampler.strip(caption)
+
+
+def test_an_unfinished_video_can_be_kept_and_plays(tmp_path):
+    frames = np.arange(20 * 16 * 16 * 3, dtype=np.uint32).astype(np.uint8).reshape(20, 16, 16, 3)
+    writer = VideoWriter(tmp_path / "a.mp4")
+    with contextlib.suppress(RuntimeError), writer as video:
+        assert video.keep_unfinished(tmp_path / "none.mp4") is None  # no frame yet
+        video.write(frames)
+        assert video.keep_unfinished(tmp_path / "kept.mp4") == tmp_path / "kept.mp4"
+        raise RuntimeError("the run has failed")
+    assert [path.name for path in tmp_path.iterdir()] == ["kept.mp4"]
+    assert len(read_video(tmp_path / "kept.mp4")[0]) == 20
