@@ -106,26 +106,11 @@ def generate_videos(
     Raises:
         UserError: for anything that the user can mend.
     """
-    output = writable_folder(folder)
-    todo = []
-    for prompt, sample, stem in items:
-        files = Files(output, stem)
-        complete = files.video.exists() and (files.latents.exists() or not save_latents)
-        if overwrite or not complete:
-            todo.append(Wanted(prompt, sample, files))
-        else:
-            warn_if_different(files.record, make_record(config, prompt, sample, condition))
-    if len(todo) < len(items):
-        print(f"{len(items) - len(todo)} of {len(items)} videos exist already and are kept")
+    todo = missing_videos(config, items, folder, condition, save_latents, overwrite)
     if not todo:
         return
-
-    if condition and not Path(condition).is_file():
-        raise UserError(f"cannot read {condition}: there is no such file")
-    device = pick_device(config.runtime.device)
-    # An image is one latent frame; how many a clip has is known once it has been read.
-    TextToVideo.check(config, given_frames=0 if not condition else 1 if is_image(condition) else None)
-    pipeline = TextToVideo.load(config, device)
+    check_request(config, condition)
+    pipeline = TextToVideo.load(config, pick_device(config.runtime.device))
     given = read_condition(condition, config, pipeline.vae) if condition else None
     given_frames = 0 if given is None else given.shape[1]
     num_ops = pipeline.num_ops(given_frames)
@@ -138,6 +123,41 @@ def generate_videos(
             last = number * batch_size + len(batch)
             bar.set_description(f"video {last}/{len(todo)}", refresh=False)
             make_videos(pipeline, batch, given, condition, save_latents, bar)
+
+
+def missing_videos(
+    config: Config,
+    items: Sequence[tuple[Prompt, int, str]],
+    folder: str,
+    condition: str,
+    save_latents: bool,
+    overwrite: bool,
+) -> list[Wanted]:
+    """Which of the videos are not in the folder yet; says which are kept. The arguments are `generate_videos`'s."""
+    output = writable_folder(folder)
+    todo = []
+    for prompt, sample, stem in items:
+        files = Files(output, stem)
+        complete = files.video.exists() and (files.latents.exists() or not save_latents)
+        if overwrite or not complete:
+            todo.append(Wanted(prompt, sample, files))
+        else:
+            warn_if_different(files.record, make_record(config, prompt, sample, condition))
+    if len(todo) < len(items):
+        print(f"{len(items) - len(todo)} of {len(items)} videos exist already and are kept")
+    return todo
+
+
+def check_request(config: Config, condition: str) -> None:
+    """Find out before weights are loaded whether these videos can be made.
+
+    Raises:
+        UserError: naming what would work.
+    """
+    if condition and not Path(condition).is_file():
+        raise UserError(f"cannot read {condition}: there is no such file")
+    # An image is one latent frame; how many a clip has is known once it has been read.
+    TextToVideo.check(config, given_frames=0 if not condition else 1 if is_image(condition) else None)
 
 
 def make_videos(

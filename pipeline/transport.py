@@ -1,0 +1,147 @@
+"""How the ranks of a pipeline hand blocks to each other: torch.distributed, over NCCL or gloo."""
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pipeline.profile import Recorder
+from pipeline.rollout import BlockLayout
+from pipeline.schedule import Op, Schedule, WriteContext
+
+AHEAD = 2  # messages that may be on their way to or from a rank; what bounds its memory
+
+
+class Mail:
+    """Messages of known shapes in a known order between two ranks, received ahead and sent without waiting."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._expected: Iterator[tuple[int, tuple[int, ...], torch.dtype]] = iter(())
+        self._posted: deque[tuple[Tensor, dist.Work]] = deque()
+        self._sent: deque[tuple[Tensor, dist.Work]] = deque()
+        self._buffers: dict[tuple, list[Tensor]] = {}
+
+    def expect(self, messages: Iterable[tuple[int, tuple[int, ...], torch.dtype]]) -> None:
+        """Say from whom, of what shape and type the coming messages are; the first few are awaited at once."""
+        self._expected = iter(messages)
+        self._post()
+
+    def receive(self) -> Tensor:
+        """The next message. On a GPU only its stream waits for it."""
+        buffer, work = self._posted.popleft()
+        work.wait()
+        message = buffer.clone()
+        self._buffers.setdefault((buffer.shape, buffer.dtype), []).append(buffer)
+        self._post()
+        return message
+
+    def send(self, message: Tensor, to: int) -> None:
+        """Send a message, which must not be changed any more; waits only if the receiver is far behind."""
+        message = message.contiguous()
+        work = dist.isend(message, to)
+        assert work is not None
+        self._sent.append((message, work))
+        while len(self._sent) > AHEAD:
+            self._sent.popleft()[1].wait()
+
+    def finish(self) -> None:
+        """Wait until everything that was sent has arrived."""
+        while self._sent:
+            self._sent.popleft()[1].wait()
+
+    def _post(self) -> None:
+        while len(self._posted) < AHEAD and (message := next(self._expected, None)) is not None:
+            sender, shape, dtype = message
+            free = self._buffers.get((torch.Size(shape), dtype))
+            buffer = free.pop() if free else torch.empty(shape, dtype=dtype, device=self.device)
+            work = dist.irecv(buffer, sender)
+            assert work is not None
+            self._posted.append((buffer, work))
+
+
+class Neighbours:
+    """A stage's transport (`pipeline.rollout.Transport`) for one video: blocks from the rank before to the rank after.
+
+    A block is one message: x, or x and the estimate of x0 where a context of level `clean` is still to be written.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        lanes: tuple[int, ...],
+        layout: BlockLayout,
+        frame: tuple[int, int, int],
+        before: int | None,
+        after: int | None,
+        mail: Mail,
+        record: Recorder,
+        late: bool = False,
+    ):
+        """
+        Args:
+            lanes: those of this rank.
+            frame: (C, h, w).
+            before, after: ranks, as far as there are any that denoise.
+            late: send a block only after its context has been written: slower, for comparison.
+        """
+        self.schedule, self.lanes, self.layout, self.frame = schedule, lanes, layout, frame
+        self.after, self.mail, self.record, self.late = after, mail, record, late
+        self._held: tuple[int, Tensor] | None = None
+        if before is not None:
+            earlier = [lane for lane in schedule.lanes if lane < lanes[0]]
+            assert schedule.num_blocks is not None
+            self._levels = {block: schedule.leaves_at(block, earlier) for block in range(schedule.num_blocks)}
+            blocks = range(schedule.given_blocks, schedule.num_blocks)
+            mail.expect((before, self._shape(block, self._levels[block]), torch.float32) for block in blocks)
+
+    def leaves_at(self, block: int) -> int | None:
+        """See `Schedule.leaves_at`."""
+        return self.schedule.leaves_at(block, self.lanes)
+
+    def receive(self, block: int) -> tuple[int, Tensor, Tensor]:
+        """Level, x and x0 of a block as the rank before has left it."""
+        self._flush()
+        with self.record("receive wait", block):
+            message = self.mail.receive()
+        level = self._levels[block]
+        assert level is not None
+        x, x0 = message if self._has_estimate(level) else (message, message)
+        return level, x, x0
+
+    def send(self, block: int, level: int, x: Tensor, x0: Tensor) -> None:
+        """Hand a block on to the rank after."""
+        message = torch.stack([x, x0]) if self._has_estimate(level) else x
+        if self.late:
+            self._flush()
+            self._held = block, message
+        else:
+            self._send(block, message)
+
+    def after_op(self, op: Op) -> None:
+        """To be told of every op that is done: what is held back waits for its block's context."""
+        if self._held is not None and isinstance(op, WriteContext) and op.block == self._held[0]:
+            self._flush()
+
+    def finish(self) -> None:
+        """Send what is still held back."""
+        self._flush()
+
+    def _flush(self) -> None:
+        if self._held is not None:
+            held, self._held = self._held, None
+            self._send(*held)
+
+    def _send(self, block: int, message: Tensor) -> None:
+        assert self.after is not None
+        with self.record("send", block):
+            self.mail.send(message, self.after)
+
+    def _has_estimate(self, level: int | None) -> bool:
+        return self.schedule.context == "clean" and level != self.schedule.num_steps
+
+    def _shape(self, block: int, level: int | None) -> tuple[int, ...]:
+        shape = (1, self.layout.frames(block), *self.frame)
+        return (2, *shape) if self._has_estimate(level) else shape
