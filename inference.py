@@ -37,23 +37,20 @@ METHODS = {  # the original's names: schedule, leading blocks
 }
 
 
-def parse_arguments() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def shared_arguments() -> argparse.ArgumentParser:
+    """The flags of every script that makes videos, as a parent for its parser."""
+    parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--config_path", required=True, help="YAML under configs/, or the JSON beside a video")
     parser.add_argument("--checkpoint_path", help="weights of the generator; default: the config's model.generator")
     parser.add_argument("--data_path", help="prompts, one per line")
     parser.add_argument("--extended_prompt_path", help="longer prompts, line by line, that replace the text only")
-    parser.add_argument("--output_folder", help="where videos go")
     parser.add_argument("--num_output_frames", help="latent frames, given ones included; F make 4(F-1)+1 pixel frames")
     parser.add_argument("--use_ema", action="store_true", help="take the checkpoint's generator_ema")
     parser.add_argument("--seed", help="all noise is a function of it and the sample's number")
     parser.add_argument("--num_samples", type=int, default=1, help="videos per prompt")
-    parser.add_argument("--batch_size", type=int, default=1, help="videos at a time; changes them by rounding only")
     parser.add_argument("--save_with_index", action="store_true", help="name videos by the prompt's number")
     parser.add_argument("--inference_method", choices=METHODS, help="default: the config's rollout.schedule")
     parser.add_argument("--num_frame_first_blocks", help="leading blocks of hybrid_block0")
-    parser.add_argument("--order", choices=["step_major", "diagonal"], help="same video; diagonal streams it")
     parser.add_argument("--window", help="latent frames attended, current block included; 0: all")
     parser.add_argument("--sink", help="latent frames at the start that stay in the window")
     parser.add_argument("--image", help="first frame of every video")
@@ -66,14 +63,34 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", help="cuda, cuda:1, mps, cpu; default: the config's")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and exit")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the configuration")
-    args = parser.parse_intermixed_args()
+    return parser
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Refuse flags that do not go together.
+
+    Raises:
+        UserError: naming them.
+    """
     if args.image and args.video:
         raise UserError("give --image or --video, not both")
     if args.num_frame_first_blocks is not None and args.inference_method not in (None, "hybrid_block0"):
         raise UserError("--num_frame_first_blocks belongs to --inference_method hybrid_block0")
     for flag in ("num_samples", "batch_size"):
-        if getattr(args, flag) < 1:
+        if getattr(args, flag, 1) < 1:
             raise UserError(f"--{flag} must be at least 1, not {getattr(args, flag)}")
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[shared_arguments()]
+    )
+    parser.add_argument("--output_folder", help="where videos go")
+    parser.add_argument("--batch_size", type=int, default=1, help="videos at a time; changes them by rounding only")
+    parser.add_argument("--order", choices=["step_major", "diagonal"], help="same video; diagonal streams it")
+    args = parser.parse_intermixed_args()
+    check_arguments(args)
     return args
 
 
@@ -84,7 +101,7 @@ def resolve_config(args: argparse.Namespace) -> Config:
         schedule, leading = METHODS[args.inference_method]
         words += [f"rollout.schedule={schedule}", f"rollout.leading_blocks={leading}"]
     for flag, (key, kind) in FLAGS.items():
-        value = getattr(args, flag)
+        value = getattr(args, flag, None)
         if value is None:
             continue
         try:

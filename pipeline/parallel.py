@@ -9,6 +9,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -67,6 +68,7 @@ class PipelineRank:
         self.only_one = len(pipelines) == 1
         self.lanes = self.pipeline.lanes(rank)
         self.output: VideoOutput | None = None
+        self._kept: list[Path] = []
         self.net = load_network(config, device) if self.lanes else None
         self.vae = load_vae(config, device) if rank == self.pipeline.decoder else None
         self.embeddings = None
@@ -90,9 +92,9 @@ class PipelineRank:
 
     def kept(self) -> str:
         """For a run that fails: end the video under way where it is; says where that is."""
-        if self.output is None:
-            return ""
-        return "".join(f"the frames so far are in {path}" for path in self.output.keep_unfinished())
+        if self.output is not None:
+            self._kept += self.output.keep_unfinished()
+        return "".join(f"the frames so far are in {path}" for path in self._kept)
 
     # ---- What comes before blocks ----
 
@@ -214,11 +216,16 @@ class PipelineRank:
         interval = 0.5 if sys.stderr.isatty() else 15
         bar = tqdm(total=total, desc=video.files.stem[:40], unit="latent frame", mininterval=interval)
         with bar, VideoOutput(self.config, self.vae, [video], self.condition, self.save_latents) as self.output:
-            if given is not None:
-                self.output.emit(given)
-                bar.update(given.shape[1])
-            for block, latents in enumerate(blocks, start=schedule.given_blocks):
-                with self.record("decode", block):
-                    self.output.emit(latents)
-                bar.update(latents.shape[1])
+            try:
+                if given is not None:
+                    self.output.emit(given)
+                    bar.update(given.shape[1])
+                for block, latents in enumerate(blocks, start=schedule.given_blocks):
+                    with self.record("decode", block):
+                        self.output.emit(latents)
+                    bar.update(latents.shape[1])
+            except BaseException:  # another rank's end, as a rule
+                self._kept += self.output.keep_unfinished()
+                self.output = None
+                raise
         self.output = None

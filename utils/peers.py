@@ -89,9 +89,18 @@ class Peers:
         threading.Thread(target=self._await_signal, daemon=True).start()
 
     def leave(self) -> None:
-        """Say that this process has done its part: from now on its end is nobody's concern."""
+        """Say that this process has done its part, and wait until all have."""
+        if not self._others:
+            return
         self.store.set(f"done/{self.rank}", "1")
+        while not self.store.check([f"done/{other}" for other in self._others]):
+            time.sleep(0.05)
         self._over = True
+        # Rank 0 may hold the store, and goes last.
+        if self.rank > 0:
+            self.store.set(f"left/{self.rank}", "1")
+        while self.rank == 0 and not self.store.check([f"left/{other}" for other in self._others]):
+            time.sleep(0.05)
 
     def fail(self, reason: str) -> None:
         """End this process, and thereby the run. The message comes from whoever finds the failure first."""
@@ -102,10 +111,12 @@ class Peers:
                 first = self.store.add("failures", 1) == 1
                 if not first and kept:
                     print(f"note: {kept}", file=sys.stderr, flush=True)
-            except RuntimeError:  # the store is gone as well
-                first = True
+            except RuntimeError:  # the store is gone as well: the first that is left speaks
+                first = not any(_is_running(pid) for other, pid in self._pids.items() if other < self.rank)
             if first:
                 print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+            if first or self.rank == 0:
+                time.sleep(2)  # the others look for whoever has spoken, and for the store, which rank 0 may hold
             os._exit(1)
 
     def blame(self, error: BaseException) -> None:
@@ -131,6 +142,9 @@ class Peers:
             try:
                 self.store.set(f"beat/{self.rank}", str(beat))
             except RuntimeError:
+                if self._over:
+                    return
+                self._end_if_someone_died()
                 self.fail("the launcher is gone")
             self._end_if_someone_died()
             time.sleep(_INTERVAL)
@@ -141,14 +155,15 @@ class Peers:
             self.fail("; ".join(f"rank {r} ({self.names[r]}) has died" for r in dead))
 
     def _is_alive(self, other: int) -> bool:
+        gone = other in self._pids and not _is_running(self._pids[other])
         try:
-            if other in self._pids and not _is_running(self._pids[other]):
+            if gone:
                 return bool(self.store.check([f"done/{other}"]))
             if self.store.check([f"done/{other}"]) or not self.store.check([f"beat/{other}"]):
                 return True
             beat, now = self.store.get(f"beat/{other}"), time.monotonic()
         except RuntimeError:
-            return True  # without a store there is nothing to tell by
+            return not gone  # the store may have gone with it
         if self._beats.get(other, (b"", 0.0))[0] != beat:
             self._beats[other] = beat, now
         return now - self._beats[other][1] < BEATS_WITHIN

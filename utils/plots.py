@@ -47,3 +47,26 @@ def save_lines(
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=100, format="png")
     plt.close(figure)
+
+
+def save_timeline(path: Path, rows: Sequence[tuple[str, Sequence[tuple[str, float, float]]]]) -> None:
+    """Write a PNG with a row per rank and a bar per op; atomic.
+
+    Args:
+        rows: label, and the ops as (name, start, end) in seconds.
+    """
+    names = list(dict.fromkeys(name for _, ops in rows for name, _, _ in ops))
+    figure, axis = plt.subplots(figsize=(14, 0.7 * len(rows) + 1.5), layout="constrained")
+    for number, name in enumerate(names):
+        color = "0.85" if "wait" in name else f"C{number % 10}"
+        for row, (_, ops) in enumerate(rows):
+            bars = [(start, end - start) for op, start, end in ops if op == name]
+            axis.broken_barh(bars, (row - 0.4, 0.8), color=color, edgecolor="white", linewidth=0.2)
+        axis.plot([], [], color=color, linewidth=6, label=name)
+    axis.set_yticks(range(len(rows)), [label for label, _ in rows])
+    axis.invert_yaxis()
+    axis.set_xlabel("seconds")
+    axis.legend(ncols=len(names), fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 1.18), frameon=False)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=100, format="png")
+    plt.close(figure)

@@ -1,0 +1,196 @@
+"""Make videos with a pipeline of processes, whose steps work on different blocks at the same time.
+
+torchrun --nproc_per_node=4 scripts/pipeline_parallel_inference.py --config_path configs/hiar.yaml \\
+    --checkpoint_path ckpts/hiar.pt --prompt "a cat on a skateboard" --output_path outputs/ --num_output_frames 81
+
+Any number of processes will do, and the videos are the same: --plan prints who would do what. Videos that exist are
+skipped, so the same command goes on where it stopped. How it works: docs/pipeline.md.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from inference import check_arguments, resolve_config, shared_arguments, work_items
+from utils.config import Config, parse_record
+from utils.distributed import rank, world_size
+from utils.errors import UserError, command
+from utils.prompts import Prompt
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[shared_arguments()]
+    )
+    parser.add_argument("--prompt", help="one prompt, instead of a file of them")
+    parser.add_argument("--output_path", help="folder of the videos; or FILE.mp4, for one")
+    parser.add_argument("--noise_seed", help="default: --seed")
+    parser.add_argument("--no_dac", action="store_true", help="send blocks only after their context write: slower")
+    parser.add_argument("--profile", action="store_true", help="measure every op of every rank")
+    parser.add_argument("--profile_output", default="profile", metavar="PREFIX", help="of the profile's files")
+    parser.add_argument("--plan", action="store_true", help="print who does what, and exit")
+    args = parser.parse_intermixed_args()
+    check_arguments(args)
+    if args.prompt is not None and (args.data_path or not args.prompt.strip()):
+        raise UserError("give --prompt TEXT or --data_path FILE")
+    args.seed = args.noise_seed or args.seed
+    return args
+
+
+def outputs(args: argparse.Namespace, record: dict | None) -> tuple[str, list[tuple[Prompt, int, str]]]:
+    """Folder, and (prompt, sample, file stem) of every video."""
+    if args.prompt is not None:
+        record = {"prompt": args.prompt.strip(), "name": args.prompt.strip(), "sample": 0}
+        items = [item for n in range(args.num_samples) for item in work_items(args, record | {"sample": n})]
+    else:
+        items = work_items(args, record)
+    if not args.output_path:
+        raise UserError("say where videos go: --output_path FOLDER, or FILE.mp4")
+    path = Path(args.output_path)
+    if path.suffix != ".mp4":
+        return str(path), items
+    if len(items) > 1:
+        raise UserError(f"--output_path {path} is one file, but there are {len(items)} videos; name a folder")
+    prompt, sample, _ = items[0]
+    return str(path.parent), [(prompt, sample, path.stem)]
+
+
+@command
+def main() -> None:
+    try:
+        args = parse_arguments()
+        config = resolve_config(args)
+        if args.dry_run:
+            print(config.to_yaml() if rank() == 0 else "", end="")
+            return
+        run(args, config)
+    except UserError:
+        if rank() == 0:  # all ranks have been told the same
+            raise
+        sys.exit(2)
+
+
+def run(args: argparse.Namespace, config: Config) -> None:
+    """Everything after the configuration is known to be good."""
+    from pipeline.stages import describe, plan_pipelines
+    from pipeline.text_to_video import build_schedule
+
+    record = parse_record(args.config_path)
+    condition = args.image or args.video or (record or {}).get("condition") or ""
+    # Given frames do not change who does what.
+    frames = config.video.num_output_frames
+    schedule = build_schedule(config.rollout, frames if not condition else config.rollout.block_frames)
+    pipelines = plan_pipelines(world_size(), schedule)
+    if args.plan:
+        print(describe(pipelines, schedule) + "\n" if rank() == 0 else "", end="")
+        return
+    folder, items = outputs(args, record)
+    if len(pipelines) > len(items):
+        largest = len(pipelines[0].ranks) * len(items)
+        raise UserError(
+            f"{world_size()} processes are {len(pipelines)} pipelines, but there is work for {len(items)}: start at "
+            f"most {largest}, or ask for more videos"
+        )
+    from pipeline.generate import check_request, missing_videos
+
+    check_request(config, condition)
+    args.config, args.condition, args.pipelines = config, condition, pipelines
+    args.duties = {r: p.duties(r, schedule) for p in pipelines for r in p.ranks}
+    todo = missing_videos(config, items, folder, condition, args.save_latents, args.overwrite) if rank() == 0 else []
+    run_together(args, config, folder, items, [item.files.stem for item in todo])
+
+
+def run_together(
+    args: argparse.Namespace, config: Config, folder: str, items: list[tuple[Prompt, int, str]], missing: list[str]
+) -> None:
+    """Join the other ranks and make the videos whose stems are `missing`, which rank 0 knows."""
+    import os
+    from datetime import timedelta
+
+    import torch
+    import torch.distributed as dist
+
+    from pipeline.generate import Files, Wanted
+    from pipeline.parallel import PipelineRank
+    from pipeline.profile import Recorder
+    from utils.device import pick_device
+    from utils.peers import Peers, connect
+    from utils.process_group import die_with_launcher
+
+    device = pick_device(config.runtime.device)
+    os.environ.setdefault("MASTER_ADDR", "localhost")
+    os.environ.setdefault("MASTER_PORT", "0")
+    if world_size() > 1:
+        die_with_launcher()
+    stage: PipelineRank | None = None
+    try:
+        store = connect(rank(), world_size()) if world_size() > 1 else dist.HashStore()
+        peers = Peers(store, rank(), args.duties, at_end=lambda: stage.kept() if stage is not None else "")
+        peers.gather()
+    except TimeoutError as error:
+        sys.exit(f"error: {error}; start all {world_size()} processes")
+    try:
+        if rank() == 0:
+            store.set("missing", json.dumps(missing))
+        while not store.check(["missing"]):
+            time.sleep(0.05)
+        wanted = json.loads(store.get("missing"))
+        videos = [Wanted(p, sample, Files(Path(folder), stem)) for p, sample, stem in items if stem in wanted]
+        if videos:
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
+            dist.init_process_group(
+                "nccl" if device.type == "cuda" else "gloo",
+                store=dist.PrefixStore("group", store),
+                rank=rank(),
+                world_size=world_size(),
+                timeout=timedelta(days=1),  # who is dead is found out by Peers; who is slow may be
+                device_id=device if device.type == "cuda" else None,
+            )
+            recorder = Recorder(device, enabled=args.profile)
+            stage = PipelineRank(
+                config, args.pipelines, rank(), store, device, args.condition, args.save_latents, args.no_dac, recorder
+            )
+            dist.barrier()
+            recorder.restart()
+            stage.make_videos(videos)
+            if args.profile:
+                report(args, recorder, store)
+        peers.leave()
+    except UserError as error:
+        peers.fail(str(error))
+    except BaseException as error:
+        peers.blame(error)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def report(args: argparse.Namespace, recorder, store) -> None:
+    """Write this rank's profile; rank 0 sums all of them up and draws them."""
+    from pipeline.profile import Span, summary, write_profile
+    from utils.plots import save_timeline
+
+    prefix, spans = Path(args.profile_output), recorder.spans()
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    write_profile(Path(f"{prefix}_rank{rank()}.json"), rank(), args.duties[rank()], spans)
+    store.set(f"profile/{rank()}", json.dumps([[s.name, s.block, s.start, s.end] for s in spans]))
+    if rank() > 0:
+        return
+    profiles = []
+    for other, duties in args.duties.items():
+        while not store.check([f"profile/{other}"]):
+            time.sleep(0.05)
+        profiles.append((other, duties, [Span(*values) for values in json.loads(store.get(f"profile/{other}"))]))
+    print(summary(profiles))
+    rows = [(f"rank {r}: {duties}", [(s.name, s.start, s.end) for s in own]) for r, duties, own in profiles]
+    save_timeline(Path(f"{prefix}.png"), rows)
+    print(f"wrote {prefix}.png and {prefix}_rank*.json")
+
+
+if __name__ == "__main__":
+    main()
