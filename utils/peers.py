@@ -106,15 +106,13 @@ class Peers:
         """End this process, and thereby the run. The message comes from whoever finds the failure first."""
         with self._lock:  # one thread of this process only, and for good
             kept = self.at_end()
-            message = f"{reason}; {kept}" if kept else reason
             try:
                 first = self.store.add("failures", 1) == 1
-                if not first and kept:
-                    print(f"note: {kept}", file=sys.stderr, flush=True)
             except RuntimeError:  # the store is gone as well: the first that is left speaks
                 first = not any(_is_running(pid) for other, pid in self._pids.items() if other < self.rank)
-            if first:
-                print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+            said = f"error: {reason}" if first else "note: the run has failed"
+            if first or kept:
+                print(" ".join(f"{said}; {kept}".split()).removesuffix(";"), file=sys.stderr, flush=True)
             if first or self.rank == 0:
                 time.sleep(2)  # the others look for whoever has spoken, and for the store, which rank 0 may hold
             os._exit(1)
