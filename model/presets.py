@@ -1,6 +1,9 @@
 """Sizes of the networks that are known by name: Wan2.1's published ones and the miniature's."""
 
-from typing import Any
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
 
 TRANSFORMERS: dict[str, dict[str, Any]] = {
     "wan-1.3b": dict(num_attention_heads=12, attention_head_dim=128, ffn_dim=8960, num_layers=30, text_dim=4096),
@@ -30,3 +33,20 @@ TEXT_ENCODERS: dict[str, dict[str, Any]] = {
     # 384 is ByT5's vocabulary: bytes, special tokens and spare ids.
     "shapes": dict(vocab_size=384, d_model=64, d_kv=16, d_ff=160, num_layers=3, num_heads=4, dropout_rate=0.0),
 }
+
+Net = TypeVar("Net", bound=nn.Module)
+
+
+def random_transformer(
+    net_class: type[Net], sizes: dict[str, Any], dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> Net:
+    """A network of these sizes whose weights are small noise, made in `dtype` from the start: for measuring speed."""
+    with torch.device("meta"):
+        net = net_class(**sizes)
+    fp32 = getattr(net, "_keep_in_fp32_modules", None) or []
+    for name, parameter in list(net.named_parameters()):
+        kept = any(part in fp32 for part in name.split("."))
+        value = torch.empty(parameter.shape, dtype=torch.float32 if kept else dtype, device=device).normal_(std=0.02)
+        module, _, leaf = name.rpartition(".")
+        setattr(net.get_submodule(module), leaf, nn.Parameter(value, requires_grad=False))
+    return net.eval()

@@ -425,8 +425,10 @@ class ModelDirectory:
                 `_keep_in_fp32_modules` stay in float32 whatever the dtype, as in diffusers.
             subfolder: of a folder in diffusers' layout.
             weights: a checkpoint to load instead of the folder's own weights, and `use_ema` of it: `read_checkpoint`.
+                A folder with a config.json has its own size.
         """
-        config = self.transformer_config(subfolder)
+        own = Path(weights) / "config.json" if weights else None
+        config = _read_json(own) if own is not None and own.is_file() else self.transformer_config(subfolder)
         source = Path(weights or (self.path / subfolder if self.layout == "diffusers" else self.path))
         state = read_checkpoint(source, use_ema)
         fp32 = getattr(net_class, "_keep_in_fp32_modules", None) or ()

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from model.causal_wan import CausalWanModel
 from pipeline.generate import VideoOutput, Wanted, read_condition
 from pipeline.profile import RecordedDenoiser, Recorder
-from pipeline.rollout import BlockLayout
+from pipeline.rollout import BlockLayout, Rollout
 from pipeline.schedule import Op, Schedule, for_stage
 from pipeline.stages import Pipeline
 from pipeline.text_to_video import (
@@ -136,7 +136,7 @@ class PipelineRank:
         """The prompt's embedding [1, L, text_dim], from the rank that encodes; None for ranks without a use for it."""
         stages = [rank for rank, _ in self.pipeline.stages]
         if self.embeddings is not None:
-            with self.record("text", -1):
+            with self.record("text"):
                 embedding = self.embeddings.of([video.prompt.text]).to(self.device)
             for rank in stages:
                 if rank != self.rank:
@@ -181,7 +181,7 @@ class PipelineRank:
             mail.send(latents, after)
         transport.finish()
 
-    def _profile(self, rollout) -> None:
+    def _profile(self, rollout: Rollout) -> None:
         if not self.record.enabled:
             return
         noise = rollout.noise
@@ -191,7 +191,7 @@ class PipelineRank:
                 return noise(block, step)
 
         rollout.noise = recorded_noise
-        rollout.denoiser = RecordedDenoiser(rollout.denoiser, self.record)
+        rollout.denoiser = RecordedDenoiser(rollout.denoiser, rollout.layout, self.record)
 
     def _decode(self, video: Wanted, schedule: Schedule, given: Tensor | None, mail: Mail) -> None:
         """Decode the blocks that come from the last stage."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pipeline.rollout import BlockDenoiser, Lane
+from pipeline.rollout import BlockDenoiser, BlockLayout, Lane
 from utils.files import atomic_path
 
 WORK = ("text", "denoise", "context", "context+denoise", "add-noise", "decode")
@@ -34,11 +34,10 @@ class Recorder:
         self.device = device
         self.enabled = enabled
         self._marks: list[tuple[str, int, object, object]] = []
-        self.block = -1  # what the next op is on, for those that do not know
         self._origin = self._mark()
 
     @contextlib.contextmanager
-    def __call__(self, name: str, block: int | None = None) -> Iterator[None]:
+    def __call__(self, name: str, block: int = -1) -> Iterator[None]:
         """Note the block of code as op `name`."""
         if not self.enabled:
             yield
@@ -47,7 +46,7 @@ class Recorder:
         try:
             yield
         finally:
-            self._marks.append((name, self.block if block is None else block, start, self._mark()))
+            self._marks.append((name, block, start, self._mark()))
 
     def restart(self) -> None:
         """Forget everything, and count time from now on."""
@@ -76,25 +75,27 @@ class Recorder:
 class RecordedDenoiser:
     """A denoiser whose passes are noted."""
 
-    def __init__(self, denoiser: BlockDenoiser, record: Recorder):
+    def __init__(self, denoiser: BlockDenoiser, layout: BlockLayout, record: Recorder):
         self.denoiser = denoiser
+        self.layout = layout
         self.record = record
 
     def denoise(self, x: Tensor, sigma: float, first_frame: int, lane: Lane, write: bool = False) -> Tensor:
         """As `Denoiser.denoise`."""
-        with self.record("denoise"):
+        with self.record("denoise", self.layout.block_at(first_frame)):
             return self.denoiser.denoise(x, sigma, first_frame, lane, write)
 
     def write_context(self, x: Tensor, sigma: float, first_frame: int, lane: Lane) -> None:
         """As `Denoiser.write_context`."""
-        with self.record("context"):
+        with self.record("context", self.layout.block_at(first_frame)):
             self.denoiser.write_context(x, sigma, first_frame, lane)
 
     def write_then_denoise(
         self, context: Tensor, context_sigma: float, x: Tensor, sigma: float, first_frame: int, lane: Lane
     ) -> Tensor:
         """As `Denoiser.write_then_denoise`."""
-        with self.record("context+denoise"):
+        block = self.layout.block_at(first_frame) + 1
+        with self.record("context+denoise", block):
             return self.denoiser.write_then_denoise(context, context_sigma, x, sigma, first_frame, lane)
 
 

@@ -86,6 +86,11 @@ class BlockLayout:
         short = self.given_frames % self.block_frames
         return block * self.block_frames - (self.block_frames - short if short else 0)
 
+    def block_at(self, frame: int) -> int:
+        """The block that starts at a frame."""
+        short = self.given_frames % self.block_frames
+        return (frame + (self.block_frames - short if short and frame else 0)) // self.block_frames
+
     def frames(self, block: int) -> int:
         """Frames of the block."""
         return self.start(block + 1) - self.start(block)

@@ -19,7 +19,7 @@ import torch
 from model.causal_wan import CausalWanModel
 from model.denoiser import Denoiser
 from model.kv_cache import KVCache
-from model.presets import TRANSFORMERS
+from model.presets import TRANSFORMERS, random_transformer
 from pipeline.rollout import BlockLayout, Rollout
 from pipeline.schedule import Denoise, WriteContext
 from pipeline.text_to_video import VAE_STRIDE
@@ -45,7 +45,7 @@ def main() -> None:
     if args.height % 16 or args.width % 16 or args.window <= BLOCK or args.repeat < 1:
         raise UserError("height and width must be multiples of 16, --window more than 3, --repeat at least 1")
     device = pick_device(args.device)
-    net = random_network(args.preset, DTYPES[args.dtype], device)
+    net = random_transformer(CausalWanModel, TRANSFORMERS[args.preset], DTYPES[args.dtype], device)
     height, width = args.height // VAE_STRIDE, args.width // VAE_STRIDE
     lane = full_lane(net, height, width, args.window - BLOCK)
     print(f"{args.preset}: {sum(p.numel() for p in net.parameters()) / 1e9:.2f}e9 parameters in {args.dtype}")
@@ -70,19 +70,6 @@ def main() -> None:
     if args.context:
         print(f"context pass: {timed(lambda: rollout.execute(WriteContext(block, 1, 0)), device):.2f} s")
     print(f"peak memory: {peak_bytes(device) / 1e9:.2f} GB")
-
-
-def random_network(preset: str, dtype: torch.dtype, device: torch.device) -> CausalWanModel:
-    """A network of a preset's size whose weights are small noise, made in `dtype` from the start."""
-    with torch.device("meta"):
-        net = CausalWanModel(**TRANSFORMERS[preset])
-    fp32 = net._keep_in_fp32_modules or []
-    for name, parameter in list(net.named_parameters()):
-        kept = any(part in fp32 for part in name.split("."))
-        value = torch.empty(parameter.shape, dtype=torch.float32 if kept else dtype, device=device).normal_(std=0.02)
-        module, _, leaf = name.rpartition(".")
-        setattr(net.get_submodule(module), leaf, torch.nn.Parameter(value, requires_grad=False))
-    return net.eval()
 
 
 def full_lane(net: CausalWanModel, height: int, width: int, context_frames: int) -> KVCache:

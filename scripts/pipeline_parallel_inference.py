@@ -11,15 +11,24 @@ import argparse
 import json
 import sys
 import time
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from inference import check_arguments, resolve_config, shared_arguments, work_items
+from pipeline.command_line import check_arguments, resolve_config, shared_arguments, work_items
 from utils.config import Config, parse_record
 from utils.distributed import rank, world_size
 from utils.errors import UserError, command
 from utils.prompts import Prompt
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+    from pipeline.profile import Recorder
+    from pipeline.stages import Pipeline
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -99,19 +108,27 @@ def run(args: argparse.Namespace, config: Config) -> None:
     from pipeline.generate import check_request, missing_videos
 
     check_request(config, condition)
-    args.config, args.condition, args.pipelines = config, condition, pipelines
-    args.duties = {r: p.duties(r, schedule) for p in pipelines for r in p.ranks}
+    duties = {r: p.duties(r, schedule) for p in pipelines for r in p.ranks}
     todo = missing_videos(config, items, folder, condition, args.save_latents, args.overwrite) if rank() == 0 else []
-    run_together(args, config, folder, items, [item.files.stem for item in todo])
+    missing = [item.files.stem for item in todo]
+    run_together(Request(args, config, condition, pipelines, duties, folder, items), missing)
 
 
-def run_together(
-    args: argparse.Namespace, config: Config, folder: str, items: list[tuple[Prompt, int, str]], missing: list[str]
-) -> None:
+@dataclass(frozen=True)
+class Request:
+    """What is to be made, and by whom; the same on all ranks."""
+
+    args: argparse.Namespace
+    config: Config
+    condition: str
+    pipelines: "list[Pipeline]"
+    duties: dict[int, str]  # of every rank, in words
+    folder: str
+    items: list[tuple[Prompt, int, str]]  # prompt, sample and file stem of every video
+
+
+def run_together(request: Request, missing: list[str]) -> None:
     """Join the other ranks and make the videos whose stems are `missing`, which rank 0 knows."""
-    import os
-    from datetime import timedelta
-
     import torch
     import torch.distributed as dist
 
@@ -122,15 +139,14 @@ def run_together(
     from utils.peers import Peers, connect
     from utils.process_group import die_with_launcher
 
+    args, config = request.args, request.config
     device = pick_device(config.runtime.device)
-    os.environ.setdefault("MASTER_ADDR", "localhost")
-    os.environ.setdefault("MASTER_PORT", "0")
     if world_size() > 1:
         die_with_launcher()
     stage: PipelineRank | None = None
     try:
         store = connect(rank(), world_size()) if world_size() > 1 else dist.HashStore()
-        peers = Peers(store, rank(), args.duties, at_end=lambda: stage.kept() if stage is not None else "")
+        peers = Peers(store, rank(), request.duties, at_end=lambda: stage.kept() if stage is not None else "")
         peers.gather()
     except TimeoutError as error:
         sys.exit(f"error: {error}; start all {world_size()} processes")
@@ -140,7 +156,8 @@ def run_together(
         while not store.check(["missing"]):
             time.sleep(0.05)
         wanted = json.loads(store.get("missing"))
-        videos = [Wanted(p, sample, Files(Path(folder), stem)) for p, sample, stem in items if stem in wanted]
+        folder = Path(request.folder)
+        videos = [Wanted(p, sample, Files(folder, stem)) for p, sample, stem in request.items if stem in wanted]
         if videos:
             if device.type == "cuda":
                 torch.cuda.set_device(device)
@@ -154,13 +171,21 @@ def run_together(
             )
             recorder = Recorder(device, enabled=args.profile)
             stage = PipelineRank(
-                config, args.pipelines, rank(), store, device, args.condition, args.save_latents, args.no_dac, recorder
+                config,
+                request.pipelines,
+                rank(),
+                store,
+                device,
+                request.condition,
+                args.save_latents,
+                args.no_dac,
+                recorder,
             )
             dist.barrier()
             recorder.restart()
             stage.make_videos(videos)
             if args.profile:
-                report(args, recorder, store)
+                report(request, recorder, store)
         peers.leave()
     except UserError as error:
         peers.fail(str(error))
@@ -170,19 +195,19 @@ def run_together(
         dist.destroy_process_group()
 
 
-def report(args: argparse.Namespace, recorder, store) -> None:
+def report(request: Request, recorder: "Recorder", store: "Store") -> None:
     """Write this rank's profile; rank 0 sums all of them up and draws them."""
     from pipeline.profile import Span, summary, write_profile
     from utils.plots import save_timeline
 
-    prefix, spans = Path(args.profile_output), recorder.spans()
+    prefix, spans = Path(request.args.profile_output), recorder.spans()
     prefix.parent.mkdir(parents=True, exist_ok=True)
-    write_profile(Path(f"{prefix}_rank{rank()}.json"), rank(), args.duties[rank()], spans)
+    write_profile(Path(f"{prefix}_rank{rank()}.json"), rank(), request.duties[rank()], spans)
     store.set(f"profile/{rank()}", json.dumps([[s.name, s.block, s.start, s.end] for s in spans]))
     if rank() > 0:
         return
     profiles = []
-    for other, duties in args.duties.items():
+    for other, duties in request.duties.items():
         while not store.check([f"profile/{other}"]):
             time.sleep(0.05)
         profiles.append((other, duties, [Span(*values) for values in json.loads(store.get(f"profile/{other}"))]))
