@@ -146,6 +146,8 @@ class _Stage:
             self._have(op.block)
             self._work(self.times.at("denoise", op.block))
             self._reached(op.denoise if isinstance(op, Fused) else op)
+            if isinstance(op, Fused) and op.block == self._held:
+                self.flush()
 
     def flush(self) -> None:
         """Send the block that is held back."""
@@ -162,7 +164,6 @@ class _Stage:
         if self.is_first:
             self._work(self.times.add_noise)
             return
-        self.flush()
         self.clock = max(self.clock, self.arrivals[block])
         self._leave(block, block < self.schedule.given_blocks + self.schedule.leading_blocks, clean=True)
 

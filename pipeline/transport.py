@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pipeline.profile import Recorder
 from pipeline.rollout import BlockLayout
-from pipeline.schedule import Op, Schedule, WriteContext
+from pipeline.schedule import Denoise, Fused, Op, Schedule, WriteThenDenoise
 
 AHEAD = 2  # messages that may be on their way to or from a rank; what bounds its memory
 
@@ -103,7 +103,6 @@ class Neighbours:
 
     def receive(self, block: int) -> tuple[int, Tensor, Tensor]:
         """Level, x and x0 of a block as the rank before has left it."""
-        self._flush()
         with self.record("receive wait", block):
             message = self.mail.receive()
         level = self._levels[block]
@@ -122,7 +121,8 @@ class Neighbours:
 
     def after_op(self, op: Op) -> None:
         """To be told of every op that is done: what is held back waits for its block's context."""
-        if self._held is not None and isinstance(op, WriteContext) and op.block == self._held[0]:
+        written = op.write.block if isinstance(op, Fused | WriteThenDenoise) else op.block
+        if self._held is not None and not isinstance(op, Denoise) and written == self._held[0]:
             self._flush()
 
     def finish(self) -> None:

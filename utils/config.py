@@ -66,8 +66,8 @@ class RolloutConfig:
     """Level of a timestep-first context: the step's output (HiAR), its input (fully matched noise), or clean."""
     order: Literal["step_major", "diagonal"] = "step_major"
     """Order of the same ops. diagonal: blocks finish early and memory stays constant. Same latents either way."""
-    fuse_context: bool = False
-    """One pass writes a block's context and denoises the next block. Same latents up to rounding, fewer passes."""
+    fuse_context: bool = True
+    """One pass writes a block's context and denoises the next block: fewer passes, the same latents up to rounding."""
     block_frames: int = 3
     """Latent frames that are denoised together."""
     denoising_step_list: list[float] = field(default_factory=lambda: [1000.0, 750.0, 500.0, 250.0])

@@ -23,7 +23,6 @@ from tiny_model import ROOT, write_config
 import pipeline.generate as generate
 from model.vae import WanVAE
 from model.weights import ModelDirectory, export_state, read_checkpoint
-from pipeline.schedule import Denoise
 from pipeline.text_to_video import TextToVideo
 from utils.config import load_config
 from utils.video import VideoWriter, fit, read_video
@@ -172,8 +171,8 @@ def test_videos_made_together_are_those_made_one_by_one(tmp_path, infer, conditi
     assert videos(tmp_path / "one") == videos(tmp_path / "three")
 
 
-def test_fused_contexts_make_the_same_videos(tmp_path, infer, reference):
-    infer(tmp_path, "rollout.fuse_context=true")
+def test_contexts_written_by_passes_of_their_own_make_the_same_videos(tmp_path, infer, reference):
+    infer(tmp_path, "rollout.fuse_context=false")
     for stem, expected in latents(reference).items():
         torch.testing.assert_close(latents(tmp_path)[stem], expected, atol=2e-4, rtol=0)
 
@@ -233,7 +232,7 @@ def after_op(monkeypatch: pytest.MonkeyPatch, number: int, act) -> None:
     monkeypatch.setattr(TextToVideo, "generate", wrapped)
 
 
-OPS = 3 * 4 * 2 - 4  # of a video of 3 blocks and 4 steps: the last block's contexts are not written
+OPS = 3 * 4  # of a video of 3 blocks and 4 steps: contexts are written by the passes that denoise the next block
 
 
 def test_ctrl_c_keeps_finished_videos_and_leaves_nothing_else(tmp_path, world, command, infer, reference, monkeypatch):
@@ -644,7 +643,7 @@ def test_the_diagonal_order_streams_frames_before_the_last_block_starts(tmp_path
     num_frames, readable = 45, []
 
     def look(op) -> None:
-        if isinstance(op, Denoise) and op.block == num_frames // 3 - 1 and op.step == 0:
+        if op.block == num_frames // 3 - 1 and op.lane == 0:
             [growing] = tmp_path.glob(".*.partial.mp4")
             end = time.monotonic() + 30  # ffmpeg works beside us
             while not readable and time.monotonic() < end:

@@ -156,8 +156,8 @@ def test_two_pipelines_share_the_videos(world, expected, tmp_path):
         assert torch.equal(latents(tmp_path / "out")[stem], tensor)
 
 
-def test_fused_contexts_equal_up_to_rounding(world, expected, tmp_path):
-    ranks = start(world, tmp_path / "out", 3, "rollout.fuse_context=true")
+def test_contexts_written_by_passes_of_their_own_change_rounding_only(world, expected, tmp_path):
+    ranks = start(world, tmp_path / "out", 3, "rollout.fuse_context=false")
     assert ranks.wait() == [0, 0, 0], ranks.output
     for stem, tensor in expected().items():
         torch.testing.assert_close(latents(tmp_path / "out")[stem], tensor, atol=2e-4, rtol=0)
@@ -187,8 +187,9 @@ def test_the_profile_has_every_op_and_a_timeline(world, tmp_path):
         assert number == rank and all(s.end >= s.start >= 0 for s in spans)
         for span in spans:
             counts[rank, span.name] = counts.get((rank, span.name), 0) + 1
-    # 4 blocks, two steps each; the last context of a lane is read by nobody
-    assert counts[0, "denoise"] == counts[1, "denoise"] == 8 and counts[0, "context"] == counts[1, "context"] == 6
+    # 4 blocks, two steps each; all but the first block beside the context before it
+    for rank in range(2):
+        assert counts[rank, "denoise"] == 2 and counts[rank, "context+denoise"] == 6
     assert counts[0, "send"] == counts[1, "receive wait"] == counts[1, "decode"] == 4
     width, height = Image.open(tmp_path / "p.png").size
     assert width > 800 and height > 100
