@@ -195,6 +195,28 @@ def test_the_profile_has_every_op_and_a_timeline(world, tmp_path):
     assert width > 800 and height > 100
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="measures memory as Linux does")
+def test_two_thousand_blocks_take_no_more_memory_than_a_few(world, tmp_path):
+    words = ("--num_output_frames", "6000", "--window", "6", "rollout.denoising_step_list=[1000,800,600,300]")
+    common = ["--config_path", world / "tiny.yaml", "--prompt", "a red circle", "--output_path", tmp_path / "v.mp4"]
+    ranks = Ranks(tmp_path, 4, [*common, *words])
+    pages: list[list[int]] = []
+    while all(p.is_alive() for p in ranks.processes):
+        with contextlib.suppress(OSError):
+            files = [Path(f"/proc/{p.pid}/statm") for p in ranks.processes]
+            pages.append([int(file.read_text().split()[1]) for file in files])
+        time.sleep(0.5)
+    assert ranks.wait() == [0, 0, 0, 0], ranks.output
+    quarter = len(pages) // 4
+    assert quarter > 4
+    for rank in range(4):
+        early, late = (
+            sorted(p[rank] for p in part)[quarter // 2] for part in (pages[quarter : 2 * quarter], pages[-quarter:])
+        )
+        assert (late - early) * 4096 < 6e6, (rank, early, late)
+
+
 # ---- What goes wrong ----
 
 LONG = ("--num_output_frames", "3000", "--window", "6")
