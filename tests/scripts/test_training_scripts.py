@@ -1,6 +1,7 @@
 """Scripts around training: exported generators make the same samples; prompts encoded ahead; LMDBs; plots; plans."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -211,3 +212,22 @@ def test_the_plan_counts_what_is_there(world):
     net = ModelDirectory.open(world / "model").load_transformer(CausalWanModel, torch.float32)
     count = sum(p.numel() for p in net.parameters())
     assert f"{4 * 3 * count / 1e9:8.2f} GB  generator: float32 weights, gradients, average" in plan(config, 1)
+
+
+def test_the_pairs_script_hands_its_environment_on(tmp_path):
+    fake = tmp_path / "python"
+    fake.write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@"\n')
+    fake.chmod(0o755)
+    script = ROOT / "scripts/run_generate_ode_pairs.sh"
+    given = {"CAPTION_PATH": "a b.txt", "OUTPUT_FOLDER": "out", "SAVE_INDICES": "0 12 -1", "SEED": "3", "NUM_GPUS": "2"}
+    environment = os.environ | {"PYTHON": str(fake)} | given
+    done = subprocess.run(["bash", script, "video.height=64"], env=environment, capture_output=True, text=True)
+    words = done.stdout.splitlines()
+    assert done.returncode == 0 and "--nproc_per_node=2" in words
+    own = words[words.index("scripts/generate_ode_pairs.py") + 1 :]
+    assert own[:4] == ["--config_path", "configs/hiar.yaml", "--caption_path", "a b.txt"]
+    assert own[4:6] == ["--output_folder", "out"] and own[-1] == "video.height=64"
+    assert own[own.index("--save_indices") + 1 : own.index("--seed")] == ["0", "12", "-1"]
+    del environment["CAPTION_PATH"]
+    done = subprocess.run(["bash", script], env=environment, capture_output=True, text=True)
+    assert done.returncode != 0 and "set CAPTION_PATH to a file of prompts" in done.stderr
