@@ -1,7 +1,7 @@
 """The shipped miniature does what its prompts say: claims about data/shapes-wan, measured on decoded pixels.
 
-Claims: the VAE reconstructs held-out clips and does not drift over them; background and shape colours of generated
-videos follow the prompt; the folder is an ordinary diffusers pipeline, whose transformer is our network run
+Claims: the VAE reconstructs held-out clips and does not drift over them; shapes, colours and motion of generated videos
+follow the prompt; the folder is an ordinary diffusers pipeline, whose transformer is our network run
 bidirectionally; the whole of data/ stays small.
 """
 
@@ -16,6 +16,7 @@ from model.weights import ModelDirectory
 from pipeline.text_to_video import TextToVideo
 from utils import shapes
 from utils.config import load_config
+from utils.shapes_measures import judge
 from utils.video import to_uint8
 
 MODEL = "data/shapes-wan"
@@ -27,61 +28,31 @@ def vae() -> WanVAE:
     return WanVAE(ModelDirectory.open(MODEL).load_vae(torch.float32))
 
 
-def nearest(pixels: np.ndarray, palette: dict[str, tuple[int, int, int]]) -> list[str]:
-    """Name of the palette colour that is nearest to each of pixels [..., 3], flattened."""
-    names, colors = list(palette), np.array(list(palette.values()), dtype=np.float32)
-    distances = np.linalg.norm(pixels.reshape(-1, 1, 3).astype(np.float32) - colors, axis=-1)
-    return [names[i] for i in distances.argmin(axis=1)]
-
-
-def background_of(frame: np.ndarray) -> str:
-    """The background of a frame [H, W, 3]: shapes are smaller than half of it."""
-    return nearest(np.median(frame, axis=(0, 1)), shapes.BACKGROUNDS)[0]
-
-
-def shape_color_of(frame: np.ndarray) -> str:
-    """The colour of the shape: of the pixels that are farthest from the background, row by row for graded ones."""
-    background = np.median(frame, axis=1, keepdims=True)
-    distance = np.linalg.norm(frame.astype(np.float32) - background, axis=-1)
-    shape = frame[distance >= np.quantile(distance, 0.95)]
-    return nearest(np.median(shape, axis=0), shapes.COLORS)[0]
-
-
-@pytest.mark.parametrize("index", range(4))
-def test_measures_are_right_on_rendered_truth(index):
-    """The yardstick of the tests below, on clips whose answer is known."""
-    clip = shapes.sample_clip(5, index)
-    frames = shapes.render(clip, 20)[::5]
-    if not clip.scene.graded:
-        assert {background_of(frame) for frame in frames} == {clip.scene.background}
-    assert {shape_color_of(frame) for frame in frames} == {clip.scene.color}
-
-
 def test_vae_reconstructs_held_out_clips_without_drift(vae):
     errors = []
     for index in range(3):
         pixels = shapes.to_pixels(shapes.render(shapes.sample_clip(9, index, held_out=True), 81)).transpose(0, 1)[None]
         errors.append((vae.decode(vae.encode(pixels)) - pixels).square().mean(dim=(0, 2, 3, 4)))
     psnr = -10 * torch.log10(torch.stack(errors) / 4)  # [clip, frame], pixels span 2
-    assert psnr.mean() > 26
-    assert (psnr[:, -20:].mean() - psnr[:, :20].mean()).abs() < 1.5
+    assert psnr.mean() > 29.5  # 30.3 over more clips: docs/miniature.md
+    assert (psnr[:, -20:].mean() - psnr[:, :20].mean()).abs() < 0.7
 
 
 @pytest.mark.slow
-def test_colours_follow_the_prompts():
-    config = load_config("configs/shapes.yaml", ["runtime.seed=7"])
+@pytest.mark.parametrize("schedule", ["timestep_first", "block_first"])
+def test_videos_do_what_their_prompts_say(schedule):
+    config = load_config("configs/shapes.yaml", ["runtime.seed=7", f"rollout.schedule={schedule}"])
     pipeline = TextToVideo.load(config, torch.device("cpu"))
-    backgrounds, colors, count = 0, 0, 0
-    for prompt in PROMPTS:
-        scene = shapes.parse_caption(prompt)
-        latents = torch.cat(list(pipeline.generate([prompt], [0])), dim=1)
-        frames = to_uint8(pipeline.vae.decode(latents)[0])[10::10]
-        backgrounds += sum(background_of(frame) == scene.background for frame in frames)
-        colors += sum(shape_color_of(frame) == scene.color for frame in frames)
-        count += len(frames)
-    print(f"background {backgrounds} and shape colour {colors} right in {count} frames")
-    assert backgrounds > 0.85 * count  # chance: one in five
-    assert colors > 0.5 * count  # chance: one in six
+    latents = torch.cat(list(pipeline.generate(PROMPTS, [0] * len(PROMPTS))), dim=1)
+    sums: dict[str, np.ndarray] = {}
+    for prompt, video in zip(PROMPTS, latents, strict=True):
+        curves = judge(to_uint8(pipeline.vae.decode(video[None])[0]), shapes.parse_caption(prompt))
+        for name in ("presence", "color", "shape", "background", "direction", "speed"):
+            sums[name] = sums.get(name, np.zeros(2)) + curves[name].over(0, 1)
+    shares = {name: total / count for name, (total, count) in sums.items()}
+    print(schedule, {name: f"{share:.1%}" for name, share in shares.items()})
+    assert min(shares["presence"], shares["color"], shares["background"]) > 0.85
+    assert min(shares["shape"], shares["speed"]) > 0.8 and shares["direction"] > 0.6
 
 
 def test_it_is_an_ordinary_diffusers_pipeline():
