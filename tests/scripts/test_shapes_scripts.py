@@ -17,7 +17,7 @@ from model.causal_wan import CausalWanModel
 from model.flow import solver_sigmas
 from model.vae import WanVAE
 from model.weights import ModelDirectory
-from scripts import contact_sheet, encode_clips, generate_ode_pairs, write_shapes_clips
+from scripts import contact_sheet, encode_clips, evaluate_vae, generate_ode_pairs, write_shapes_clips
 from trainer.objectives import VAEReconstruction
 from utils import shapes
 from utils.clips import read_clips
@@ -291,3 +291,11 @@ def test_the_training_script_makes_a_model_from_nothing(tmp_path, stages, call, 
         assert all(weight.isfinite().all() for weight in net.state_dict().values())
     directory.load_vae()
     directory.load_text_encoder()
+
+
+def test_the_vae_is_measured(call, model):
+    code, out, _ = call(evaluate_vae, "--base", str(model), "--num_clips", "1", "--num_frames", "9")
+    lines = out.splitlines()
+    assert code == 0 and lines[0].startswith("1 held-out clips of 9 frames: ") and len(lines) == 5
+    code, _, err = call(evaluate_vae, "--base", str(model), "--num_frames", "10")
+    assert code == 2 and "4n+1" in err

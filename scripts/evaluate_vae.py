@@ -1,0 +1,71 @@
+"""Measure the miniature's VAE on held-out clips: is it good enough, and does it stay so over a long clip?
+
+python scripts/evaluate_vae.py --num_clips 12 --num_frames 81
+
+Prints PSNR, the mean over clips and that of all pixels, and by quarter of the clip also the mean error of the pixels,
+and of the shape's and the background's colour against the world's truth, as scripts/evaluate.py measures them.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from model.vae import WanVAE
+from model.weights import ModelDirectory
+from utils import shapes
+from utils.errors import UserError, command
+from utils.shapes_measures import Curve, judge
+from utils.video import to_uint8
+
+QUARTERS = 4
+
+
+@command
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", default="data/shapes-wan", help="model directory")
+    parser.add_argument("--num_clips", type=int, default=12)
+    parser.add_argument("--num_frames", type=int, default=81, help="pixel frames, 4n+1")
+    parser.add_argument("--seed", type=int, default=9, help="of the clips")
+    args = parser.parse_args()
+    if args.num_clips < 1 or args.num_frames < 5 or args.num_frames % 4 != 1:
+        raise UserError("--num_clips must be at least 1, --num_frames of the form 4n+1 and at least 5")
+    vae = WanVAE(ModelDirectory.open(args.base).load_vae(torch.float32))
+    squared = np.zeros((args.num_clips, args.num_frames))
+    errors: dict[str, list[list[float]]] = {"pixel_error": [], "color_error": [], "background_error": []}
+    for index in tqdm(range(args.num_clips), unit="clip"):
+        clip = shapes.sample_clip(args.seed, index, held_out=True)
+        pixels = shapes.to_pixels(shapes.render(clip, args.num_frames)).transpose(0, 1)[None]
+        decoded = vae.decode(vae.encode(pixels))
+        squared[index] = (decoded - pixels).square().mean(dim=(0, 2, 3, 4)).numpy()
+        curves = judge(to_uint8(decoded[0]), clip.scene)
+        pixel_error = 127.5 * (decoded - pixels).abs().mean(dim=(0, 2, 3, 4)).numpy()
+        curves["pixel_error"] = Curve(pixel_error, np.ones(args.num_frames, dtype=bool))
+        for name, rows in errors.items():
+            sums = [curves[name].over(q / QUARTERS, (q + 1) / QUARTERS) for q in range(QUARTERS)]
+            rows.append([total / max(count, 1) for total, count in sums])
+    mean = np.mean([psnr(clip) for clip in squared])
+    print(
+        f"{args.num_clips} held-out clips of {args.num_frames} frames: {mean:.2f} dB (mean over clips), "
+        f"{psnr(squared):.2f} dB (over all pixels)"
+    )
+    print("by quarter: " + ", ".join(f"{psnr(part):.2f}" for part in np.array_split(squared, QUARTERS, axis=1)) + " dB")
+    for name, rows in errors.items():
+        quarters = np.mean(rows, axis=0)
+        change = quarters[-1] / quarters[0] - 1
+        print(f"{name} by quarter: {', '.join(f'{q:.2f}' for q in quarters)} of 255; last against first {change:+.1%}")
+
+
+def psnr(squared: np.ndarray) -> float:
+    """Decibels of a mean squared error, of pixels in [-1, 1]."""
+    return float(-10 * np.log10(squared.mean() / 4))
+
+
+if __name__ == "__main__":
+    main()
