@@ -104,7 +104,7 @@ def test_command_line_without_input(tmp_path, monkeypatch, capsys):
 
 
 def test_a_folders_own_configuration_is_kept(tmp_path):
-    """Four heads of 32 have the shapes of one head of 128: only the configuration can tell."""
+    """Six heads of 32 have the shapes of three of 64: only the configuration can tell."""
     convert(Path("data/shapes-wan/transformer"), tmp_path / "wan-1.3b", "diffusers")
     config = WanTransformer3DModel.load_config(tmp_path / "wan-1.3b")
-    assert (config["num_attention_heads"], config["attention_head_dim"]) == (4, 32)
+    assert (config["num_attention_heads"], config["attention_head_dim"]) == (6, 32)
