@@ -11,9 +11,13 @@ one on the same prompts and seeds, with 95% intervals. How it is measured: docs/
 """
 
 import argparse
+import itertools
 import json
+import multiprocessing
+import os
 import sys
 import tempfile
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -44,17 +48,22 @@ def main() -> None:
     parser.add_argument("--output", default="outputs/evaluation", help="folder of the results")
     parser.add_argument("--base", default="data/shapes-wan", help="model directory with the VAE, for its noise floor")
     parser.add_argument("--floor_videos", type=int, default=24, help="rendered clips per noise floor; 0: no floors")
+    parser.add_argument("--processes", type=int, default=0, help="that measure videos; default: one per core")
     parser.add_argument("--block_frames", type=int, default=3, help="latent frames per block, for the seams")
     args = parser.parse_args()
-    if args.floor_videos < 0 or args.block_frames < 1:
-        raise UserError("--floor_videos must not be negative, --block_frames must be at least 1")
+    if min(args.floor_videos, args.processes) < 0 or args.block_frames < 1:
+        raise UserError("--floor_videos and --processes must not be negative, --block_frames must be at least 1")
     labelled = [split_label(word) for word in args.folders]
     if len({label for label, _ in labelled}) < len(labelled):
         raise UserError("two folders have the same name; call them apart: name=folder")
     found = [(label, folder, find_videos(folder)) for label, folder in labelled]
     output = writable_folder(args.output)
 
-    methods = [measure(label, folder, videos, args.block_frames) for label, folder, videos in found]
+    few = sum(len(videos) for _, _, videos in found) < 16  # a process takes seconds to start
+    workers = 1 if few else args.processes or os.cpu_count() or 1
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context) if workers > 1 else ThreadPoolExecutor(1) as pool:
+        methods = [measure(label, folder, videos, args.block_frames, pool) for label, folder, videos in found]
     floors = noise_floors(methods[0], args.floor_videos, args.base, args.block_frames) if args.floor_videos else []
     print(table([*methods, *floors]))
     if len(methods) > 1:
@@ -66,18 +75,26 @@ def main() -> None:
     print(f"\nwrote {output}/evaluation.json and {output}/curves.png")
 
 
-def measure(label: str, folder: str, videos: list[tuple[Path, Key, dict]], block_frames: int) -> Method:
+def measure(label: str, folder: str, videos: list[tuple[Path, Key, dict]], block_frames: int, pool: Executor) -> Method:
     """Measure every video of a folder."""
-    method = Method(label, folder=folder)
-    for path, key, _ in tqdm(videos, desc=label, unit="video"):
-        try:
-            scene = shapes.parse_caption(key.prompt)
-            frames, _ = read_video(path)
-            curves = judge(frames, scene, block_frames)
-        except ValueError as error:
-            raise UserError(f"cannot measure {path}: {error}") from None
-        method.videos.append(Measured(key, path.name, sum_up(curves), curves))
-    return method
+    paths, keys = [path for path, _, _ in videos], [key for _, key, _ in videos]
+    measured = pool.map(measure_video, paths, keys, itertools.repeat(block_frames))
+    return Method(label, list(tqdm(measured, desc=label, unit="video", total=len(videos))), folder)
+
+
+def measure_video(path: Path, key: Key, block_frames: int) -> Measured:
+    """The figures of one video.
+
+    Raises:
+        UserError: if it cannot be read, or is not of the miniature's world.
+    """
+    try:
+        scene = shapes.parse_caption(key.prompt)
+        frames, _ = read_video(path)
+        curves = judge(frames, scene, block_frames)
+    except ValueError as error:
+        raise UserError(f"cannot measure {path}: {error}") from None
+    return Measured(key, path.name, sum_up(curves), curves)
 
 
 def noise_floors(method: Method, num_videos: int, base: str, block_frames: int) -> list[Method]:

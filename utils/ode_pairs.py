@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from utils.distributed import rank
 from utils.errors import UserError
 from utils.files import atomic_path
 
@@ -109,7 +110,9 @@ class Files:
             raise UserError(f"no ODE pairs in {folder}; make them with scripts/generate_ode_pairs.py")
         self.prompts: list[str] = []
         self.shape: tuple[int, ...] = ()
-        for file in tqdm(self.files, desc="reading ODE pairs", unit="pair", disable=len(self.files) < 1000):
+        for file in tqdm(
+            self.files, desc="reading ODE pairs", unit="pair", disable=len(self.files) < 1000 or rank() > 0
+        ):
             prompt, trajectory = load_pair(file)
             self.prompts.append(prompt)
             self.shape = self.shape or tuple(trajectory.shape)
