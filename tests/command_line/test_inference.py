@@ -239,6 +239,9 @@ def test_ctrl_c_keeps_finished_videos_and_leaves_nothing_else(tmp_path, world, c
     seen: list[list[str]] = []
 
     def interrupt(op) -> None:
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.glob(".*.mp4")) and time.monotonic() < deadline:
+            time.sleep(0.01)  # the encoder is a process of its own and creates its file when it gets to it
         seen.append(names(tmp_path))
         signal.raise_signal(signal.SIGINT)
 
