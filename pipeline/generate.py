@@ -22,13 +22,14 @@ from model.vae import WanVAE
 from pipeline.schedule import Op
 from pipeline.text_to_video import TextToVideo
 from utils.config import Config
+from utils.contact_sheet import ContactSheetSampler, save_contact_sheet
 from utils.device import pick_device
 from utils.distributed import rank
 from utils.errors import UserError
 from utils.files import atomic_path, writable_folder
 from utils.latents import LatentsWriter, read_latents
 from utils.prompts import Prompt
-from utils.video import ContactSheetSampler, VideoWriter, fit, read_image, read_video, save_contact_sheet, to_uint8
+from utils.video import VideoWriter, fit, read_image, read_video, to_uint8
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 

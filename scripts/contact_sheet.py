@@ -10,8 +10,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from utils.contact_sheet import ContactSheetSampler, Strip, save_contact_sheet
 from utils.errors import UserError, command
-from utils.video import ContactSheetSampler, Strip, read_video, save_contact_sheet
+from utils.video import read_video
 
 
 @command

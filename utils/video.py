@@ -1,9 +1,8 @@
-"""How pixels get to disk and back: streamed mp4 files, clips and images to continue, and contact sheets.
+"""How pixels get to disk and back: streamed mp4 files, and clips and images to continue.
 
 Frames are uint8 RGB arrays [T, H, W, 3] throughout.
 """
 
-import bisect
 import contextlib
 import errno
 import io
@@ -12,8 +11,7 @@ import re
 import struct
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -21,17 +19,13 @@ from typing import IO
 import imageio_ffmpeg
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageOps
 
 from utils.errors import UserError
 from utils.files import atomic_path
 
 _FINISH_SECONDS = 300  # after the last frame ffmpeg has a second of video left to encode; much more means it hangs
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM)
-
-_THUMBNAIL_MIN, _THUMBNAIL_MAX = 128, 320  # pixels of the longer side
-_MARGIN, _GAP = 12, 4  # pixels
-_CAPTION_LINES, _CAPTION_SIZE, _TIME_SIZE = 2, 15, 11  # lines, and font sizes in pixels
 
 
 # ---- Video files ----
@@ -190,45 +184,88 @@ class VideoWriter:
             )
 
 
+class VideoReader:
+    """Read a video frame by frame, upright and at a constant frame rate; memory does not grow with its length.
+
+        with VideoReader("cat.mp4") as video:
+            for frame in video:  # uint8 [H, W, 3]
+                ...
+
+    Frames can be gone through once. Entering and iterating raise `UserError` if the file is missing or holds no video
+    that can be decoded.
+
+    Attributes:
+        path: any file that ffmpeg can decode, a `VideoWriter`'s growing one included.
+        fps: frames per second; set while the block runs.
+        height, width: of the first frame, in pixels; set while the block runs.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], max_frames: int | None = None, fps: float | None = None) -> None:
+        """
+        Args:
+            path: the video.
+            max_frames: stop after so many frames.
+            fps: drop or repeat frames to this rate; default: keep the video's own.
+        """
+        self.path = Path(path)
+        self._arguments = ["-i", f"file:{self.path}", "-map", "0:v:0"]
+        self._arguments += [] if fps is None else ["-vf", f"fps={fps:.10g}"]
+        self._arguments += [] if max_frames is None else ["-frames:v", str(max_frames)]
+        # Each PPM image states its size, which makes us independent of how ffmpeg reports rotated or cropped videos.
+        self._arguments += ["-pix_fmt", "rgb24", "-c:v", "ppm", "-f", "image2pipe", "pipe:1"]
+
+    def __enter__(self) -> "VideoReader":
+        _require_file(self.path, "video")
+        with contextlib.ExitStack() as cleanup:
+            # Appended to, because we read it while ffmpeg writes and both share one position in the file.
+            self._log = cleanup.enter_context(tempfile.TemporaryFile("a+b"))
+            self._process = _popen(["-loglevel", "info", *self._arguments], self._log)
+            cleanup.callback(self._end)
+            assert self._process.stdin is not None and self._process.stdout is not None
+            self._process.stdin.close()
+            self._output = io.BufferedReader(self._process.stdout)  # type: ignore[type-var] # typeshed: no RawIOBase
+            self._next = _read_ppm(self._output)
+            if self._next is None:
+                raise self._failure()
+            self.height, self.width = self._next.shape[:2]
+            number, thousands = re.findall(r"Video: ppm.*?([\d.]+)(k?) fps", _read_log(self._log))[-1]
+            self.fps = float(number) * (1000 if thousands else 1)
+            self._cleanup = cleanup.pop_all()
+        return self
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        while self._next is not None:
+            yield self._next
+            self._next = _read_ppm(self._output)
+        if self._process.wait() != 0:
+            raise self._failure()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._cleanup.close()
+
+    def _end(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+
+    def _failure(self) -> UserError:
+        self._process.wait()  # it has closed its output, so it is about to end; then its message is complete
+        return UserError(f"cannot read video {self.path}: {_last_line(_read_log(self._log)) or 'it has no frames'}")
+
+
 def read_video(
     path: str | os.PathLike[str], max_frames: int | None = None, fps: float | None = None
 ) -> tuple[np.ndarray, float]:
-    """Read a video as (frames uint8 [T, H, W, 3], frames per second), upright and at a constant frame rate.
-
-    Args:
-        path: any file that ffmpeg can decode, a `VideoWriter`'s growing one included.
-        max_frames: stop after so many frames.
-        fps: drop or repeat frames to this rate; default: keep the video's own.
+    """A whole video as (frames uint8 [T, H, W, 3], frames per second). The arguments are `VideoReader`'s.
 
     Raises:
         UserError: if the file is missing or holds no video that can be decoded.
     """
-    path = Path(path)
-    _require_file(path, "video")
-    arguments = ["-i", f"file:{path}", "-map", "0:v:0"]
-    arguments += [] if fps is None else ["-vf", f"fps={fps:.10g}"]
-    arguments += [] if max_frames is None else ["-frames:v", str(max_frames)]
-    # Each PPM image states its size, which makes us independent of how ffmpeg reports rotated or cropped videos.
-    arguments += ["-pix_fmt", "rgb24", "-c:v", "ppm", "-f", "image2pipe", "pipe:1"]
-    with tempfile.TemporaryFile() as log:
-        process = _popen(["-loglevel", "info", *arguments], log)
-        assert process.stdin is not None and process.stdout is not None
-        try:
-            process.stdin.close()
-            output = io.BufferedReader(process.stdout)  # type: ignore[type-var] # typeshed: IO is no RawIOBase
-            frames = []
-            while (frame := _read_ppm(output)) is not None:
-                frames.append(frame)
-            code = process.wait()
-        finally:
-            process.kill()
-            process.wait()
-            process.stdout.close()
-        message = _read_log(log)
-    if code != 0 or not frames:
-        raise UserError(f"cannot read video {path}: {_last_line(message) or 'it has no frames'}")
-    rates = re.findall(r"Video: ppm.*?([\d.]+)(k?) fps", message)
-    return np.stack(frames), float(rates[-1][0]) * (1000 if rates[-1][1] else 1)
+    with VideoReader(path, max_frames, fps) as video:
+        return np.stack(list(video)), video.fps
 
 
 class _Ffmpeg:
@@ -372,181 +409,3 @@ def _require_file(path: Path, kind: str) -> None:
         raise UserError(f"cannot read {kind} {path}: {error.strerror}") from None
     if empty:
         raise UserError(f"cannot read {kind} {path}: the file is empty")
-
-
-# ---- Contact sheets ----
-
-
-@dataclass(frozen=True)
-class Strip:
-    """One row of a contact sheet.
-
-    Attributes:
-        caption: the text above it.
-        frames: the frames to show, uint8 [T, H, W, 3].
-        seconds: when each of them is shown in the video.
-    """
-
-    caption: str
-    frames: np.ndarray
-    seconds: tuple[float, ...]
-
-
-class ContactSheetSampler:
-    """Keep the few frames that a contact sheet shows while a video streams by; memory does not grow with its length.
-
-    The frames kept are evenly spaced, the first and the last included. With an unknown length they are as even as
-    thinning allows: at most twice `columns` frames are held, and every second one is dropped when there are more.
-    """
-
-    def __init__(self, num_frames: int | None = None, columns: int = 8, fps: float = 16.0) -> None:
-        """
-        Args:
-            num_frames: pixel frames of the video; None if it may go on for ever.
-            columns: frames to keep in the end, at least 2.
-            fps: frames per second.
-        """
-        if columns < 2:
-            raise ValueError(f"a contact sheet shows the first and the last frame: columns must be >= 2, not {columns}")
-        self._columns, self._fps = columns, fps
-        self._wanted = None if num_frames is None else frozenset(_evenly_spaced(num_frames, columns))
-        self._stride = 1
-        self._kept: dict[int, np.ndarray] = {}  # frame index => frame [H, W, 3]
-        self._last: np.ndarray | None = None
-        self._count = 0
-
-    def add(self, frames: np.ndarray | torch.Tensor) -> None:
-        """Take the next frames of the video: uint8 [T, H, W, 3], or a float tensor [T, 3, H, W] in [-1, 1]."""
-        pixels = to_uint8(frames)
-        for frame in pixels:
-            if self._count in self._wanted if self._wanted is not None else self._count % self._stride == 0:
-                self._kept[self._count] = frame.copy()  # a view would keep all of `frames` alive
-                self._thin()
-            self._count += 1
-        if len(pixels):
-            self._last = pixels[-1].copy()
-
-    def strip(self, caption: str) -> Strip:
-        """The frames seen so far as a row of a contact sheet.
-
-        Raises:
-            ValueError: if there were none.
-        """
-        if self._last is None:
-            raise ValueError(f"no frames for the contact sheet of {caption!r}")
-        kept = {**self._kept, self._count - 1: self._last}
-        targets = _evenly_spaced(self._count, self._columns)
-        indices = sorted({min(kept, key=lambda index: abs(index - target)) for target in targets})
-        return Strip(caption, np.stack([kept[i] for i in indices]), tuple(i / self._fps for i in indices))
-
-    def _thin(self) -> None:
-        if self._wanted is None and len(self._kept) > 2 * self._columns:
-            self._stride *= 2
-            self._kept = {index: frame for index, frame in self._kept.items() if index % self._stride == 0}
-
-
-def contact_sheet(rows: Sequence[Strip | tuple[str, np.ndarray]], columns: int = 8, fps: float = 16.0) -> Image.Image:
-    """Draw videos below each other: a caption, evenly spaced frames from first to last, and their times.
-
-    Frames smaller than 128 pixels are enlarged without smoothing, those larger than 320 reduced.
-
-    Args:
-        rows: a video each, as (caption, all its frames [T, H, W, 3]) or as a sampler's `Strip`.
-        columns: frames per row, at least 2, for the rows given as a whole video.
-        fps: frames per second, for the same rows.
-    """
-    strips = [row if isinstance(row, Strip) else _strip_of(*row, columns, fps) for row in rows]
-    if not strips:
-        raise ValueError("a contact sheet needs at least one video")
-    drawn = [_draw_strip(strip) for strip in strips]
-    width = max(image.width for image in drawn) + 2 * _MARGIN
-    sheet = Image.new("RGB", (width, sum(image.height + _MARGIN for image in drawn) + _MARGIN), "white")
-    top = _MARGIN
-    for image in drawn:
-        sheet.paste(image, (_MARGIN, top))
-        top += image.height + _MARGIN
-    return sheet
-
-
-def save_contact_sheet(
-    path: str | os.PathLike[str],
-    rows: Sequence[Strip | tuple[str, np.ndarray]],
-    columns: int = 8,
-    fps: float = 16.0,
-) -> None:
-    """Write `contact_sheet(rows, columns, fps)` as a PNG; it appears complete or not at all.
-
-    Raises:
-        OSError: if the disk is full or not writable; it names `path`.
-    """
-    sheet = contact_sheet(rows, columns, fps)
-    try:
-        with atomic_path(path) as temporary:
-            sheet.save(temporary, format="PNG")
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None  # Pillow does not say which file
-
-
-def _strip_of(caption: str, frames: np.ndarray, columns: int, fps: float) -> Strip:
-    sampler = ContactSheetSampler(len(frames), columns, fps)
-    sampler.add(frames)
-    return sampler.strip(caption)
-
-
-def _evenly_spaced(count: int, columns: int) -> list[int]:
-    """At most `columns` distinct indices below `count`, the first and the last included."""
-    return sorted({round(i * (count - 1) / (columns - 1)) for i in range(columns)})
-
-
-def _draw_strip(strip: Strip) -> Image.Image:
-    thumbnails = [_thumbnail(frame) for frame in to_uint8(strip.frames)]
-    width, height = thumbnails[0].size
-    caption_font, time_font = ImageFont.load_default(_CAPTION_SIZE), ImageFont.load_default(_TIME_SIZE)
-    image_width = len(thumbnails) * (width + _GAP) - _GAP
-    lines = _wrap(strip.caption, image_width, caption_font.getlength)
-    caption_height = len(lines) * (_CAPTION_SIZE + _GAP) + _GAP
-    image = Image.new("RGB", (image_width, caption_height + height + _TIME_SIZE + 2 * _GAP), "white")
-    draw = ImageDraw.Draw(image)
-    for number, line in enumerate(lines):
-        draw.text((0, number * (_CAPTION_SIZE + _GAP)), line, fill="black", font=caption_font)
-    for column, (thumbnail, second) in enumerate(zip(thumbnails, strip.seconds, strict=True)):
-        left = column * (width + _GAP)
-        image.paste(thumbnail, (left, caption_height))
-        draw.text((left, caption_height + height + _GAP), _time(second), fill="dimgray", font=time_font)
-    return image
-
-
-def _thumbnail(frame: np.ndarray) -> Image.Image:
-    image = Image.fromarray(frame)
-    longer = max(image.size)
-    if longer < _THUMBNAIL_MIN:
-        factor = -(-_THUMBNAIL_MIN // longer)
-        return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
-    image.thumbnail((_THUMBNAIL_MAX, _THUMBNAIL_MAX), Image.Resampling.LANCZOS)  # only ever reduces
-    return image
-
-
-def _wrap(text: str, width: int, measure: Callable[[str], float]) -> list[str]:
-    """`text` in at most two lines of `width` pixels, ellipsized if it is longer."""
-    text = " ".join(text.split())[:1000]  # two lines of the widest sheet hold fewer
-    text = "".join(c if c.isprintable() else " " for c in text)
-    lines: list[str] = []
-    while text:
-        end = _fitting(text, width, measure)
-        if end < len(text) and len(lines) == _CAPTION_LINES - 1:
-            end = _fitting(text, width - measure("\u2026"), measure)
-            return [*lines, text[:end].rstrip() + "\u2026"]
-        if end < len(text) and (space := text.rfind(" ", 1, end + 1)) > 0:
-            end = space
-        lines.append(text[:end].rstrip())
-        text = text[end:].lstrip()
-    return lines
-
-
-def _fitting(text: str, width: float, measure: Callable[[str], float]) -> int:
-    """How many leading characters of `text` fit into `width`; at least one."""
-    return max(1, bisect.bisect_left(range(1, len(text) + 1), True, key=lambda n: measure(text[:n]) > width))
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds < 60 else f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
