@@ -146,7 +146,7 @@ def _draw_strip(strip: Strip) -> Image.Image:
     width, height = thumbnails[0].size
     caption_font, time_font = ImageFont.load_default(_CAPTION_SIZE), ImageFont.load_default(_TIME_SIZE)
     image_width = len(thumbnails) * (width + _GAP) - _GAP
-    lines = _wrap(strip.caption, image_width, caption_font.getlength)
+    lines = wrap(strip.caption, image_width, caption_font.getlength, _CAPTION_LINES)
     caption_height = len(lines) * (_CAPTION_SIZE + _GAP) + _GAP
     image = Image.new("RGB", (image_width, caption_height + height + _TIME_SIZE + 2 * _GAP), "white")
     draw = ImageDraw.Draw(image)
@@ -155,7 +155,7 @@ def _draw_strip(strip: Strip) -> Image.Image:
     for column, (thumbnail, second) in enumerate(zip(thumbnails, strip.seconds, strict=True)):
         left = column * (width + _GAP)
         image.paste(thumbnail, (left, caption_height))
-        draw.text((left, caption_height + height + _GAP), _time(second), fill="dimgray", font=time_font)
+        draw.text((left, caption_height + height + _GAP), time_text(second), fill="dimgray", font=time_font)
     return image
 
 
@@ -169,14 +169,14 @@ def _thumbnail(frame: np.ndarray) -> Image.Image:
     return image
 
 
-def _wrap(text: str, width: int, measure: Callable[[str], float]) -> list[str]:
-    """`text` in at most two lines of `width` pixels, ellipsized if it is longer."""
-    text = " ".join(text.split())[:1000]  # two lines of the widest sheet hold fewer
+def wrap(text: str, width: float, measure: Callable[[str], float], num_lines: int) -> list[str]:
+    """`text` in at most `num_lines` lines of `width` pixels, ellipsized if it is longer; `measure` gives a width."""
+    text = " ".join(text.split())[:1000]  # the lines of the widest sheet hold fewer
     text = "".join(c if c.isprintable() else " " for c in text)
     lines: list[str] = []
     while text:
         end = _fitting(text, width, measure)
-        if end < len(text) and len(lines) == _CAPTION_LINES - 1:
+        if end < len(text) and len(lines) == num_lines - 1:
             end = _fitting(text, width - measure("\u2026"), measure)
             return [*lines, text[:end].rstrip() + "\u2026"]
         if end < len(text) and (space := text.rfind(" ", 1, end + 1)) > 0:
@@ -191,5 +191,6 @@ def _fitting(text: str, width: float, measure: Callable[[str], float]) -> int:
     return max(1, bisect.bisect_left(range(1, len(text) + 1), True, key=lambda n: measure(text[:n]) > width))
 
 
-def _time(seconds: float) -> str:
+def time_text(seconds: float) -> str:
+    """A time in a video as it is shown."""
     return f"{seconds:.1f} s" if seconds < 60 else f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

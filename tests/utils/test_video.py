@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from utils.errors import UserError
-from utils.video import VideoWriter, fit, read_image, read_video, to_uint8
+from utils.video import VideoReader, VideoWriter, fit, read_image, read_video, to_uint8
 
 ROOT = Path(__file__).resolve().parents[2]
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 40), "blue": (30, 60, 220), "white": (255, 255, 255)}
@@ -288,6 +288,22 @@ def test_read_video_can_stop_early_and_change_the_rate(out):
     assert fps == 16 and len(frames) == 5
     frames, fps = read_video(out / "a.mp4", fps=8)
     assert fps == 8 and len(frames) == 16
+
+
+def test_frames_are_read_as_they_are_asked_for(out):
+    frames = clip(40)
+    with VideoWriter(out / "a.mp4", fps=24) as video:
+        video.write(frames)
+    whole, _ = read_video(out / "a.mp4")
+    with VideoReader(out / "a.mp4") as reader:
+        assert (reader.fps, reader.height, reader.width) == (24, 64, 64)
+        stream = iter(reader)
+        first = [next(stream) for _ in range(3)]
+        process = reader._process
+    assert process.poll() is not None  # though most of the video was not read
+    assert (np.stack(first) == whole[:3]).all()
+    with VideoReader(out / "a.mp4", max_frames=2, fps=12) as reader:
+        assert reader.fps == 12 and [frame.shape for frame in reader] == [(64, 64, 3)] * 2
 
 
 def test_broken_videos_and_images_are_one_line(out):
