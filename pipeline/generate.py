@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -254,6 +255,7 @@ def make_record(config: Config, prompt: Prompt, sample: int, condition: str) -> 
         "name": prompt.name,
         "sample": sample,
         "condition": os.path.abspath(condition) if condition else "",
+        "command": shlex.join(["python", *sys.argv]),
         "config": asdict(config),
         "versions": {
             "python": platform.python_version(),

@@ -1,22 +1,30 @@
-"""Measure videos of the miniature world against what their prompts say, and compare folders of them.
+"""Measure folders of videos, and compare them: looks, motion, drift and seams, without any model.
 
 python scripts/evaluate.py outputs/demo
 python scripts/evaluate.py block_first=outputs/a timestep_first=outputs/b --output outputs/evaluation
+python scripts/evaluate.py ours=outputs/a theirs=elsewhere/videos --data_path data/prompts.txt
 
-A folder holds X.mp4 with X.json beside it, as inference.py and scripts/sample_teacher.py write them; `name=folder` says
-what to call it. Beside every figure stand its noise floors: the same prompts rendered exactly, and those renderings
-through the VAE, both through the video encoder as well. Writes evaluation.json (everything, video by video) and
-curves.png (over time) to --output, and prints two tables: every folder by itself, and what it differs by from the first
-one on the same prompts and seeds, with 95% intervals. How it is measured: docs/miniature.md, utils/shapes_measures.py.
+A folder holds X.mp4 with X.json beside it, as inference.py and scripts/sample_teacher.py write them, or any mp4 that
+is named by a line of --data_path; `name=folder` says what to call it. Every video is measured from its pixels and
+optical flow (utils/video_measures.py). Those of the miniature's world are also measured against what their prompts say
+(utils/shapes_measures.py), with noise floors beside every figure: the same prompts rendered exactly, and those
+renderings through the VAE, both through the video encoder as well.
+
+Writes to --output: report.html, one page that holds everything; evaluation.json; videos.csv, a line per video and
+figure; curves.png. Prints two tables: every folder by itself, and what it differs by from the first one on the same
+prompts and seeds, with 95% intervals. docs/evaluation.md says what the figures mean.
 """
 
 import argparse
+import csv
 import itertools
 import json
 import multiprocessing
 import os
+import shlex
 import sys
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -26,19 +34,30 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 from tqdm import tqdm
 
-from utils import shapes
+from utils import shapes, shapes_measures, video_measures
+from utils.contact_sheet import ContactSheetSampler
 from utils.errors import UserError, command
-from utils.evaluation import FIGURES, Key, Measured, Method, common_keys, find_videos, pair_table, sum_up, table
+from utils.evaluation import (
+    Found,
+    Key,
+    Measured,
+    Method,
+    compare,
+    find_videos,
+    markdown,
+    pair_table,
+    table,
+)
+from utils.figures import Figure, take_figures
 from utils.files import atomic_path, writable_folder
 from utils.plots import save_lines, split_label
-from utils.shapes_measures import judge
-from utils.statistics import difference
-from utils.video import VideoWriter, read_video
+from utils.prompts import read_prompts
+from utils.report import Example, Table, strip, write_report
+from utils.side_by_side import write_side_by_side
+from utils.video import VideoReader, VideoWriter, read_video
 
-CURVES = (
-    *("presence", "shape", "color", "background", "grading", "direction", "speed_ratio", "motion"),
-    *("overlap", "color_error", "background_error"),
-)
+MAX_POINTS = 100  # of a curve
+STRIP_FRAMES = 6
 
 
 @command
@@ -46,55 +65,109 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", metavar="[name=]folder")
     parser.add_argument("--output", default="outputs/evaluation", help="folder of the results")
+    parser.add_argument("--data_path", help="prompt file of videos that have no record beside them")
+    parser.add_argument("--world", choices=["auto", "shapes", "any"], default="auto", help="auto: by the prompts")
+    parser.add_argument("--max_frames", type=int, help="pixel frames: measure only so many, from the start")
+    parser.add_argument("--block_frames", type=int, default=3, help="latent frames per block, for the seams")
     parser.add_argument("--base", default="data/shapes-wan", help="model directory with the VAE, for its noise floor")
     parser.add_argument("--floor_videos", type=int, default=24, help="rendered clips per noise floor; 0: no floors")
+    parser.add_argument("--examples", type=int, default=8, help="prompts whose videos the report shows")
     parser.add_argument("--processes", type=int, default=0, help="that measure videos; default: one per core")
-    parser.add_argument("--block_frames", type=int, default=3, help="latent frames per block, for the seams")
     args = parser.parse_args()
-    if min(args.floor_videos, args.processes) < 0 or args.block_frames < 1:
-        raise UserError("--floor_videos and --processes must not be negative, --block_frames must be at least 1")
+    if min(args.floor_videos, args.processes, args.examples) < 0 or args.block_frames < 1:
+        raise UserError("--floor_videos, --processes and --examples must not be negative, --block_frames at least 1")
+    if args.max_frames is not None and args.max_frames < 2:
+        raise UserError("--max_frames must be at least 2: one frame does not move")
     labelled = [split_label(word) for word in args.folders]
     if len({label for label, _ in labelled}) < len(labelled):
         raise UserError("two folders have the same name; call them apart: name=folder")
-    found = [(label, folder, find_videos(folder)) for label, folder in labelled]
+    prompts = read_prompts(args.data_path) if args.data_path else ()
+    found = [(label, folder, find_videos(folder, prompts)) for label, folder in labelled]
+    in_shapes_world = is_shapes_world(args.world, [key for *_, videos in found for _, key, _ in videos])
     output = writable_folder(args.output)
 
     few = sum(len(videos) for _, _, videos in found) < 16  # a process takes seconds to start
     workers = 1 if few else args.processes or os.cpu_count() or 1
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context) if workers > 1 else ThreadPoolExecutor(1) as pool:
-        methods = [measure(label, folder, videos, args.block_frames, pool) for label, folder, videos in found]
-    floors = noise_floors(methods[0], args.floor_videos, args.base, args.block_frames) if args.floor_videos else []
-    print(table([*methods, *floors]))
+        options = in_shapes_world, args.block_frames, args.max_frames
+        methods = [measure_folder(label, folder, videos, options, pool) for label, folder, videos in found]
+    figures = (*(shapes_measures.FIGURES if in_shapes_world else ()), *video_measures.FIGURES)
+    floors = []
+    if in_shapes_world and args.floor_videos:
+        floors = noise_floors(methods[0], args.floor_videos, args.base, args.block_frames)
+
+    tables = [Table("Means over videos, with 95% intervals.", table([*methods, *floors], figures))]
     if len(methods) > 1:
-        print("\n" + pair_table(methods))
-    with atomic_path(output / "evaluation.json") as path:
-        path.write_text(json.dumps(report(methods, floors), indent=1) + "\n", encoding="utf-8")
+        title = "Differences on the same prompts, seeds and samples, with 95% intervals; * marks what excludes zero."
+        tables.append(Table(title, pair_table(methods, figures)))
+    for shown in tables:
+        print(f"{shown.title}\n\n{markdown(shown.rows)}\n")
     lines = [(m.label, curves_over_time(m), ":" if m in floors else "-") for m in [*methods, *floors]]
-    save_lines(output / "curves.png", CURVES, lines, "seconds")
-    print(f"\nwrote {output}/evaluation.json and {output}/curves.png")
+    names = dict.fromkeys((*(shapes_measures.CURVES if in_shapes_world else ()), *video_measures.CURVES))
+    save_lines(output / "curves.png", list(names), lines, "seconds")
+    with atomic_path(output / "evaluation.json") as path:
+        path.write_text(json.dumps(as_json(methods, floors, figures), indent=1) + "\n", encoding="utf-8")
+    with atomic_path(output / "videos.csv") as path:
+        write_csv(path, methods, figures)
+    write_report(
+        output / "report.html",
+        "Evaluation of " + ", ".join(m.label for m in methods),
+        [m.label for m in methods],
+        commands(found),
+        tables,
+        [(f"{f.name} [{f.unit}]", f.meaning) for f in figures],
+        output / "curves.png",
+        examples(found, args.examples, args.max_frames),
+    )
+    print(f"wrote report.html, evaluation.json, videos.csv and curves.png to {output}")
 
 
-def measure(label: str, folder: str, videos: list[tuple[Path, Key, dict]], block_frames: int, pool: Executor) -> Method:
+def is_shapes_world(choice: str, keys: Sequence[Key]) -> bool:
+    """Whether every prompt is a caption of the miniature's world; says so if only some are."""
+    if choice != "auto":
+        return choice == "shapes"
+    captions = [shapes.is_caption(key.prompt) for key in keys]
+    if any(captions) and not all(captions):
+        print(
+            f"{captions.count(False)} of {len(keys)} prompts are not of the miniature's world; measuring pixels alone"
+        )
+    return all(captions)
+
+
+def measure_folder(
+    label: str, folder: str, videos: Sequence[Found], options: tuple[bool, int, int | None], pool: Executor
+) -> Method:
     """Measure every video of a folder."""
-    paths, keys = [path for path, _, _ in videos], [key for _, key, _ in videos]
-    measured = pool.map(measure_video, paths, keys, itertools.repeat(block_frames))
+    measured = pool.map(measure_video, videos, itertools.repeat(options))
     return Method(label, list(tqdm(measured, desc=label, unit="video", total=len(videos))), folder)
 
 
-def measure_video(path: Path, key: Key, block_frames: int) -> Measured:
+def measure_video(video: Found, options: tuple[bool, int, int | None]) -> Measured:
     """The figures of one video.
 
     Raises:
-        UserError: if it cannot be read, or is not of the miniature's world.
+        UserError: if it cannot be read, or is not of the miniature's world though it should be.
     """
+    path, key, _ = video
+    in_shapes_world, block_frames, max_frames = options
     try:
-        scene = shapes.parse_caption(key.prompt)
-        frames, _ = read_video(path)
-        curves = judge(frames, scene, block_frames)
+        if in_shapes_world:
+            return measure_shapes(path, key, block_frames, max_frames)
+        with VideoReader(path, max_frames) as frames:
+            curves = video_measures.measure(frames, block_frames)
+            return Measured(key, path.name, take_figures(video_measures.FIGURES, curves), curves, frames.fps)
     except ValueError as error:
         raise UserError(f"cannot measure {path}: {error}") from None
-    return Measured(key, path.name, sum_up(curves), curves)
+
+
+def measure_shapes(path: Path, key: Key, block_frames: int, max_frames: int | None = None) -> Measured:
+    """The figures of a video of the miniature's world."""
+    frames, fps = read_video(path, max_frames)
+    curves = shapes_measures.judge(frames, shapes.parse_caption(key.prompt), block_frames)
+    curves |= video_measures.measure(frames, block_frames)
+    figures = (*shapes_measures.FIGURES, *video_measures.FIGURES)
+    return Measured(key, path.name, take_figures(figures, curves), curves, fps)
 
 
 def noise_floors(method: Method, num_videos: int, base: str, block_frames: int) -> list[Method]:
@@ -114,34 +187,40 @@ def noise_floors(method: Method, num_videos: int, base: str, block_frames: int) 
         for number in tqdm(chosen, desc="noise floors", unit="video"):
             key = method.videos[number].key
             start = np.random.default_rng([key.seed, key.sample, int(number)]).uniform(0, shapes.SIZE, 2)
-            scene = shapes.parse_caption(key.prompt)
-            truth = shapes.render(shapes.Clip(scene, *start), num_frames)
+            truth = shapes.render(shapes.Clip(shapes.parse_caption(key.prompt), *start), num_frames)
             pixels = shapes.to_pixels(truth).transpose(0, 1)[None]
             for floor, frames in zip(floors, (truth, vae.decode(vae.encode(pixels))[0]), strict=True):
                 path = Path(folder) / "clip.mp4"
                 with VideoWriter(path, fps=shapes.FPS) as video:
                     video.write(frames)
-                curves = judge(read_video(path)[0], scene, block_frames)
-                floor.videos.append(Measured(key, "", sum_up(curves), curves))
+                floor.videos.append(measure_shapes(path, key, block_frames))
     return list(floors)
 
 
 def curves_over_time(method: Method) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Every curve of a method, in seconds."""
-    curves = {name: method.curve(name) for name in CURVES}
-    return {name: (np.arange(len(values)) * 4 / shapes.FPS, values) for name, values in curves.items()}
+    """Every curve of a method, in seconds: a point for each latent frame, or for several in a long video."""
+    longest = max(len(next(iter(video.curves.values())).value) for video in method.videos)
+    window = video_measures.STRIDE * -(-longest // (video_measures.STRIDE * MAX_POINTS))
+    curves = {name: method.curve(name, window) for name in method.videos[0].curves}
+    return {name: (np.arange(len(values)) * window / method.fps, values) for name, values in curves.items()}
 
 
-def report(methods: list[Method], floors: list[Method]) -> dict:
+# ---- What is written ----
+
+
+def as_json(methods: Sequence[Method], floors: Sequence[Method], figures: Sequence[Figure]) -> dict:
     """Everything that was measured, for reading by programs."""
     return {
-        "figures": {f.name: {"meaning": f.meaning, "unit": f.unit, "scale": f.scale} for f in FIGURES},
+        "figures": {f.name: {"meaning": f.meaning, "unit": f.unit, "scale": f.scale} for f in figures},
         "methods": [
             {
                 "label": method.label,
                 "folder": method.folder,
-                "estimates": {f.name: asdict(method.estimate(f.name)) for f in FIGURES},
-                "curves": {name: rounded(method.curve(name)) for name in CURVES},
+                "estimates": {f.name: asdict(method.estimate(f.name)) for f in figures},
+                "curves": {
+                    name: {"seconds": rounded(seconds), "values": rounded(values)}
+                    for name, (seconds, values) in curves_over_time(method).items()
+                },
                 "videos": [
                     asdict(video.key) | {"file": video.file, "figures": {k: list(v) for k, v in video.parts.items()}}
                     for video in method.videos
@@ -151,15 +230,11 @@ def report(methods: list[Method], floors: list[Method]) -> dict:
         ],
         "differences": [
             {
-                "minuend": method.label,
-                "subtrahend": methods[0].label,
-                "estimates": {
-                    f.name: asdict(difference(method.parts(f.name, keys), methods[0].parts(f.name, keys)))
-                    for f in FIGURES
-                },
+                "minuend": minuend.label,
+                "subtrahend": subtrahend.label,
+                "estimates": {name: asdict(value) for name, value in compare(minuend, subtrahend, figures).items()},
             }
-            for method in methods[1:]
-            if (keys := common_keys(method, methods[0]))
+            for subtrahend, minuend in itertools.combinations(methods, 2)
         ],
     }
 
@@ -167,6 +242,60 @@ def report(methods: list[Method], floors: list[Method]) -> dict:
 def rounded(values: np.ndarray) -> list[float | None]:
     """A curve as JSON numbers; null where nothing counted."""
     return [None if np.isnan(value) else round(float(value), 5) for value in values]
+
+
+def write_csv(path: Path, methods: Sequence[Method], figures: Sequence[Figure]) -> None:
+    """A line per video and figure, in the figure's unit; nothing where nothing counted."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file)
+        rows.writerow(["method", "file", "prompt", "seed", "sample", "figure", "unit", "value"])
+        for method, figure in itertools.product(methods, figures):
+            for video in method.videos:
+                total, count = video.parts[figure.name]
+                value = f"{figure.scale * total / count:.6g}" if count else ""
+                key = video.key
+                rows.writerow(
+                    [method.label, video.file, key.prompt, key.seed, key.sample, figure.name, figure.unit, value]
+                )
+
+
+def commands(found: Sequence[tuple[str, str, Sequence[Found]]]) -> list[tuple[str, str]]:
+    """This command, and those that made the videos as far as their records tell."""
+    told = [("This page", shlex.join(["python", *sys.argv]))]
+    for label, folder, videos in found:
+        made = list(dict.fromkeys(record["command"] for _, _, record in videos if record.get("command")))
+        if made:
+            told.append((f"{label}: the videos of {folder}", "\n".join(made)))
+        elif videos[0][2]:
+            first = shlex.join([str(videos[0][0].with_suffix(".json"))])
+            told.append(
+                (f"{label}: each video again", f"python inference.py --config_path {first} --output_folder again")
+            )
+    return told
+
+
+def examples(found: Sequence[tuple[str, str, Sequence[Found]]], count: int, max_frames: int | None) -> list[Example]:
+    """Some of the prompts that every method has a video of, spread over them."""
+    videos = [{key: path for path, key, _ in own} for _, _, own in found]
+    common = [key for key in videos[0] if all(key in own for own in videos)]
+    chosen = dict.fromkeys(np.linspace(0, len(common) - 1, min(count, len(common))).round().astype(int))
+    labels = [label for label, _, _ in found]
+    shown = []
+    with tempfile.TemporaryDirectory() as folder:
+        for number in tqdm(chosen, desc="report", unit="example"):
+            key = common[number]
+            paths = [own[key] for own in videos]
+            strips = []
+            for path in paths:
+                sampler = ContactSheetSampler(columns=STRIP_FRAMES)
+                with VideoReader(path, max_frames) as frames:
+                    for frame in frames:
+                        sampler.add(frame[None])
+                strips.append(strip(sampler.strip("").frames))
+            together = Path(folder) / f"{number}.mp4"
+            write_side_by_side(together, list(zip(labels, paths, strict=True)))
+            shown.append(Example(f"{key.prompt} (seed {key.seed}, sample {key.sample})", strips, together.read_bytes()))
+    return shown
 
 
 if __name__ == "__main__":

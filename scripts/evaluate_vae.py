@@ -20,7 +20,8 @@ from model.vae import WanVAE
 from model.weights import ModelDirectory
 from utils import shapes
 from utils.errors import UserError, command
-from utils.shapes_measures import Curve, judge
+from utils.figures import Curve
+from utils.shapes_measures import judge
 from utils.video import to_uint8
 
 QUARTERS = 4

@@ -1,10 +1,11 @@
-"""Comparing folders of videos: what is measured, how it is summed up, and the tables.
+"""Comparing folders of videos: what a folder holds, how its figures are summed up, and the tables.
 
-A method is a folder of videos, each with its record (`X.json`) beside it. Videos of two methods are paired by prompt,
-seed and sample.
+A method is a folder of videos, each with its record (`X.json`) beside it, or named by a line of a prompt file. Videos
+of two methods are paired by prompt, seed and sample.
 """
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,44 +13,11 @@ from pathlib import Path
 import numpy as np
 
 from utils.errors import UserError
-from utils.shapes_measures import STILL, Curve
+from utils.figures import Curve, Figure, Sum
+from utils.prompts import Prompt, file_stem
 from utils.statistics import Estimate, Part, difference, estimate
 
-
-@dataclass(frozen=True)
-class Figure:
-    """One row of the table."""
-
-    name: str
-    meaning: str
-    unit: str = "%"
-    scale: float = 100.0
-    digits: int = 1
-
-
-FIGURES = (
-    Figure("presence", "frames in which a shape is there"),
-    Figure("shape", "of those, with the right shape"),
-    Figure("color", "of those, in the right colour"),
-    Figure("direction", "of those, moving in the right direction"),
-    Figure("speed", "of those, at the right one of the speeds"),
-    Figure("speed_ratio", "speed along the right direction over the prompt's", "x", 1.0, 2),
-    Figure("background", "frames with the right background"),
-    Figure("grading", "frames whose background is graded or plain, as it should be"),
-    Figure("overlap", "overlap with the best fitting shape"),
-    Figure("color_error", "shape's colour against the prompt's", "of 255", 1.0, 1),
-    Figure("background_error", "background against the prompt's", "of 255", 1.0, 1),
-    Figure("motion", "pixel change per frame", "of 255", 1.0, 2),
-    Figure("moving", f"frames in which the shape moves faster than {STILL} pixels"),
-    Figure("color_drift", "shape's colour, last quarter against first", "of 255", 1.0, 1),
-    Figure("background_drift", "background, last quarter against first", "of 255", 1.0, 1),
-    Figure("presence_drift", "presence, last quarter minus first"),
-    Figure("motion_drift", "speed_ratio, last quarter minus first", "x", 1.0, 2),
-    Figure("seam", "step that departs from the usual, at block borders", "pixels", 1.0, 2),
-    Figure("inside", "the same between latent frames inside blocks", "pixels", 1.0, 2),
-)
-# A frozen video does not drift: what drifts is never shown without what moves.
-assert [f.name for f in FIGURES].index("moving") + 1 == [f.name for f in FIGURES].index("color_drift")
+Found = tuple[Path, "Key", dict]  # a video, what it was asked to be, and its record
 
 
 @dataclass(frozen=True)
@@ -67,8 +35,9 @@ class Measured:
 
     key: Key
     file: str
-    parts: dict[str, tuple[float, float]]  # figure: sum and count
+    parts: dict[str, Sum]  # by figure
     curves: dict[str, Curve]
+    fps: float = 16.0
 
 
 @dataclass
@@ -89,8 +58,13 @@ class Method:
         """A figure over all videos."""
         return estimate(self.parts(figure))
 
-    def curve(self, name: str, window: int = 4) -> np.ndarray:
-        """A figure over time: mean over videos of each `window` frames (one latent frame), NaN where nothing counts."""
+    @property
+    def fps(self) -> float:
+        """Pixel frames per second, of the first video for all."""
+        return self.videos[0].fps
+
+    def curve(self, name: str, window: int) -> np.ndarray:
+        """A curve over time: mean over videos of each `window` pixel frames, NaN where nothing counts."""
         length = max(len(video.curves[name].value) for video in self.videos) // window
         totals, counts = np.zeros((2, length))
         for video in self.videos:
@@ -103,60 +77,27 @@ class Method:
         return np.divide(totals, counts, out=np.full(length, np.nan), where=counts > 0)
 
 
-def sum_up(curves: dict[str, Curve]) -> dict[str, tuple[float, float]]:
-    """A video's contribution to every figure: sum and count over its frames, or one value of the whole video."""
-    parts = {name: curve.over(0, 1) for name, curve in curves.items()}
-    for name in ("color", "background"):
-        parts[f"{name}_drift"] = _look_change(curves, name)
-    early, late = (_mean(curves["presence"].over(*part)) for part in ((0, 0.25), (0.75, 1)))
-    parts["presence_drift"] = (late - early, 1.0)
-    speeds = [curves["speed_ratio"].over(*part) for part in ((0, 0.25), (0.75, 1))]
-    parts["motion_drift"] = (0.0, 0.0)
-    if all(count for _, count in speeds):
-        parts["motion_drift"] = _mean(speeds[1]) - _mean(speeds[0]), 1.0
-    return {figure.name: parts[figure.name] for figure in FIGURES}
-
-
-def _look_change(curves: dict[str, Curve], name: str) -> tuple[float, float]:
-    """Distance between the mean colours of the first and the last quarter, if both can be told."""
-    channels = [curves[key] for key in curves if key.startswith(f"{name}_of_")]
-    sums = [[channel.over(*part) for channel in channels] for part in ((0, 0.25), (0.75, 1))]
-    if not all(count for quarter in sums for _, count in quarter):
-        return 0.0, 0.0
-    early, late = (np.array([_mean(part) for part in quarter]) for quarter in sums)
-    return float(np.abs(late - early).mean()), 1.0
-
-
-def _mean(part: tuple[float, float]) -> float:
-    return part[0] / part[1] if part[1] else 0.0
-
-
 # ---- Folders ----
 
 
-def find_videos(folder: str) -> list[tuple[Path, Key, dict]]:
+def find_videos(folder: str, prompts: Sequence[Prompt] = ()) -> list[Found]:
     """The videos of a folder with their keys and records, sorted by key.
 
+    Args:
+        prompts: of the file that videos without a record were made from; their records are empty.
+
     Raises:
-        UserError: if there are none, one has no record, or two are of the same prompt, seed and sample.
+        UserError: if there are none, one has neither record nor prompt, or two are of the same prompt, seed and sample.
     """
     if not Path(folder).is_dir():
         raise UserError(f"no folder {folder}")
-    found: dict[Key, tuple[Path, Key, dict]] = {}
+    found: dict[Key, Found] = {}
     for video in sorted(
         path
         for path in Path(folder).glob("*.mp4")
         if not path.name.startswith(".") and not path.name.endswith(".unfinished.mp4")
     ):
-        path = video.with_suffix(".json")
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-            key = Key(record["prompt"], int(record["config"]["runtime"]["seed"]), int(record["sample"]))
-        except (OSError, ValueError, KeyError, TypeError):
-            raise UserError(
-                f"{video} has no record {path.name} that states its prompt, seed and sample; inference.py and "
-                "scripts/sample_teacher.py write one"
-            ) from None
+        key, record = _read_record(video) or (_key_by_name(video, prompts), {})
         if key in found:
             raise UserError(f"{found[key][0]} and {video} are of the same prompt, seed and sample; remove one")
         found[key] = video, key, record
@@ -165,46 +106,87 @@ def find_videos(folder: str) -> list[tuple[Path, Key, dict]]:
     return [found[key] for key in sorted(found, key=lambda k: (k.prompt, k.seed, k.sample))]
 
 
+def _read_record(video: Path) -> tuple[Key, dict] | None:
+    """What the JSON beside a video says; None if it says nothing."""
+    try:
+        record = json.loads(video.with_suffix(".json").read_text(encoding="utf-8"))
+        return Key(record["prompt"], int(record["config"]["runtime"]["seed"]), int(record["sample"])), record
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _key_by_name(video: Path, prompts: Sequence[Prompt]) -> Key:
+    """The line of a prompt file that a video is named by.
+
+    Its text or its number, from 0, then -SAMPLE, then perhaps _MODEL: as here, in Self-Forcing and in VBench.
+    """
+    if not prompts:
+        raise UserError(
+            f"{video} has no record {video.stem}.json that states its prompt, seed and sample, as inference.py and "
+            "scripts/sample_teacher.py write one; for other videos say --data_path PROMPTS"
+        )
+    named = re.fullmatch(r"(.+)-(\d+)(_[a-zA-Z]\w*)?", video.stem)
+    name, sample = (named[1], int(named[2])) if named else (video.stem, 0)
+    for prompt in prompts:
+        by_text, by_number = (file_stem(prompt, sample, number) for number in (False, True))
+        if f"{name}-{sample}" in (by_text, by_number) or name == prompt.name[:100].rstrip():
+            return Key(prompt.text, 0, sample)
+    raise UserError(f"{video} is named by none of the {len(prompts)} prompts; name it by its text or its line's number")
+
+
 def common_keys(one: Method, other: Method) -> list[Key]:
     """The keys that both methods have a video of."""
     keys = {video.key for video in other.videos}
     return [video.key for video in one.videos if video.key in keys]
 
 
+def compare(minuend: Method, subtrahend: Method, figures: Sequence[Figure]) -> dict[str, Estimate]:
+    """How much one method's figures exceed another's, over the videos that both have; nothing if there are none."""
+    keys = common_keys(minuend, subtrahend)
+    if not keys:
+        return {}
+    return {f.name: difference(minuend.parts(f.name, keys), subtrahend.parts(f.name, keys)) for f in figures}
+
+
 # ---- Tables ----
 
 
-def table(methods: Sequence[Method]) -> str:
-    """Markdown: a row per figure, a column per method, each a mean with its 95% interval."""
+def table(methods: Sequence[Method], figures: Sequence[Figure]) -> list[list[str]]:
+    """A row per figure, a column per method, each a mean with its 95% interval; the first row is the head."""
     rows = [["", *(f"{m.label} ({len(m.videos)} videos)" for m in methods)]]
-    for figure in FIGURES:
+    for figure in figures:
         cells = [show(method.estimate(figure.name), figure) for method in methods]
         rows.append([f"{figure.name} [{figure.unit}]", *cells])
-    return markdown(rows)
+    return rows
 
 
-def pair_table(methods: Sequence[Method]) -> str:
-    """Markdown: every later method minus the first, over the videos that both have; * marks what excludes zero."""
-    first, rest = methods[0], [(m, common_keys(m, methods[0])) for m in methods[1:]]
-    rows = [[f"minus {first.label}", *(f"{m.label} ({len(keys)} pairs)" for m, keys in rest)]]
-    for figure in FIGURES:
-        cells = []
-        for method, keys in rest:
-            if not keys:
-                cells.append("no pairs")
-                continue
-            result = difference(method.parts(figure.name, keys), first.parts(figure.name, keys))
-            cells.append(show(result, figure) + (" *" if result.excludes_zero else ""))
+def pair_table(methods: Sequence[Method], figures: Sequence[Figure]) -> list[list[str]]:
+    """Every later method minus the first, over the videos that both have; * marks what excludes zero."""
+    first, rest = methods[0], methods[1:]
+    pairs = [f"{m.label} ({len(common_keys(m, first))} pairs)" for m in rest]
+    results = [compare(m, first, figures) for m in rest]
+    rows = [[f"minus {first.label}", *pairs]]
+    for figure in figures:
+        cells = [show_difference(result[figure.name], figure) if result else "no pairs" for result in results]
         rows.append([f"{figure.name} [{figure.unit}]", *cells])
-    return markdown(rows)
+    return rows
 
 
 def show(result: Estimate, figure: Figure) -> str:
     """An estimate as text, in the figure's unit."""
     if np.isnan(result.mean):
         return "-"
-    mean, low, high = (f"{figure.scale * x:.{figure.digits}f}" for x in (result.mean, result.low, result.high))
+    # Adding zero turns -0.0 into 0.0.
+    mean, low, high = (
+        f"{round(figure.scale * x, figure.digits) + 0.0:.{figure.digits}f}"
+        for x in (result.mean, result.low, result.high)
+    )
     return f"{mean} [{low}, {high}]"
+
+
+def show_difference(result: Estimate, figure: Figure) -> str:
+    """`show`, with a star where zero is out of the interval."""
+    return show(result, figure) + (" *" if result.excludes_zero else "")
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:

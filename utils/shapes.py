@@ -135,6 +135,15 @@ def parse_caption(caption: str) -> Scene:
     return scene
 
 
+def is_caption(text: str) -> bool:
+    """Whether `parse_caption` understands a prompt."""
+    try:
+        parse_caption(text)
+    except ValueError:
+        return False
+    return True
+
+
 @dataclass(frozen=True)
 class Clip:
     """A scene and the pixel position of the shape's centre in frame 0."""

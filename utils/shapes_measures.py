@@ -12,7 +12,9 @@ from functools import cache
 import numpy as np
 
 from utils import shapes
+from utils.figures import Curve, Figure, change, distance
 from utils.shapes import SIZE, Scene
+from utils.video_measures import borders
 
 PRESENT = 0.8  # overlap with the best template from which on a shape counts as there; a blob of half the area has .67
 CONTRAST = 40.0  # least distance in RGB of what stands out from its background
@@ -111,19 +113,32 @@ def wrapped(step: np.ndarray) -> np.ndarray:
 
 # ---- Judging ----
 
-
-@dataclass(frozen=True)
-class Curve:
-    """One figure over time: a value per frame, and whether the frame counts."""
-
-    value: np.ndarray  # [T] float
-    counts: np.ndarray  # [T] bool
-
-    def over(self, start: float, end: float) -> tuple[float, float]:
-        """Sum of the values and number of the frames that count between two fractions of the video."""
-        part = slice(round(start * len(self.value)), round(end * len(self.value)))
-        counts = self.counts[part]
-        return float(self.value[part][counts].sum()), float(counts.sum())
+COLOR_CURVES = tuple(f"color_of_{channel}" for channel in range(3))
+BACKGROUND_CURVES = tuple(f"background_of_{half}{channel}" for half in range(2) for channel in range(3))
+FIGURES = (
+    Figure("presence", "frames in which a shape is there"),
+    Figure("shape", "of those, with the right shape"),
+    Figure("color", "of those, in the right colour"),
+    Figure("direction", "of those, moving in the right direction"),
+    Figure("speed", "of those, at the right one of the speeds"),
+    Figure("speed_ratio", "speed along the right direction over the prompt's", "x", 1.0, 2),
+    Figure("background", "frames with the right background"),
+    Figure("grading", "frames whose background is graded or plain, as it should be"),
+    Figure("overlap", "overlap with the best fitting shape"),
+    Figure("color_error", "shape's colour against the prompt's", "of 255", 1.0, 1),
+    Figure("background_error", "background against the prompt's", "of 255", 1.0, 1),
+    Figure("moving", f"frames in which the shape moves faster than {STILL} pixels"),
+    Figure("color_drift", "shape's colour, last quarter against first", "of 255", 1.0, 1, COLOR_CURVES, distance),
+    Figure("background_drift", "background, last quarter against first", "of 255", 1.0, 1, BACKGROUND_CURVES, distance),
+    Figure("presence_drift", "presence, last quarter minus first", of=("presence",), take=change),
+    Figure("motion_drift", "speed_ratio, last quarter minus first", "x", 1.0, 2, ("speed_ratio",), change),
+    Figure("seam", "step that departs from the usual, at block borders", "pixels", 1.0, 2),
+    Figure("inside", "the same between latent frames inside blocks", "pixels", 1.0, 2),
+)
+CURVES = (
+    *("presence", "shape", "color", "background", "grading", "direction", "speed_ratio", "moving"),
+    *("overlap", "color_error", "background_error"),
+)
 
 
 def judge(frames: np.ndarray, scene: Scene, block_frames: int = 3) -> dict[str, Curve]:
@@ -177,10 +192,6 @@ def judge(frames: np.ndarray, scene: Scene, block_frames: int = 3) -> dict[str, 
     curves["speed_ratio"] = Curve(along / true_speed, known & right_way)
     curves["moving"] = Curve((speed >= STILL).astype(float), known)
 
-    change = np.zeros(num_frames)
-    change[1:] = np.abs(np.diff(frames.astype(np.float32), axis=0)).mean((1, 2, 3))
-    curves["motion"] = Curve(change, np.arange(num_frames) > 0)
-
     jump, seen = np.zeros(num_frames), np.zeros(num_frames, dtype=bool)
     if num_frames > 2:
         step = wrapped(np.diff(found.position, axis=0))
@@ -188,12 +199,9 @@ def judge(frames: np.ndarray, scene: Scene, block_frames: int = 3) -> dict[str, 
         usual = np.median(step[both], axis=0) if both.any() else np.zeros(2)
         jump[1:] = np.hypot(*(step - usual).T)
         seen[1:] = both
-    # Pixel frame 0 is a latent frame of its own; after it, every fourth frame begins the next one.
-    frame = np.arange(num_frames)
-    latent_border = (frame % 4 == 1) & seen
-    block_border = latent_border & (((frame - 1) // 4 + 1) % block_frames == 0)
-    curves["seam"] = Curve(jump, block_border)
-    curves["inside"] = Curve(jump, latent_border & ~block_border)
+    latent_border, block_border = borders(num_frames, block_frames)
+    curves["seam"] = Curve(jump, block_border & seen)
+    curves["inside"] = Curve(jump, latent_border & ~block_border & seen)
 
     # The looks themselves, whatever the prompt said: channel by channel, and the background's halves apart.
     halves = found.background.reshape(num_frames, 2, SIZE // 2, 3).mean(2)

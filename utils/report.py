@@ -1,0 +1,163 @@
+"""One HTML page that holds everything: tables, curves, frames and videos, readable anywhere and by anyone."""
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+import numpy as np
+from PIL import Image
+
+from utils.files import atomic_path
+
+_SMALLEST, _LARGEST = 96, 240  # pixels of a shown frame's longer side
+_GAP = 4  # pixels
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row of the page: a prompt, and what every method made of it."""
+
+    prompt: str
+    strips: Sequence[np.ndarray]  # per method, frames side by side: uint8 [H, W, 3]
+    video: bytes  # an mp4 of all methods side by side
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of cells, the first of which is the head, under a title."""
+
+    title: str
+    rows: Sequence[Sequence[str]]
+
+
+def strip(frames: np.ndarray) -> np.ndarray:
+    """Frames [T, H, W, 3] next to each other [H', W', 3]: tiny ones enlarged without smoothing, large ones reduced."""
+    height, width = frames.shape[1:3]
+    longer = max(height, width)
+    scale = -(-_SMALLEST // longer) if longer < _SMALLEST else min(1.0, _LARGEST / longer)
+    size = round(width * scale), round(height * scale)
+    how = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
+    shown = [np.asarray(Image.fromarray(frame).resize(size, how)) for frame in frames]
+    gap = np.full((size[1], _GAP, 3), 255, np.uint8)
+    return np.concatenate([part for frame in shown for part in (frame, gap)][:-1], axis=1)
+
+
+def write_report(
+    path: Path,
+    title: str,
+    labels: Sequence[str],
+    commands: Sequence[tuple[str, str]],
+    tables: Sequence[Table],
+    meanings: Sequence[tuple[str, str]],
+    curves: Path,
+    examples: Sequence[Example],
+) -> None:
+    """Write the page; it needs no other file, and appears complete or not at all.
+
+    Args:
+        labels: of the methods, in the order of every example's strips.
+        commands: what was made, and by which command.
+        meanings: figures, and what they are.
+        curves: a PNG.
+    """
+    page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(_PAGE)
+    text = page.render(
+        title=title,
+        labels=labels,
+        commands=commands,
+        tables=tables,
+        meanings=meanings,
+        curves=_data("image/png", curves.read_bytes()),
+        examples=[
+            {
+                "prompt": example.prompt,
+                "strips": [_data("image/webp", _webp(image)) for image in example.strips],
+                "video": _data("video/mp4", example.video),
+            }
+            for example in examples
+        ],
+    )
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def _webp(image: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="WEBP", quality=90)
+    return buffer.getvalue()
+
+
+def _data(kind: str, content: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{ title }}</title>
+<style>
+  body { font: 15px/1.5 system-ui, sans-serif; color: #1b1f24; max-width: 1400px; margin: 2rem auto; padding: 0 1.5rem }
+  h1 { font-size: 1.6rem } h2 { font-size: 1.2rem; margin-top: 2.5rem; border-bottom: 1px solid #d5dae0 }
+  nav a { margin-right: 1.2rem }
+  .wide { overflow-x: auto }
+  table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 13px }
+  th, td { padding: .25rem .7rem; border-bottom: 1px solid #e6e9ed; text-align: right; white-space: nowrap }
+  th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff }
+  th { background: #f3f5f7 } td.star { background: #fff3d6 }
+  pre { background: #f3f5f7; padding: .6rem .9rem; overflow-x: auto; white-space: pre-wrap; font-size: 12.5px }
+  img, video { max-width: 100%; display: block }
+  .strips { display: grid; grid-template-columns: repeat(auto-fit, minmax(420px, 1fr)); gap: .8rem }
+  figure { margin: 0 } figcaption { font-size: 12.5px; color: #59636e }
+  .example { margin: 1.5rem 0 2.5rem } .example h3 { font-size: 1rem; font-weight: 600 }
+  .example video { margin-top: .8rem; max-height: 420px }
+  dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; font-size: 13px }
+  dt { font-family: ui-monospace, monospace } dd { margin: 0 }
+</style>
+</head>
+<body>
+<h1>{{ title }}</h1>
+<nav><a href="#figures">Figures</a><a href="#time">Over time</a><a href="#videos">Videos</a>
+<a href="#commands">Commands</a></nav>
+<h2 id="figures">Figures</h2>
+{% for table in tables %}
+<p>{{ table.title }}</p>
+<div class="wide"><table>
+<tr>{% for cell in table.rows[0] %}<th>{{ cell }}</th>{% endfor %}</tr>
+{% for row in table.rows[1:] %}
+<tr>{% for cell in row %}<td{% if cell.endswith("*") %} class="star"{% endif %}>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}
+</table></div>
+{% endfor %}
+<details><summary>What they mean</summary>
+<dl>{% for name, meaning in meanings %}<dt>{{ name }}</dt><dd>{{ meaning }}</dd>{% endfor %}</dl>
+</details>
+<h2 id="time">Over time</h2>
+<img src="{{ curves }}" alt="Every figure over time, a line per method">
+<h2 id="videos">Videos</h2>
+{% for example in examples %}
+<div class="example">
+<h3>{{ example.prompt }}</h3>
+<div class="strips">
+{% for image in example.strips %}
+{% set label = labels[loop.index0] %}
+<figure><img src="{{ image }}" alt="{{ label }}"><figcaption>{{ label }}</figcaption></figure>
+{% endfor %}
+</div>
+<video controls loop muted playsinline preload="metadata" src="{{ example.video }}"></video>
+</div>
+{% else %}
+<p>The methods have no video in common.</p>
+{% endfor %}
+<h2 id="commands">Commands</h2>
+{% for what, command in commands %}
+<p>{{ what }}</p>
+<pre>{{ command }}</pre>
+{% endfor %}
+</body>
+</html>
+"""
