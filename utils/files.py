@@ -18,6 +18,15 @@ def partial_path(path: Path) -> Path:
     return path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
 
 
+def _share(path: Path) -> None:
+    """Let others read what any new file would let them: safetensors makes its files readable by their owner alone."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for file in path.rglob("*") if path.is_dir() else (path,):
+        if file.is_file() and not file.is_symlink():
+            file.chmod(file.stat().st_mode | (0o666 & ~umask))
+
+
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside `path`, for a file or a folder; rename it to `path` if the body succeeds, remove it
@@ -26,6 +35,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = partial_path(path)
     try:
         yield temporary
+        _share(temporary)
         os.replace(temporary, path)
     finally:
         if temporary.is_dir():

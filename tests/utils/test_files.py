@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from utils.errors import UserError, command
 from utils.files import atomic_path, only_user, writable_folder
@@ -67,6 +69,18 @@ def test_nesting_on_the_temporary_name_works(tmp_path):
 
 
 # ---- writable_folder ----
+
+
+def test_others_may_read_what_any_new_file_lets_them(tmp_path):
+    (tmp_path / "usual").touch()
+    usual = (tmp_path / "usual").stat().st_mode
+    with atomic_path(tmp_path / "file") as path:
+        save_file({"x": torch.zeros(1)}, path)  # makes it private
+        assert path.stat().st_mode != usual
+    with atomic_path(tmp_path / "folder") as path:
+        (path / "inner").mkdir(parents=True)
+        save_file({"x": torch.zeros(1)}, path / "inner" / "file")
+    assert (tmp_path / "file").stat().st_mode == (tmp_path / "folder/inner/file").stat().st_mode == usual
 
 
 def test_folders_are_made_and_left_empty(tmp_path):
