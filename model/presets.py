@@ -1,5 +1,6 @@
 """Sizes of the networks that are known by name: Wan2.1's published ones and the miniature's."""
 
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -12,6 +13,7 @@ TRANSFORMERS: dict[str, dict[str, Any]] = {
 }
 
 VAES: dict[str, dict[str, Any]] = {
+    "wan": {},  # diffusers' defaults
     # 8x in space (a 2x2 patch and two stages), 4x in time, 16 channels, as Wan2.1's.
     "shapes": dict(
         base_dim=12,
@@ -30,6 +32,7 @@ VAES: dict[str, dict[str, Any]] = {
 }
 
 TEXT_ENCODERS: dict[str, dict[str, Any]] = {
+    "wan": dict(vocab_size=256384, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64),
     # 384 is ByT5's vocabulary: bytes, special tokens and spare ids.
     "shapes": dict(vocab_size=384, d_model=64, d_kv=16, d_ff=160, num_layers=3, num_heads=4, dropout_rate=0.0),
 }
@@ -37,16 +40,19 @@ TEXT_ENCODERS: dict[str, dict[str, Any]] = {
 Net = TypeVar("Net", bound=nn.Module)
 
 
-def random_transformer(
-    net_class: type[Net], sizes: dict[str, Any], dtype: torch.dtype, device: torch.device | str = "cpu"
+def random_network(
+    net_class: Callable[..., Net], sizes: dict[str, Any], dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> Net:
     """A network of these sizes whose weights are small noise, made in `dtype` from the start: for measuring speed."""
     with torch.device("meta"):
         net = net_class(**sizes)
     fp32 = getattr(net, "_keep_in_fp32_modules", None) or []
-    for name, parameter in list(net.named_parameters()):
-        kept = any(part in fp32 for part in name.split("."))
-        value = torch.empty(parameter.shape, dtype=torch.float32 if kept else dtype, device=device).normal_(std=0.02)
+    made: dict[nn.Parameter, nn.Parameter] = {}  # what is shared stays so
+    for name, parameter in list(net.named_parameters(remove_duplicate=False)):
+        if parameter not in made:
+            kept = any(part in fp32 for part in name.split("."))
+            value = torch.empty(parameter.shape, dtype=torch.float32 if kept else dtype, device=device)
+            made[parameter] = nn.Parameter(value.normal_(std=0.02), requires_grad=False)
         module, _, leaf = name.rpartition(".")
-        setattr(net.get_submodule(module), leaf, nn.Parameter(value, requires_grad=False))
+        setattr(net.get_submodule(module), leaf, made[parameter])
     return net.eval()

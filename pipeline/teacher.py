@@ -35,7 +35,7 @@ class Teacher:
         """
         model, dtype = config.model, DTYPES[config.model.dtype]
         directory = ModelDirectory.open(model.base)
-        check_size(config, directory)
+        check_size(config, directory.transformer_config())
         net = directory.load_transformer(CausalWanModel, dtype, weights=config.teacher.path or None).to(device)
         choose_attention_backend(net, model.attention_backend)
         if model.compile:

@@ -1,10 +1,13 @@
 """From a prompt to finished blocks of latents: loads the networks and sets up a rollout. No loop over steps in here."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention import AttentionMixin
+from diffusers.models.attention_dispatch import AttentionBackendName
 from torch import Tensor
 
 from model.causal_wan import CausalWanModel, TextContext
@@ -53,7 +56,7 @@ class TextToVideo:
         Raises:
             UserError: naming what would work.
         """
-        check_size(config, ModelDirectory.open(config.model.base))
+        check_size(config, ModelDirectory.open(config.model.base).transformer_config())
         if given_frames is not None:
             build_schedule(config.rollout, config.video.num_output_frames, given_frames)
 
@@ -88,14 +91,23 @@ class TextToVideo:
             given: clean latents [1 or B, F, C, h, w] that the videos start with; they are not yielded.
             observe: called after every op.
         """
-        assert len(prompts) == len(samples)
-        given_frames = 0 if given is None else given.shape[1]
-        schedule = self.schedule(given_frames)
-        with torch.no_grad():
-            text = self.net.encode_text(self.embeddings.of(prompts).to(self.net.device))
-        rollout = build_rollout(self.config, self.net, text, samples, given, observe=observe)
+        schedule = self.schedule(0 if given is None else given.shape[1])
+        rollout = self.rollout(prompts, samples, given, observe)
         for _, latents in rollout.run(list(self.ops(schedule)), schedule.lanes):
             yield latents
+
+    def rollout(
+        self,
+        prompts: Sequence[str],
+        samples: Sequence[int],
+        given: Tensor | None = None,
+        observe: Callable[[Op], None] | None = None,
+    ) -> Rollout:
+        """What `generate`, with the same arguments, runs the ops by."""
+        assert len(prompts) == len(samples)
+        with torch.no_grad():
+            text = self.net.encode_text(self.embeddings.of(prompts).to(self.net.device))
+        return build_rollout(self.config, self.net, text, samples, given, observe=observe)
 
 
 class PromptEmbeddings:
@@ -138,9 +150,14 @@ def load_network(config: Config, device: torch.device) -> CausalWanModel:
     net = directory.load_transformer(CausalWanModel, dtype, weights=weights, use_ema=model.use_ema)
     if model.lora:
         fuse_lora(net, model.lora, model.lora_scale)
+    return prepare_network(net, config, device)
+
+
+def prepare_network(net: CausalWanModel, config: Config, device: torch.device) -> CausalWanModel:
+    """Put a generator on its device and let it run as `config.model` says."""
     net.to(device).eval().requires_grad_(False)
-    choose_attention_backend(net, model.attention_backend)
-    if model.compile:
+    choose_attention_backend(net, config.model.attention_backend)
+    if config.model.compile:
         net.compile_layers()
     return net
 
@@ -200,13 +217,15 @@ def build_rollout(
     )
 
 
-def choose_attention_backend(net: CausalWanModel, name: str) -> None:
+def choose_attention_backend(net: AttentionMixin, name: str) -> None:
     """Have every layer attend by one of diffusers' backends.
 
     Raises:
         UserError: for a name it does not know, or a package that is not installed.
     """
-    if name == "native":
+    if name == "native":  # said outright: the last one that was chosen is diffusers' default for all networks
+        for processor in net.attn_processors.values():
+            processor._attention_backend = AttentionBackendName.NATIVE
         return
     try:
         net.set_attention_backend(name)
@@ -257,13 +276,16 @@ def build_schedule(rollout: RolloutConfig, num_frames: int, given_frames: int = 
         raise UserError(f"rollout: {error}") from None
 
 
-def check_size(config: Config, directory: ModelDirectory) -> None:
+def check_size(config: Config, transformer: Mapping[str, Any]) -> None:
     """Refuse a video size that the VAE's stride and the patches do not divide, before weights are loaded.
+
+    Args:
+        transformer: the generator's configuration.
 
     Raises:
         UserError: naming the nearest sizes that work.
     """
-    patch = directory.transformer_config().get("patch_size", (1, 2, 2))
+    patch = transformer.get("patch_size", (1, 2, 2))
     stride = math.lcm(*(VAE_STRIDE * p for p in patch[1:]))
     for key in ("height", "width"):
         size = getattr(config.video, key)

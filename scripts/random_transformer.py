@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from model.causal_wan import CausalWanModel
-from model.presets import random_transformer
+from model.presets import random_network
 from model.weights import ModelDirectory, save_transformer
 from utils.device import DTYPES
 from utils.errors import UserError, command
@@ -38,7 +38,7 @@ def main() -> None:
         "num_layers": args.layers,
     }
     torch.manual_seed(0)
-    net = random_transformer(CausalWanModel, sizes, DTYPES[args.dtype])
+    net = random_network(CausalWanModel, sizes, DTYPES[args.dtype])
     save_transformer(args.output, net.state_dict(), {k: v for k, v in net.config.items() if not k.startswith("_")})
     print(f"wrote {args.output}: {sum(p.numel() for p in net.parameters()):,} weights")
 
