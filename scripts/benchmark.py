@@ -13,6 +13,7 @@ import dataclasses
 import itertools
 import json
 import platform
+import re
 import shlex
 import sys
 from collections.abc import Iterator, Mapping
@@ -109,7 +110,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("outputs/benchmark.json"), help="JSON; also after each row")
     parser.add_argument("--against", type=Path, help="an earlier JSON: also print ratios to it")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the configuration")
-    args = parser.parse_intermixed_args()
+    # Taken out first: an option with several values would take them for its own.
+    changes = [word for word in sys.argv[1:] if re.match(r"\w+\.\w+=", word)]
+    args = parser.parse_intermixed_args([word for word in sys.argv[1:] if word not in changes])
+    args.overrides += changes
     if args.repeats < 1 or args.warmup < 0:
         raise UserError("--repeats must be at least 1, and --warmup not negative")
     return args
