@@ -1,6 +1,7 @@
 """How benchmarks measure: time, memory, waits for the device, and what the machine could do at best."""
 
 import contextlib
+import gc
 import resource
 import statistics
 import sys
@@ -84,6 +85,7 @@ def counted_flops(work: Callable[[], object]) -> int:
 
 def reset_peak_memory(device: torch.device) -> None:
     """Have `peak_memory` count from now on, where that can be done."""
+    gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
