@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention import AttentionMixin
-from diffusers.models.attention_dispatch import AttentionBackendName
+from diffusers.models.attention_dispatch import attention_backend
 from torch import Tensor
 
 from model.causal_wan import CausalWanModel, TextContext
@@ -223,12 +223,11 @@ def choose_attention_backend(net: AttentionMixin, name: str) -> None:
     Raises:
         UserError: for a name it does not know, or a package that is not installed.
     """
-    if name == "native":  # said outright: the last one that was chosen is diffusers' default for all networks
-        for processor in net.attn_processors.values():
-            processor._attention_backend = AttentionBackendName.NATIVE
+    if name == "native":
         return
     try:
-        net.set_attention_backend(name)
+        with attention_backend():  # afterwards its default for all other networks is what it was
+            net.set_attention_backend(name)
     except (ValueError, RuntimeError, ImportError) as error:
         raise UserError(f"model.attention_backend={name}: {str(error).splitlines()[0]}") from None
 

@@ -11,6 +11,7 @@ import time
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
+from diffusers.models import attention_dispatch as dispatch
 from tiny_model import TEXT_ENCODER, TRANSFORMER, VAE, write_config, write_model
 
 import inference
@@ -26,6 +27,7 @@ from pipeline.benchmark import (
     rollout_flops,
 )
 from pipeline.measure import Effort, Spread, counted_flops
+from pipeline.text_to_video import choose_attention_backend
 from scripts import benchmark
 from utils.config import load_config
 
@@ -201,6 +203,15 @@ def test_ratios_to_an_earlier_run(bench, tmp_path):
     assert line.split("|")[-2].strip() == "1.000" and "prompt, ms" in out.split("Against")[1]
     out, _ = bench("--what", "text_encoder", "--against", str(tmp_path / "other.json"))
     assert "no row of" in out
+
+
+def test_a_backend_is_chosen_for_one_network(make_net):
+    before = dispatch._AttentionBackendRegistry.get_active_backend()[0]
+    one, other = make_net(), make_net()
+    choose_attention_backend(one, "_native_math")
+    assert one.layers[0].attn1.processor._attention_backend == "_native_math"
+    assert other.layers[0].attn1.processor._attention_backend is None
+    assert dispatch._AttentionBackendRegistry.get_active_backend()[0] == before
 
 
 @pytest.mark.parametrize(
