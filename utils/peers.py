@@ -99,8 +99,15 @@ class Peers:
         # Rank 0 may hold the store, and goes last.
         if self.rank > 0:
             self.store.set(f"left/{self.rank}", "1")
-        while self.rank == 0 and not self.store.check([f"left/{other}" for other in self._others]):
+            return
+        deadline = time.monotonic() + BEATS_WITHIN
+        while any(self._needs_store(other) for other in self._others) and time.monotonic() < deadline:
             time.sleep(0.05)
+
+    def _needs_store(self, other: int) -> bool:
+        """Whether a rank that has done its part is still about to say that it leaves; it may have died since."""
+        gone = other in self._pids and not _is_running(self._pids[other])
+        return not gone and not self.store.check([f"left/{other}"])
 
     def fail(self, reason: str) -> None:
         """End this process, and thereby the run. The message comes from whoever finds the failure first."""

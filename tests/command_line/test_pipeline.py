@@ -22,13 +22,28 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["pipeline.parallel", "scripts.pipeline_parallel_inference", "inference"])
 
 
-def rank_main(module: str, words: list[str], environment: dict[str, str], log: str, comes_within: float) -> None:
-    """One rank: a script's main() with its words, output and errors into a file."""
+def rank_main(
+    module: str, words: list[str], environment: dict[str, str], log: str, comes_within: float = 45.0, linger: float = 0
+) -> None:
+    """One rank: a script's main() with its words, output and errors into a file.
+
+    `linger` is how many seconds the writer takes between a video's last frame and its end; it makes LOG.end then.
+    """
     import importlib
 
+    from pipeline.generate import VideoOutput
     from utils import peers
 
     peers.COMES_WITHIN = comes_within
+    finish = VideoOutput._write_sheet_and_record
+
+    def late(self, wanted, sheet):
+        if linger:
+            Path(f"{log}.end").touch()
+            time.sleep(linger)
+        finish(self, wanted, sheet)
+
+    VideoOutput._write_sheet_and_record = late
     os.environ.update(environment)
     torch.set_num_threads(1)
     with open(log, "w", buffering=1) as file:
@@ -41,7 +56,7 @@ def rank_main(module: str, words: list[str], environment: dict[str, str], log: s
 class Ranks:
     """N processes that run the pipeline script."""
 
-    def __init__(self, folder: Path, count: int, words: list, comes_within: float = 45.0, absent: tuple = ()):
+    def __init__(self, folder: Path, count: int, words: list, absent: tuple = (), **options: float):
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
@@ -53,7 +68,7 @@ class Ranks:
                 "MASTER_ADDR": "localhost", "MASTER_PORT": str(port),
             }  # fmt: skip
             arguments = ("scripts.pipeline_parallel_inference", list(map(str, words)), environment, str(log))
-            process = CONTEXT.Process(target=rank_main, args=(*arguments, comes_within), daemon=True)
+            process = CONTEXT.Process(target=rank_main, args=arguments, kwargs=options, daemon=True)
             if rank not in absent:
                 process.start()
             self.processes.append(process)
@@ -97,7 +112,7 @@ def expected(world, tmp_path_factory):
             folder = tmp_path_factory.mktemp("expected")
             common = ["--config_path", world / "tiny.yaml", "--data_path", world / "prompts.txt", "--save_latents"]
             words_ = list(map(str, [*common, "--output_folder", folder, *words]))
-            process = CONTEXT.Process(target=rank_main, args=("inference", words_, {}, str(folder / "log"), 45.0))
+            process = CONTEXT.Process(target=rank_main, args=("inference", words_, {}, str(folder / "log")))
             process.start()
             process.join()
             assert process.exitcode == 0, (folder / "log").read_text()
@@ -263,13 +278,39 @@ def test_a_rank_that_never_comes_is_named(world, tmp_path, rank):
 
 
 @pytest.mark.slow
-def test_a_rank_that_dies_at_the_start_is_named(world, tmp_path):
-    ranks = start(world, tmp_path / "out", 3, *LONG, comes_within=8.0)
-    while not ranks.logs[1].exists():
+@pytest.mark.parametrize("rank", range(4))
+def test_a_rank_that_dies_at_the_start_ends_all(world, tmp_path, rank):
+    ranks = start(world, tmp_path / "out", 4, *LONG, comes_within=8.0)
+    while not ranks.logs[rank].exists():
         time.sleep(0.01)
-    kill(ranks, 1)
-    ranks.wait(60)
-    assert "rank 1 (" in ranks.output
+    kill(ranks, rank)
+    codes = ranks.wait(60)
+    assert codes.count(0) == 0
+    # Without rank 0, who holds the store here, the others have nobody to ask.
+    assert f"rank {rank} (" in ranks.output or (rank == 0 and "no answer from" in ranks.output)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", range(4))
+def test_a_rank_that_dies_at_the_end_leaves_no_half_video(world, tmp_path, rank):
+    folder = tmp_path / "out"
+    (tmp_path / "prompt.txt").write_text("a red circle\n")
+    only = ("--data_path", tmp_path / "prompt.txt")
+    ranks = start(world, folder, 4, *only, linger=6.0)
+    end = Path(f"{ranks.logs[3]}.end")
+    deadline = time.monotonic() + 90
+    while not end.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(1)  # the others have nothing left to do and say so
+    kill(ranks, rank)
+    codes = ranks.wait(60)
+    videos = list(folder.glob("[!.]*.mp4"))
+    if rank in (1, 2):  # its part is done, and the video becomes whole without it
+        assert codes.count(0) == 3 and len(videos) == 1, ranks.output
+    else:
+        assert codes.count(0) == 0 and "rank " in ranks.output and not [v for v in videos if "unfinished" not in v.name]
+    assert start(world, folder, 2, *only).wait() == [0, 0]
+    assert len(list(folder.glob("[!.]*.mp4"))) == 1 and not list(folder.glob(".*"))
 
 
 def test_ctrl_c_ends_everybody(world, tmp_path):
