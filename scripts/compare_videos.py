@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tqdm import tqdm
 
 from utils.errors import UserError, command
-from utils.evaluation import Key, find_videos
+from utils.evaluation import Key, find_videos, require_distinct
 from utils.files import atomic_path, writable_folder
 from utils.plots import split_label
 from utils.side_by_side import write_side_by_side
@@ -105,8 +105,7 @@ def prompt_of(video: Path) -> str:
 
 def of_folders(methods: Sequence[tuple[str, str]], output: str) -> list[Comparison]:
     """A comparison for every prompt, seed and sample that all folders have, in their order."""
-    if len({label for label, _ in methods}) < len(methods):
-        raise UserError("two folders have the same name; call them apart: name=folder")
+    require_distinct(methods)
     found = {label: {key: (path, record) for path, key, record in find_videos(path)} for label, path in methods}
     first, *others = found.values()
     common = [key for key in first if all(key in other for other in others)]

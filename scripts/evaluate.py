@@ -46,6 +46,7 @@ from utils.evaluation import (
     find_videos,
     markdown,
     pair_table,
+    require_distinct,
     table,
 )
 from utils.figures import Figure, take_figures
@@ -79,8 +80,7 @@ def main() -> None:
     if args.max_frames is not None and args.max_frames < 2:
         raise UserError("--max_frames must be at least 2: one frame does not move")
     labelled = [split_label(word) for word in args.folders]
-    if len({label for label, _ in labelled}) < len(labelled):
-        raise UserError("two folders have the same name; call them apart: name=folder")
+    require_distinct(labelled)
     prompts = read_prompts(args.data_path) if args.data_path else ()
     found = [(label, folder, find_videos(folder, prompts)) for label, folder in labelled]
     in_shapes_world = is_shapes_world(args.world, [key for *_, videos in found for _, key, _ in videos])

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tqdm import tqdm
 
 from utils.errors import UserError, command
-from utils.evaluation import markdown
+from utils.evaluation import markdown, require_distinct
 from utils.files import atomic_path, only_user, writable_folder
 from utils.plots import split_label
 from utils.vbench import CUSTOM, DIMENSIONS, USUAL, Installation, Method, Protocol, find_method
@@ -62,8 +62,7 @@ def main() -> None:
     labelled = [split_label(word) for word in args.folders]
     if not labelled:
         raise UserError("give at least one folder of videos: [name=]folder")
-    if len({label for label, _ in labelled}) < len(labelled):
-        raise UserError("two folders have the same name; call them apart: name=folder")
+    require_distinct(labelled)
     for label, _ in labelled:
         if Path(label).name != label:
             raise UserError(f"the name {label!r} cannot be a folder's; choose another: name=folder")

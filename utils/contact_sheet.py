@@ -142,7 +142,7 @@ def _evenly_spaced(count: int, columns: int) -> list[int]:
 
 
 def _draw_strip(strip: Strip) -> Image.Image:
-    thumbnails = [_thumbnail(frame) for frame in to_uint8(strip.frames)]
+    thumbnails = [thumbnail(frame) for frame in to_uint8(strip.frames)]
     width, height = thumbnails[0].size
     caption_font, time_font = ImageFont.load_default(_CAPTION_SIZE), ImageFont.load_default(_TIME_SIZE)
     image_width = len(thumbnails) * (width + _GAP) - _GAP
@@ -152,20 +152,22 @@ def _draw_strip(strip: Strip) -> Image.Image:
     draw = ImageDraw.Draw(image)
     for number, line in enumerate(lines):
         draw.text((0, number * (_CAPTION_SIZE + _GAP)), line, fill="black", font=caption_font)
-    for column, (thumbnail, second) in enumerate(zip(thumbnails, strip.seconds, strict=True)):
+    for column, (small, second) in enumerate(zip(thumbnails, strip.seconds, strict=True)):
         left = column * (width + _GAP)
-        image.paste(thumbnail, (left, caption_height))
+        image.paste(small, (left, caption_height))
         draw.text((left, caption_height + height + _GAP), time_text(second), fill="dimgray", font=time_font)
     return image
 
 
-def _thumbnail(frame: np.ndarray) -> Image.Image:
+def thumbnail(frame: np.ndarray, smallest: int = _THUMBNAIL_MIN, largest: int = _THUMBNAIL_MAX) -> Image.Image:
+    """A frame [H, W, 3] at a size to look at: one whose longer side is below `smallest` pixels is enlarged by a whole
+    number, without smoothing, one above `largest` is reduced."""
     image = Image.fromarray(frame)
     longer = max(image.size)
-    if longer < _THUMBNAIL_MIN:
-        factor = -(-_THUMBNAIL_MIN // longer)
+    if longer < smallest:
+        factor = -(-smallest // longer)
         return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
-    image.thumbnail((_THUMBNAIL_MAX, _THUMBNAIL_MAX), Image.Resampling.LANCZOS)  # only ever reduces
+    image.thumbnail((largest, largest), Image.Resampling.LANCZOS)  # only ever reduces
     return image
 
 

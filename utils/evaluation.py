@@ -80,6 +80,12 @@ class Method:
 # ---- Folders ----
 
 
+def require_distinct(labelled: Sequence[tuple[str, str]]) -> None:
+    """Raise `UserError` if two of (label, folder) have the same label."""
+    if len({label for label, _ in labelled}) < len(labelled):
+        raise UserError("two folders have the same name; call them apart: name=folder")
+
+
 def find_videos(folder: str, prompts: Sequence[Prompt] = ()) -> list[Found]:
     """The videos of a folder with their keys and records, sorted by key.
 

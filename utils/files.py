@@ -9,6 +9,9 @@ from pathlib import Path
 
 from utils.errors import UserError
 
+_UMASK = os.umask(0)  # read once, while there is one thread: reading it means setting it for all of them
+os.umask(_UMASK)
+
 
 def partial_path(path: Path) -> Path:
     """The name beside `path` under which this process writes it.
@@ -20,11 +23,9 @@ def partial_path(path: Path) -> Path:
 
 def _share(path: Path) -> None:
     """Let others read what any new file would let them: safetensors makes its files readable by their owner alone."""
-    umask = os.umask(0)
-    os.umask(umask)
     for file in path.rglob("*") if path.is_dir() else (path,):
         if file.is_file() and not file.is_symlink():
-            file.chmod(file.stat().st_mode | (0o666 & ~umask))
+            file.chmod(file.stat().st_mode | (0o666 & ~_UMASK))
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ import jinja2
 import numpy as np
 from PIL import Image
 
+from utils.contact_sheet import thumbnail
 from utils.files import atomic_path
 
 _SMALLEST, _LARGEST = 96, 240  # pixels of a shown frame's longer side
@@ -35,13 +36,8 @@ class Table:
 
 def strip(frames: np.ndarray) -> np.ndarray:
     """Frames [T, H, W, 3] next to each other [H', W', 3]: tiny ones enlarged without smoothing, large ones reduced."""
-    height, width = frames.shape[1:3]
-    longer = max(height, width)
-    scale = -(-_SMALLEST // longer) if longer < _SMALLEST else min(1.0, _LARGEST / longer)
-    size = round(width * scale), round(height * scale)
-    how = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
-    shown = [np.asarray(Image.fromarray(frame).resize(size, how)) for frame in frames]
-    gap = np.full((size[1], _GAP, 3), 255, np.uint8)
+    shown = [np.asarray(thumbnail(frame, _SMALLEST, _LARGEST)) for frame in frames]
+    gap = np.full((shown[0].shape[0], _GAP, 3), 255, np.uint8)
     return np.concatenate([part for frame in shown for part in (frame, gap)][:-1], axis=1)
 
 

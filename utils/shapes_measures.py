@@ -135,6 +135,8 @@ FIGURES = (
     Figure("seam", "step that departs from the usual, at block borders", "pixels", 1.0, 2),
     Figure("inside", "the same between latent frames inside blocks", "pixels", 1.0, 2),
 )
+# A frozen video does not drift: what drifts is never shown without what moves.
+assert [f.name for f in FIGURES].index("moving") + 1 == [f.name for f in FIGURES].index("color_drift")
 CURVES = (
     *("presence", "shape", "color", "background", "grading", "direction", "speed_ratio", "moving"),
     *("overlap", "color_error", "background_error"),
