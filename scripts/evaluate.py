@@ -12,7 +12,10 @@ renderings through the VAE, both through the video encoder as well.
 
 Writes to --output: report.html, one page that holds everything; evaluation.json; videos.csv, a line per video and
 figure; curves.png. Prints two tables: every folder by itself, and what it differs by from the first one on the same
-prompts and seeds, with 95% intervals. docs/evaluation.md says what the figures mean.
+prompts and seeds, with 95% intervals; `--figures` chooses their rows. docs/evaluation.md says what the figures mean.
+
+What is seen in a video is kept in --cache (OUTPUT/observed): a rerun, other folders beside it or another --max_frames
+do not look again.
 """
 
 import argparse
@@ -24,9 +27,9 @@ import os
 import shlex
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -51,14 +54,16 @@ from utils.evaluation import (
 )
 from utils.figures import Figure, take_figures
 from utils.files import atomic_path, writable_folder
+from utils.observed import observe
 from utils.plots import save_lines, split_label
 from utils.prompts import read_prompts
 from utils.report import Example, Table, strip, write_report
 from utils.side_by_side import write_side_by_side
-from utils.video import VideoReader, VideoWriter, read_video
+from utils.video import VideoReader, VideoWriter
 
 MAX_POINTS = 100  # of a curve
 STRIP_FRAMES = 6
+OverTime = Mapping[str, tuple[np.ndarray, np.ndarray]]  # by curve: seconds and values
 
 
 @command
@@ -72,6 +77,8 @@ def main() -> None:
     parser.add_argument("--block_frames", type=int, default=3, help="latent frames per block, for the seams")
     parser.add_argument("--base", default="data/shapes-wan", help="model directory with the VAE, for its noise floor")
     parser.add_argument("--floor_videos", type=int, default=24, help="rendered clips per noise floor; 0: no floors")
+    parser.add_argument("--figures", nargs="+", metavar="NAME", help="rows of the tables; default: all")
+    parser.add_argument("--cache", help="folder for what is seen in the videos; default: OUTPUT/observed")
     parser.add_argument("--examples", type=int, default=8, help="prompts whose videos the report shows")
     parser.add_argument("--processes", type=int, default=0, help="that measure videos; default: one per core")
     args = parser.parse_args()
@@ -84,30 +91,33 @@ def main() -> None:
     prompts = read_prompts(args.data_path) if args.data_path else ()
     found = [(label, folder, find_videos(folder, prompts)) for label, folder in labelled]
     in_shapes_world = is_shapes_world(args.world, [key for *_, videos in found for _, key, _ in videos])
+    figures = (*(shapes_measures.FIGURES if in_shapes_world else ()), *video_measures.FIGURES)
+    rows = chosen_figures(figures, args.figures)
     output = writable_folder(args.output)
+    kept = writable_folder(args.cache or output / "observed")
 
     few = sum(len(videos) for _, _, videos in found) < 16  # a process takes seconds to start
     workers = 1 if few else args.processes or os.cpu_count() or 1
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context) if workers > 1 else ThreadPoolExecutor(1) as pool:
-        options = in_shapes_world, args.block_frames, args.max_frames
+        options = Options(in_shapes_world, args.block_frames, args.max_frames, kept)
         methods = [measure_folder(label, folder, videos, options, pool) for label, folder, videos in found]
-    figures = (*(shapes_measures.FIGURES if in_shapes_world else ()), *video_measures.FIGURES)
     floors = []
     if in_shapes_world and args.floor_videos:
         floors = noise_floors(methods[0], args.floor_videos, args.base, args.block_frames)
 
-    tables = [Table("Means over videos, with 95% intervals.", table([*methods, *floors], figures))]
+    tables = [Table("Means over videos, with 95% intervals.", table([*methods, *floors], rows))]
     if len(methods) > 1:
         title = "Differences on the same prompts, seeds and samples, with 95% intervals; * marks what excludes zero."
-        tables.append(Table(title, pair_table(methods, figures)))
+        tables.append(Table(title, pair_table(methods, rows)))
     for shown in tables:
         print(f"{shown.title}\n\n{markdown(shown.rows)}\n")
-    lines = [(m.label, curves_over_time(m), ":" if m in floors else "-") for m in [*methods, *floors]]
+    curves = {method.label: curves_over_time(method) for method in [*methods, *floors]}
+    lines = [(m.label, curves[m.label], ":" if m in floors else "-") for m in [*methods, *floors]]
     names = dict.fromkeys((*(shapes_measures.CURVES if in_shapes_world else ()), *video_measures.CURVES))
     save_lines(output / "curves.png", list(names), lines, "seconds")
     with atomic_path(output / "evaluation.json") as path:
-        path.write_text(json.dumps(as_json(methods, floors, figures), indent=1) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(as_json(methods, floors, figures, curves), indent=1) + "\n", encoding="utf-8")
     with atomic_path(output / "videos.csv") as path:
         write_csv(path, methods, figures)
     write_report(
@@ -123,6 +133,29 @@ def main() -> None:
     print(f"wrote report.html, evaluation.json, videos.csv and curves.png to {output}")
 
 
+@dataclass(frozen=True)
+class Options:
+    """How videos are measured."""
+
+    in_shapes_world: bool
+    block_frames: int
+    max_frames: int | None
+    kept: Path
+
+
+def chosen_figures(figures: Sequence[Figure], names: Sequence[str] | None) -> list[Figure]:
+    """The figures of these names, in that order; all for None.
+
+    Raises:
+        UserError: if there is none of a name.
+    """
+    by_name = {figure.name: figure for figure in figures}
+    for name in names or ():
+        if name not in by_name:
+            raise UserError(f"no figure {name!r} of these videos; --figures takes {', '.join(by_name)}")
+    return [by_name[name] for name in names or by_name]
+
+
 def is_shapes_world(choice: str, keys: Sequence[Key]) -> bool:
     """Whether every prompt is a caption of the miniature's world; says so if only some are."""
     if choice != "auto":
@@ -135,39 +168,29 @@ def is_shapes_world(choice: str, keys: Sequence[Key]) -> bool:
     return all(captions)
 
 
-def measure_folder(
-    label: str, folder: str, videos: Sequence[Found], options: tuple[bool, int, int | None], pool: Executor
-) -> Method:
+def measure_folder(label: str, folder: str, videos: Sequence[Found], options: Options, pool: Executor) -> Method:
     """Measure every video of a folder."""
     measured = pool.map(measure_video, videos, itertools.repeat(options))
     return Method(label, list(tqdm(measured, desc=label, unit="video", total=len(videos))), folder)
 
 
-def measure_video(video: Found, options: tuple[bool, int, int | None]) -> Measured:
+def measure_video(video: Found, options: Options) -> Measured:
     """The figures of one video.
 
     Raises:
         UserError: if it cannot be read, or is not of the miniature's world though it should be.
     """
     path, key, _ = video
-    in_shapes_world, block_frames, max_frames = options
     try:
-        if in_shapes_world:
-            return measure_shapes(path, key, block_frames, max_frames)
-        with VideoReader(path, max_frames) as frames:
-            curves = video_measures.measure(frames, block_frames)
-            return Measured(key, path.name, take_figures(video_measures.FIGURES, curves), curves, frames.fps)
+        seen = observe(path, options.in_shapes_world, options.max_frames, options.kept)
     except ValueError as error:
         raise UserError(f"cannot measure {path}: {error}") from None
-
-
-def measure_shapes(path: Path, key: Key, block_frames: int, max_frames: int | None = None) -> Measured:
-    """The figures of a video of the miniature's world."""
-    frames, fps = read_video(path, max_frames)
-    curves = shapes_measures.judge(frames, shapes.parse_caption(key.prompt), block_frames)
-    curves |= video_measures.measure(frames, block_frames)
-    figures = (*shapes_measures.FIGURES, *video_measures.FIGURES)
-    return Measured(key, path.name, take_figures(figures, curves), curves, fps)
+    curves = video_measures.measure(seen.pixels, options.block_frames)
+    figures = video_measures.FIGURES
+    if seen.found:
+        curves |= shapes_measures.judge(seen.found, shapes.parse_caption(key.prompt), options.block_frames)
+        figures = (*shapes_measures.FIGURES, *figures)
+    return Measured(key, path.name, take_figures(figures, curves), curves, seen.fps)
 
 
 def noise_floors(method: Method, num_videos: int, base: str, block_frames: int) -> list[Method]:
@@ -190,14 +213,15 @@ def noise_floors(method: Method, num_videos: int, base: str, block_frames: int) 
             truth = shapes.render(shapes.Clip(shapes.parse_caption(key.prompt), *start), num_frames)
             pixels = shapes.to_pixels(truth).transpose(0, 1)[None]
             for floor, frames in zip(floors, (truth, vae.decode(vae.encode(pixels))[0]), strict=True):
-                path = Path(folder) / "clip.mp4"
+                path = Path(folder) / f"{floor.label} {number}.mp4"
                 with VideoWriter(path, fps=shapes.FPS) as video:
                     video.write(frames)
-                floor.videos.append(measure_shapes(path, key, block_frames))
+                options = Options(True, block_frames, None, Path(folder))
+                floor.videos.append(measure_video((path, key, {}), options))
     return list(floors)
 
 
-def curves_over_time(method: Method) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def curves_over_time(method: Method) -> OverTime:
     """Every curve of a method, in seconds: a point for each latent frame, or for several in a long video."""
     longest = max(len(next(iter(video.curves.values())).value) for video in method.videos)
     window = video_measures.STRIDE * -(-longest // (video_measures.STRIDE * MAX_POINTS))
@@ -208,7 +232,9 @@ def curves_over_time(method: Method) -> dict[str, tuple[np.ndarray, np.ndarray]]
 # ---- What is written ----
 
 
-def as_json(methods: Sequence[Method], floors: Sequence[Method], figures: Sequence[Figure]) -> dict:
+def as_json(
+    methods: Sequence[Method], floors: Sequence[Method], figures: Sequence[Figure], curves: Mapping[str, OverTime]
+) -> dict:
     """Everything that was measured, for reading by programs."""
     return {
         "figures": {f.name: {"meaning": f.meaning, "unit": f.unit, "scale": f.scale} for f in figures},
@@ -219,7 +245,7 @@ def as_json(methods: Sequence[Method], floors: Sequence[Method], figures: Sequen
                 "estimates": {f.name: asdict(method.estimate(f.name)) for f in figures},
                 "curves": {
                     name: {"seconds": rounded(seconds), "values": rounded(values)}
-                    for name, (seconds, values) in curves_over_time(method).items()
+                    for name, (seconds, values) in curves[method.label].items()
                 },
                 "videos": [
                     asdict(video.key) | {"file": video.file, "figures": {k: list(v) for k, v in video.parts.items()}}

@@ -21,7 +21,7 @@ from model.weights import ModelDirectory
 from utils import shapes
 from utils.errors import UserError, command
 from utils.figures import Curve
-from utils.shapes_measures import judge
+from utils.shapes_measures import explain, judge
 from utils.video import to_uint8
 
 QUARTERS = 4
@@ -45,7 +45,7 @@ def main() -> None:
         pixels = shapes.to_pixels(shapes.render(clip, args.num_frames)).transpose(0, 1)[None]
         decoded = vae.decode(vae.encode(pixels))
         squared[index] = (decoded - pixels).square().mean(dim=(0, 2, 3, 4)).numpy()
-        curves = judge(to_uint8(decoded[0]), clip.scene)
+        curves = judge(explain(to_uint8(decoded[0])), clip.scene)
         pixel_error = 127.5 * (decoded - pixels).abs().mean(dim=(0, 2, 3, 4)).numpy()
         curves["pixel_error"] = Curve(pixel_error, np.ones(args.num_frames, dtype=bool))
         for name, rows in errors.items():

@@ -16,7 +16,7 @@ from model.weights import ModelDirectory
 from pipeline.text_to_video import TextToVideo
 from utils import shapes
 from utils.config import load_config
-from utils.shapes_measures import judge
+from utils.shapes_measures import explain, judge
 from utils.video import to_uint8
 
 MODEL = "data/shapes-wan"
@@ -46,7 +46,8 @@ def test_videos_do_what_their_prompts_say(schedule):
     latents = torch.cat(list(pipeline.generate(PROMPTS, [0] * len(PROMPTS))), dim=1)
     sums: dict[str, np.ndarray] = {}
     for prompt, video in zip(PROMPTS, latents, strict=True):
-        curves = judge(to_uint8(pipeline.vae.decode(video[None])[0]), shapes.parse_caption(prompt))
+        found = explain(to_uint8(pipeline.vae.decode(video[None])[0]))
+        curves = judge(found, shapes.parse_caption(prompt))
         for name in ("presence", "color", "shape", "background", "direction", "speed"):
             sums[name] = sums.get(name, np.zeros(2)) + curves[name].over(0, 1)
     shares = {name: total / count for name, (total, count) in sums.items()}

@@ -6,7 +6,7 @@ those findings are judged, so that a wrong colour does not cost the shape its sh
 """
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 
 import numpy as np
@@ -32,7 +32,12 @@ class Findings:
     shape: np.ndarray  # [T] index into SHAPES
     color: np.ndarray  # [T, 3] RGB of what stands out
     position: np.ndarray  # [T, 2] its centre (x, y) in pixels on the torus
-    background: np.ndarray  # [T, SIZE, 3] RGB of every row
+    background: np.ndarray  # [T, 2, 3] mean RGB of its upper and lower half
+    background_errors: np.ndarray  # [T, background, plain or graded] mean distance from each there is
+
+    def beginning(self, num_frames: int) -> "Findings":
+        """Those of the first frames."""
+        return Findings(*(getattr(self, column.name)[:num_frames] for column in fields(self)))
 
 
 def explain(frames: np.ndarray) -> Findings:
@@ -75,7 +80,9 @@ def _explain(frames: np.ndarray) -> tuple[np.ndarray, ...]:
     peak = flat_correlation[np.arange(len(frames)), shape].argmax(-1)
     position = _centroid(coverage, peak % SIZE, peak // SIZE)
     best = overlap.max(1)
-    return (best >= PRESENT) & (strongest >= CONTRAST), best, shape, color, position, background
+    halves = background.reshape(len(frames), 2, SIZE // 2, 3).mean(2)
+    errors = np.abs(background[:, None, None] - _backgrounds()).mean((3, 4))
+    return (best >= PRESENT) & (strongest >= CONTRAST), best, shape, color, position, halves, errors
 
 
 def _straight(rows: np.ndarray) -> np.ndarray:
@@ -143,25 +150,24 @@ CURVES = (
 )
 
 
-def judge(frames: np.ndarray, scene: Scene, block_frames: int = 3) -> dict[str, Curve]:
+def judge(found: Findings, scene: Scene, block_frames: int = 3) -> dict[str, Curve]:
     """Every figure of a video over time, against the scene that its prompt states.
 
     Presence and background count in every frame; colour and shape where a shape is present; direction and speed where
     it is present and present again one latent frame later.
 
     Args:
-        frames: uint8 [T, SIZE, SIZE, 3].
+        found: what `explain` saw in it.
         scene: what the prompt says.
         block_frames: latent frames per block; `seam` and `inside` compare positions across the borders between
             blocks and across those between latent frames inside of them.
     """
-    found = explain(frames)
-    num_frames = len(frames)
+    num_frames = len(found.present)
     always = np.ones(num_frames, dtype=bool)
     labels = scene.labels
     palette = np.array(list(shapes.COLORS.values()), dtype=np.float32)
     nearest_color = np.linalg.norm(found.color[:, None] - palette, axis=-1).argmin(1)
-    errors = np.abs(found.background[:, None, None] - _backgrounds()).mean((3, 4))  # [T, background, graded]
+    errors = found.background_errors
     nearest_background = errors.min(2).argmin(1)
     grading = errors[np.arange(num_frames), nearest_background].argmin(1)
 
@@ -206,11 +212,10 @@ def judge(frames: np.ndarray, scene: Scene, block_frames: int = 3) -> dict[str, 
     curves["inside"] = Curve(jump, latent_border & ~block_border & seen)
 
     # The looks themselves, whatever the prompt said: channel by channel, and the background's halves apart.
-    halves = found.background.reshape(num_frames, 2, SIZE // 2, 3).mean(2)
     for channel in range(3):
         curves[f"color_of_{channel}"] = Curve(found.color[:, channel], found.present)
         for half in range(2):
-            curves[f"background_of_{half}{channel}"] = Curve(halves[:, half, channel], always)
+            curves[f"background_of_{half}{channel}"] = Curve(found.background[:, half, channel], always)
     return curves
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -72,6 +73,7 @@ def _by_group(samples: Sequence[Sequence[Part]]) -> tuple[np.ndarray, np.ndarray
     return totals, counts
 
 
+@cache
 def _weights(num_groups: int) -> np.ndarray:
     """How often each group is drawn in each resampling: [resamplings, groups]."""
     rng = np.random.default_rng(0)

@@ -51,46 +51,52 @@ FIGURES = (
 CURVES = ("motion", "flow", "smoothness", "warp_error", "brightness", "contrast", "saturation", "sharpness")
 
 
-def measure(frames: Iterable[np.ndarray], block_frames: int = 3) -> dict[str, Curve]:
-    """Every curve of a video, which is read once and never held.
+_LOOKS = ("brightness", "contrast", "saturation", "sharpness", *COLOR_CURVES)
+_MOTIONS = ("motion", "flow", "warp_error", "smoothness", "smoothness known")
+
+
+def observe(frames: Iterable[np.ndarray]) -> np.ndarray:
+    """What there is to see in each frame of a video [T, number of things], which is read once and never held.
 
     Args:
         frames: uint8 [H, W, 3] each.
-        block_frames: latent frames per block. Frames that fill no whole block are the first ones of the video.
 
     Raises:
         ValueError: if there are no frames.
     """
-    looks, motions = [], []
+    rows = []
     before: _Frame | None = None
     flow_before: np.ndarray | None = None
     for frame in frames:
         now = _Frame(frame)
-        looks.append(now.looks())
-        if before is None:
-            motions.append((0.0,) * 5)
-        else:
+        motion: Sequence[float] = (0.0,) * len(_MOTIONS)
+        if before is not None:
             flow = _flow(before.small, now.small)
-            motions.append(_motion(before, now, flow, flow_before))
+            motion = _motion(before, now, flow, flow_before)
             flow_before = flow
+        rows.append([*now.looks(), *motion])
         before = now
-    if not looks:
+    if not rows:
         raise ValueError("a video without frames has no figures")
+    return np.array(rows)
 
-    count = len(looks)
-    number = np.arange(count)
-    values = dict(
-        zip(("brightness", "contrast", "saturation", "sharpness", *COLOR_CURVES), np.array(looks).T, strict=True)
-    )
-    curves = {name: Curve(value, np.ones(count, dtype=bool)) for name, value in values.items()}
-    change, length, warp_error, smoothness, moved = np.array(motions).T
-    curves["motion"] = Curve(change, number > 0)
-    curves["flow"] = Curve(length, number > 0)
-    curves["warp_error"] = Curve(warp_error, number > 0)
-    curves["smoothness"] = Curve(smoothness, moved > 0)
-    latent_border, block_border = borders(count, block_frames)
-    curves["pixel_seam"] = Curve(warp_error, block_border)
-    curves["pixel_inside"] = Curve(warp_error, latent_border & ~block_border)
+
+def measure(observed: np.ndarray, block_frames: int = 3) -> dict[str, Curve]:
+    """Every curve of a video.
+
+    Args:
+        observed: what `observe` saw in it.
+        block_frames: latent frames per block. Frames that fill no whole block are the first ones of the video.
+    """
+    values = dict(zip((*_LOOKS, *_MOTIONS), observed.T, strict=True))
+    known = values.pop("smoothness known") > 0
+    always = np.ones(len(observed), dtype=bool)
+    later = np.arange(len(observed)) > 0
+    curves = {name: Curve(value, always if name in _LOOKS else later) for name, value in values.items()}
+    curves["smoothness"] = Curve(values["smoothness"], known)
+    latent_border, block_border = borders(len(observed), block_frames)
+    curves["pixel_seam"] = Curve(values["warp_error"], block_border)
+    curves["pixel_inside"] = Curve(values["warp_error"], latent_border & ~block_border)
     return curves
 
 

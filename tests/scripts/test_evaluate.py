@@ -132,6 +132,29 @@ def test_only_the_beginning_is_measured_if_asked(folders, tmp_path, call):
     assert means == [9 / 17, 1]
 
 
+def test_figures_are_chosen(folders, tmp_path, call):
+    words = [folders / "truth", folders / "wrong", "--output", tmp_path, "--floor_videos", 0, "--figures"]
+    code, out, _ = call(evaluate, *words, "color", "presence")
+    assert code == 0
+    assert [line.split()[1] for line in out.splitlines() if line.startswith("| ") and "[%]" in line] == [
+        *("color", "presence"),
+        *("color", "presence"),
+    ]
+    assert len(json.loads((tmp_path / "evaluation.json").read_text())["figures"]) > 20
+    code, _, err = call(evaluate, *words, "color", "beauty")
+    assert code == 2 and "no figure 'beauty'" in err and "presence" in err
+
+
+def test_a_second_run_does_not_look_again(folders, tmp_path, call, monkeypatch):
+    words = [folders / "truth", folders / "wrong", "--floor_videos", 0, "--cache", tmp_path / "seen", "--output"]
+    assert call(evaluate, *words, tmp_path / "one")[0] == 0
+    monkeypatch.setattr("utils.observed._look", lambda *_: pytest.fail("looked again"))
+    code, _, _ = call(evaluate, *words, tmp_path / "two")
+    assert code == 0
+
+    assert (tmp_path / "one" / "videos.csv").read_text() == (tmp_path / "two" / "videos.csv").read_text()
+
+
 def test_videos_are_paired_by_prompt_seed_and_sample(folders, tmp_path, call):
     few = tmp_path / "few"
     clip = shapes.sample_clip(21, 2)

@@ -27,7 +27,7 @@ TRUTH = {
 
 def measured(frames: np.ndarray, scene: Scene = SCENE) -> dict[str, float]:
     """Every figure of a video; NaN where nothing counts."""
-    parts = take_figures(FIGURES, judge(frames, scene))
+    parts = take_figures(FIGURES, judge(explain(frames), scene))
     return {name: total / count if count else float("nan") for name, (total, count) in parts.items()}
 
 
@@ -179,7 +179,7 @@ def test_two_shapes_are_not_one():
 
 def test_frames_of_another_world_are_refused():
     with pytest.raises(ValueError, match="frames of the shapes world are"):
-        judge(np.zeros((3, 32, 32, 3), np.uint8), SCENE)
+        explain(np.zeros((3, 32, 32, 3), np.uint8))
 
 
 def test_one_frame_can_be_judged():

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from utils.figures import Curve, change, distance, take_figures
-from utils.video_measures import FIGURES, borders, measure
+from utils.video_measures import FIGURES, borders, measure, observe
 
 FRAMES, HEIGHT, WIDTH = 81, 96, 128
 TIME = np.arange(FRAMES)[:, None, None, None]
@@ -44,7 +44,7 @@ def luma(frames: np.ndarray) -> np.ndarray:
 
 
 def measured(frames: np.ndarray) -> dict[str, float]:
-    parts = take_figures(FIGURES, measure(frames))
+    parts = take_figures(FIGURES, measure(observe(frames)))
     return {name: total / count if count else float("nan") for name, (total, count) in parts.items()}
 
 
@@ -135,7 +135,7 @@ def test_short_videos_have_figures():
     assert one["brightness"] > 0 and np.isnan([one[name] for name in ("motion", "flow", "smoothness", "static")]).all()
     assert not np.isnan(measured(whole(CLEAN[:2]))["flow"])
     with pytest.raises(ValueError, match="without frames"):
-        measure([])
+        observe([])
 
 
 def test_changes_are_between_quarters_that_count():
