@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
 
 from utils.errors import UserError
-from utils.files import atomic_path, writable_folder
+from utils.files import atomic_path, writable_folder, write_json
 
 State = dict[str, Tensor]
 Layout = Literal["diffusers", "native", "generator"]
@@ -483,5 +483,4 @@ def save_weights(path: Path, content: dict[str, Any]) -> None:
 def save_transformer(folder: Path, state: dict[str, Tensor], config: dict[str, Any]) -> None:
     """Write a transformer as diffusers keeps it: weights and config.json."""
     save_weights(folder / TRANSFORMER_FILE, state)
-    with atomic_path(folder / "config.json") as file:
-        file.write_text(json.dumps({"_class_name": "WanTransformer3DModel", **config}, indent=2) + "\n")
+    write_json(folder / "config.json", {"_class_name": "WanTransformer3DModel", **config})

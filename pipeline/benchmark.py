@@ -333,7 +333,7 @@ def measure_passes(networks: Networks, names: Sequence[str], effort: Effort, pea
     rollout = TextToVideo(config, net, text, None).rollout([PROMPT], [0])  # type: ignore[arg-type]
     frames = config.rollout.block_frames
     lane = rollout.new_lane()
-    fill(lane)
+    fill(lane, net.config.num_layers)
     rollout.new_lane = lambda: lane
     block = -(-lane.context_frames // frames)
     ops: dict[str, Op] = {
@@ -367,12 +367,12 @@ def measure_passes(networks: Networks, names: Sequence[str], effort: Effort, pea
     }
 
 
-def fill(lane: KVCache) -> None:
+def fill(lane: KVCache, num_layers: int) -> None:
     """Fill a lane's window with random keys and values."""
-    shape = lane._k[0, :, : lane.context_frames * lane.tokens_per_frame]
-    for layer in range(len(lane._k)):
-        lane.append(layer, torch.randn_like(shape), torch.randn_like(shape))
     lane.commit(lane.context_frames)
+    for layer in range(num_layers):
+        for context in lane.read(layer):  # views: a window filled for the first time lies in one piece
+            context.normal_()
 
 
 # ---- What is around the DiT ----

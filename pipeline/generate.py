@@ -27,7 +27,7 @@ from utils.contact_sheet import ContactSheetSampler, save_contact_sheet
 from utils.device import pick_device
 from utils.distributed import rank
 from utils.errors import UserError
-from utils.files import atomic_path, writable_folder
+from utils.files import writable_folder, write_json
 from utils.latents import LatentsWriter, read_latents
 from utils.prompts import Prompt
 from utils.video import VideoWriter, fit, read_image, read_video, to_uint8
@@ -239,8 +239,7 @@ class VideoOutput:
             "seconds": round((time.perf_counter() - self._started) / len(self.batch), 3),
             "device": device_name(self.vae.net.device),
         }
-        with atomic_path(wanted.files.record) as path:
-            path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(wanted.files.record, record)
 
     def keep_unfinished(self) -> list[Path]:
         """End the videos where they are, for a run that fails; returns the files that hold what there is of them."""

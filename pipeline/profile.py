@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.rollout import BlockDenoiser, BlockLayout, Lane
-from utils.files import atomic_path
+from utils.files import write_json
 
 WORK = ("text", "denoise", "context", "context+denoise", "add-noise", "decode")
 """What counts as work; sending and waiting do not."""
@@ -101,8 +101,7 @@ class RecordedDenoiser:
 
 def write_profile(path: Path, rank: int, duties: str, spans: list[Span]) -> None:
     """Write a rank's profile as JSON."""
-    with atomic_path(path) as file:
-        file.write_text(json.dumps({"rank": rank, "duties": duties, "spans": [asdict(span) for span in spans]}) + "\n")
+    write_json(path, {"rank": rank, "duties": duties, "spans": [asdict(span) for span in spans]}, indent=None)
 
 
 def read_profile(path: Path) -> tuple[int, str, list[Span]]:

@@ -42,7 +42,7 @@ from trainer.benchmark import measure_training
 from utils.config import Config, load_config
 from utils.device import DTYPES, pick_device
 from utils.errors import UserError, command
-from utils.files import atomic_path, writable_folder
+from utils.files import writable_folder, write_json
 
 
 class Preset(NamedTuple):
@@ -145,8 +145,7 @@ def main() -> None:
         figures = measure(case, args, preset, device, peak(dtype))
         results.append({"what": case.kind, "settings": case.settings, "figures": to_json(figures)})
         compare_with_baseline(results)
-        with atomic_path(args.output) as path:
-            path.write_text(json.dumps(document, indent=1) + "\n")
+        write_json(args.output, document, indent=1)
     print(report(document))
     if before is not None:
         print(ratios(results, before, str(args.against)))

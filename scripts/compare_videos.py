@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from utils.errors import UserError, command
 from utils.evaluation import Key, find_videos, require_distinct
-from utils.files import atomic_path, writable_folder
+from utils.files import writable_folder, write_json
 from utils.plots import split_label
 from utils.side_by_side import write_side_by_side
 
@@ -70,8 +70,7 @@ def main() -> None:
         print(f"{len(wanted) - len(todo)} of {len(wanted)} videos exist already and are kept")
     options = {"columns": args.columns or None, "scale": args.scale or None, "fps": args.fps or None}
     for comparison in tqdm(todo, desc="side by side", unit="video", disable=len(todo) < 2):
-        with atomic_path(comparison.record) as path:
-            path.write_text(json.dumps(describe(comparison), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(comparison.record, describe(comparison))
         write_side_by_side(comparison.path, comparison.videos, comparison.caption, **options, timestamp=args.timestamp)
     if todo:
         print(f"wrote {todo[0].path if len(todo) == 1 else f'{len(todo)} videos to {todo[0].path.parent}'}")

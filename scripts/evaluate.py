@@ -21,7 +21,6 @@ do not look again.
 import argparse
 import csv
 import itertools
-import json
 import multiprocessing
 import os
 import shlex
@@ -53,7 +52,7 @@ from utils.evaluation import (
     table,
 )
 from utils.figures import Figure, take_figures
-from utils.files import atomic_path, writable_folder
+from utils.files import atomic_path, writable_folder, write_json
 from utils.observed import observe
 from utils.plots import save_lines, split_label
 from utils.prompts import read_prompts
@@ -116,8 +115,7 @@ def main() -> None:
     lines = [(m.label, curves[m.label], ":" if m in floors else "-") for m in [*methods, *floors]]
     names = dict.fromkeys((*(shapes_measures.CURVES if in_shapes_world else ()), *video_measures.CURVES))
     save_lines(output / "curves.png", list(names), lines, "seconds")
-    with atomic_path(output / "evaluation.json") as path:
-        path.write_text(json.dumps(as_json(methods, floors, figures, curves), indent=1) + "\n", encoding="utf-8")
+    write_json(output / "evaluation.json", as_json(methods, floors, figures, curves), indent=1)
     with atomic_path(output / "videos.csv") as path:
         write_csv(path, methods, figures)
     write_report(

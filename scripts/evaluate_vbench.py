@@ -15,7 +15,6 @@ Tested against a stub of VBench 0.1.5's interface; has not been run with VBench'
 import argparse
 import csv
 import io
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +25,7 @@ from tqdm import tqdm
 
 from utils.errors import UserError, command
 from utils.evaluation import markdown, require_distinct
-from utils.files import atomic_path, only_user, writable_folder
+from utils.files import only_user, writable_folder, write_json, write_text
 from utils.plots import split_label
 from utils.vbench import CUSTOM, DIMENSIONS, USUAL, Installation, Method, Protocol, find_method
 
@@ -179,20 +178,15 @@ def write_results(
     for name in dimensions:
         found = [results[method.label][name] for method in methods]
         lines.writerow([name, *("" if result is None else result["score"] for result in found)])
-    for suffix, content in (
-        ("json", json.dumps(report, indent=1, ensure_ascii=False) + "\n"),
-        ("csv", text.getvalue()),
-    ):
-        with atomic_path(output / f"{protocol.mode}.{suffix}") as path:
-            path.write_text(content, encoding="utf-8")
+    write_json(output / f"{protocol.mode}.json", report, indent=1)
+    write_text(output / f"{protocol.mode}.csv", text.getvalue())
 
 
 def write_prompts(path: str, installed: Installation) -> None:
     """VBench's prompts, each once: the file for inference.py --data_path."""
     prompts = list(dict.fromkeys(entry["prompt_en"] for entry in installed.suite()))
     writable_folder(Path(path).parent)
-    with atomic_path(path) as temporary:
-        temporary.write_text("\n".join(prompts) + "\n", encoding="utf-8")
+    write_text(path, "\n".join(prompts) + "\n")
     print(f"wrote {path}: {len(prompts)} prompts")
 
 

@@ -7,7 +7,6 @@ Videos that exist are kept; under torchrun the ranks share them out. Each gets a
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from utils.config import load_config
 from utils.device import DTYPES, pick_device
 from utils.distributed import rank, world_size
 from utils.errors import UserError, command
-from utils.files import atomic_path, writable_folder
+from utils.files import writable_folder, write_json
 from utils.prompts import read_prompts, unique_stems
 from utils.video import VideoWriter
 
@@ -72,9 +71,7 @@ def main() -> None:
             with VideoWriter(files.video, fps=config.video.fps) as video:
                 for frame in clip[None].split(1, dim=1):
                     video.write(decoder.push(frame)[0])
-                with atomic_path(files.record) as path:
-                    record = make_record(config, prompt, sample, "") | {"solver": args.solver}
-                    path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+                write_json(files.record, make_record(config, prompt, sample, "") | {"solver": args.solver})
 
 
 if __name__ == "__main__":

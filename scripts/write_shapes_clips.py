@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from utils import shapes
 from utils.errors import UserError, command
-from utils.files import atomic_path, writable_folder
+from utils.files import writable_folder, write_text
 from utils.video import VideoWriter
 
 
@@ -34,8 +34,7 @@ def main() -> None:
         raise UserError("--num_clips and --num_frames must be positive")
     folder = writable_folder(args.output)
     clips = [shapes.sample_clip(args.seed, index, args.held_out) for index in range(args.num_clips)]
-    with atomic_path(folder / "captions.txt") as path:
-        path.write_text("".join(clip.scene.caption + "\n" for clip in clips))
+    write_text(folder / "captions.txt", "".join(clip.scene.caption + "\n" for clip in clips))
     for index, clip in enumerate(tqdm([] if args.captions_only else clips, unit="clip")):
         with VideoWriter(folder / f"{index:05d}.mp4", fps=shapes.FPS) as video:
             video.write(shapes.render(clip, args.num_frames))

@@ -19,7 +19,7 @@ from trainer.sharding import clip_gradients, loss_scale, my_parts, num_parts, se
 from utils.config import Config, TrainConfig
 from utils.distributed import rank
 from utils.errors import UserError
-from utils.files import atomic_path, only_user, writable_folder
+from utils.files import only_user, writable_folder, write_text
 
 
 class Objective(Protocol):
@@ -86,8 +86,7 @@ class Trainer:
     def _train(self) -> None:
         config = self.train_config
         if rank() == 0:
-            with atomic_path(self.logdir / "config.yaml") as path:
-                path.write_text(self.config.to_yaml())
+            write_text(self.logdir / "config.yaml", self.config.to_yaml())
         with MetricsLog(self.logdir, config, self.config, self.iteration) as log:
             try:
                 while self.iteration < config.iterations:
@@ -297,7 +296,7 @@ class MetricsLog:
         if self.path.exists():
             lines = self.path.read_text().splitlines()
             keep = [line for line in lines if line.endswith("}") and json.loads(line)["iteration"] <= iteration]
-            self.path.write_text("".join(line + "\n" for line in keep))
+            write_text(self.path, "".join(line + "\n" for line in keep))
         if train.wandb != "off":
             import wandb
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from utils.distributed import rank
 from utils.errors import UserError
-from utils.files import atomic_path
+from utils.files import atomic_path, write_json
 
 SIGMAS = "sigmas.json"
 _LMDB_FILE = "data.mdb"
@@ -168,8 +168,7 @@ def write_sigmas(folder: Path, sigmas: Sequence[float]) -> None:
     file = folder / SIGMAS
     if file.exists() and json.loads(file.read_text()) != list(sigmas):
         raise UserError(f"{folder} holds pairs of other noise levels ({file}); choose another output folder")
-    with atomic_path(file) as path:
-        path.write_text(json.dumps(list(sigmas)) + "\n")
+    write_json(file, list(sigmas), indent=None)
 
 
 def read_sigmas(folder: Path) -> list[float] | None:

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from utils.contact_sheet import thumbnail
-from utils.files import atomic_path
+from utils.files import write_text
 
 _SMALLEST, _LARGEST = 96, 240  # pixels of a shown frame's longer side
 _GAP = 4  # pixels
@@ -76,8 +76,7 @@ def write_report(
             for example in examples
         ],
     )
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_text(path, text)
 
 
 def _webp(image: np.ndarray) -> bytes:

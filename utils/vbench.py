@@ -17,7 +17,7 @@ from typing import Any
 
 from utils.errors import UserError
 from utils.evaluation import find_videos
-from utils.files import atomic_path
+from utils.files import write_json
 
 DIMENSIONS = (
     *("subject_consistency", "background_consistency", "motion_smoothness", "dynamic_degree", "aesthetic_quality"),
@@ -204,7 +204,7 @@ class Method:
         self.links.mkdir(parents=True)
         for video in self.videos:
             (self.links / f"{video.stem}.mp4").symlink_to(os.path.abspath(video.path))
-        _write(layout, identities)
+        write_json(layout, identities)
 
     @property
     def clips_complete(self) -> Path:
@@ -267,7 +267,7 @@ class Method:
         }
         if not math.isfinite(result["score"]):
             raise UserError(f"VBench gives no score for {dimension} of {self.label}; see {log}")
-        _write(self.result_file(dimension), result)
+        write_json(self.result_file(dimension), result)
         return result
 
     def entries(self, dimension: str, protocol: Protocol, installed: Installation) -> list[dict]:
@@ -332,8 +332,3 @@ def _read(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-
-
-def _write(path: Path, data: object) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
