@@ -127,14 +127,16 @@ class _Frame:
     def looks(self) -> list[float]:
         contrast = float(self.luma.std())
         detail = float(np.abs(cv2.Laplacian(self.luma, cv2.CV_32F)).mean())
-        quantiles = np.quantile(self.pixels.reshape(-1, 3), _QUANTILES, axis=0).T
-        return [
-            float(self.luma.mean()),
-            contrast,
-            float(self.chroma.mean()),
-            detail / max(contrast, 1.0),
-            *quantiles.ravel(),
-        ]
+        quantiles = [quantile for channel in range(3) for quantile in _quantiles(self.pixels[..., channel])]
+        return [float(self.luma.mean()), contrast, float(self.chroma.mean()), detail / max(contrast, 1.0), *quantiles]
+
+
+def _quantiles(values: np.ndarray) -> np.ndarray:
+    """`np.quantile` of uint8 values, by counting them: several times as fast as sorting."""
+    at_most = np.bincount(values.ravel(), minlength=256).cumsum()
+    position = _QUANTILES * (values.size - 1)
+    low, high = (np.searchsorted(at_most, edge(position), side="right") for edge in (np.floor, np.ceil))
+    return low + (position % 1) * (high - low)
 
 
 def _flow(before: np.ndarray, now: np.ndarray) -> np.ndarray:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from utils.figures import Curve, change, distance, take_figures
-from utils.video_measures import FIGURES, borders, measure, observe
+from utils.video_measures import _QUANTILES, FIGURES, _quantiles, borders, measure, observe
 
 FRAMES, HEIGHT, WIDTH = 81, 96, 128
 TIME = np.arange(FRAMES)[:, None, None, None]
@@ -49,6 +49,12 @@ def measured(frames: np.ndarray) -> dict[str, float]:
 
 
 CLEAN = scrolling(np.arange(FRAMES))
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 1000])
+def test_counted_quantiles_are_numpys(size):
+    values = np.random.default_rng(size).integers(0, 256, (size, 1)).astype(np.uint8)
+    np.testing.assert_allclose(_quantiles(values), np.quantile(values, _QUANTILES), atol=1e-12)
 
 
 @pytest.fixture(scope="module")
