@@ -59,7 +59,7 @@ class Objective(Protocol):
 
 
 class Trainer:
-    """Trains an objective for `config.train.iterations`; running it again goes on from the last checkpoint."""
+    """Trains an objective for `config.train.max_iterations`; running it again goes on from the last checkpoint."""
 
     def __init__(self, config: Config, objective: Objective, logdir: str):
         self.config = config
@@ -89,12 +89,12 @@ class Trainer:
             write_text(self.logdir / "config.yaml", self.config.to_yaml())
         with MetricsLog(self.logdir, config, self.config, self.iteration) as log:
             try:
-                while self.iteration < config.iterations:
+                while self.iteration < config.max_iterations:
                     with ctrl_c_waits():
                         metrics = self.step()
                         self.iteration += 1
                     log.write(self.iteration, metrics)
-                    if self.iteration % config.checkpoint_every == 0 or self.iteration == config.iterations:
+                    if self.iteration % config.checkpoint_every == 0 or self.iteration == config.max_iterations:
                         self.save()
                     if config.sample_every and self.iteration % config.sample_every == 0:
                         with self.average_weights():
@@ -242,7 +242,7 @@ def learning_rate_scale(iteration: int, config: TrainConfig) -> float:
         return (iteration + 1) / config.warmup
     if config.decay == "constant":
         return 1.0
-    progress = (iteration - config.warmup) / max(1, config.iterations - config.warmup)
+    progress = (iteration - config.warmup) / max(1, config.max_iterations - config.warmup)
     return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
@@ -322,13 +322,15 @@ class MetricsLog:
         for name, value in metrics.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
             self.counts[name] = self.counts.get(name, 0) + 1
-        if iteration % self.train.log_every and iteration != self.train.iterations:
+        if iteration % self.train.log_every and iteration != self.train.max_iterations:
             return
         means = {name: value / self.counts[name] for name, value in self.sums.items()}
         seconds = (time.perf_counter() - self.started) / (iteration - self.first_iteration)
-        left = seconds * (self.train.iterations - iteration)
+        left = seconds * (self.train.max_iterations - iteration)
         text = "  ".join(f"{name} {value:.4g}" for name, value in means.items())
-        print(f"{iteration}/{self.train.iterations}  {text}  {seconds:.2f} s/it, {left / 60:.0f} min left", flush=True)
+        print(
+            f"{iteration}/{self.train.max_iterations}  {text}  {seconds:.2f} s/it, {left / 60:.0f} min left", flush=True
+        )
         with self.path.open("a") as file:
             file.write(json.dumps({"iteration": iteration, **means}) + "\n")
         if self.wandb is not None:

@@ -149,7 +149,7 @@ class TrainConfig:
     """Folder or checkpoint of weights to start from. Empty: random."""
     output: str = ""
     """Folder that receives the finished (EMA) weights, in the diffusers layout."""
-    iterations: int = 1000
+    max_iterations: int = 1000
     """Optimizer updates of the whole run."""
     batch_size: int = 8
     """Clips that go through the network at once, if of the shortest length in clip_frames (fewer of longer ones)."""
@@ -369,7 +369,7 @@ def check_config(config: Config) -> None:
         "teacher.timestep_shift": config.teacher.timestep_shift,
         "data.num_frames": config.data.num_frames,
         "train.timestep_shift": config.train.timestep_shift,
-        "train.iterations": config.train.iterations,
+        "train.max_iterations": config.train.max_iterations,
         "train.batch_size": config.train.batch_size,
         "train.log_every": config.train.log_every,
         "train.checkpoint_every": config.train.checkpoint_every,

@@ -245,9 +245,9 @@ def stages(tmp_path):
 
 
 def test_the_training_script_stops_at_a_stage_that_fails(stages):
-    code, calls = stages("train.iterations=3", fail="vae_long")
+    code, calls = stages("train.max_iterations=3", fail="vae_long")
     assert code != 0 and len(calls) == 3
-    assert all("train.iterations=3" in words for words in calls)
+    assert all("train.max_iterations=3" in words for words in calls)
 
 
 def test_the_training_script_shares_the_work(stages):
@@ -262,7 +262,7 @@ def test_the_training_script_makes_a_model_from_nothing(tmp_path, stages, call, 
     """Its stages, in its order and with its words, on tiny networks and in this process."""
     overrides = [
         "train.network=tiny",
-        "train.iterations=2",
+        "train.max_iterations=2",
         "train.batch_size=1",
         "train.clip_frames=[5]",
         "train.total_batch_size=0",

@@ -38,8 +38,8 @@ def world(tmp_path_factory) -> Path:
     write_config(
         root / "config.yaml",
         model,
-        train={"objective": "score_distillation", "init": str(model / "transformer"), "iterations": 3, "batch_size": 1,
-               "warmup": 0, "learning_rate": 1e-2, "checkpoint_every": 1, "keep_checkpoints": 2},
+        train={"objective": "score_distillation", "init": str(model / "transformer"), "max_iterations": 3,
+               "batch_size": 1, "warmup": 0, "learning_rate": 1e-2, "checkpoint_every": 1, "keep_checkpoints": 2},
         distill={"max_rollout_frames": 6},
         data={"path": str(root / "pairs"), "num_frames": 6},
     )  # fmt: skip

@@ -219,7 +219,7 @@ def test_without_it_prompts_are_needed(make, tmp_path):
 def test_an_interrupted_run_goes_on_bit_for_bit(make, tmp_path, stop):
     def trainer(name: str) -> Trainer:
         objective = make(guidance_scale=3.0)
-        objective.config.train.iterations, objective.config.train.ema_start = 8, 3
+        objective.config.train.max_iterations, objective.config.train.ema_start = 8, 3
         return Trainer(objective.config, objective, str(tmp_path / name))
 
     whole, first = trainer("whole"), trainer("parts")
@@ -259,7 +259,7 @@ def test_sample_videos_are_the_averages_and_change_nothing(make, tmp_path):
 
     def trainer(name: str, **changes) -> Trainer:
         objective = make()
-        objective.config.train.iterations = 4
+        objective.config.train.max_iterations = 4
         for key, value in changes.items():
             setattr(objective.config.train, key, value)
         return Trainer(objective.config, objective, str(tmp_path / name))

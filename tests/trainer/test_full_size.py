@@ -53,7 +53,12 @@ def test_one_iteration_at_full_width_in_bfloat16(tmp_path, sharding):
 
     published = load_config(str(ROOT / "configs/hiar.yaml"))
     sections = {"train": vars(published.train), "distill": vars(published.distill)}
-    sections["train"] |= {"init": str(model / "transformer"), "total_batch_size": 1, "iterations": 1, "wandb": "off"}
+    sections["train"] |= {
+        "init": str(model / "transformer"),
+        "total_batch_size": 1,
+        "max_iterations": 1,
+        "wandb": "off",
+    }
     sections["train"] |= {"sharding": sharding}
     sections["distill"] |= {"max_rollout_frames": 6, "min_exit_step": 3}
     data = {"path": str(tmp_path / "pairs"), "num_frames": 6}

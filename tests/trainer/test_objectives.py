@@ -232,7 +232,7 @@ def test_missing_or_broken_data_is_one_line(tmp_path, make_config, tiny_presets,
 
 
 def test_training_the_decoder_only_leaves_the_latents_as_they_are(tmp_path, make_config, model):
-    changes = dict(init=str(model), decoder_only=True, clip_frames=[5], optimizer="muon", iterations=2)
+    changes = dict(init=str(model), decoder_only=True, clip_frames=[5], optimizer="muon", max_iterations=2)
     config = make_config(output=str(tmp_path / "out"), **changes)
     write_model_index(tmp_path / "out")
     Trainer(config, VAEReconstruction(config, CPU), str(tmp_path / "log")).train()
@@ -303,7 +303,7 @@ def test_train_makes_a_model_from_nothing_that_diffusers_opens(
         ("ode_regression", "model/generator", {"init": str(trained / "model/transformer")}),
     ]
     for name, output, changes in stages:
-        section = dict(network="tiny", iterations=2, batch_size=2, warmup=1, log_every=1, ema_decay=0.5)
+        section = dict(network="tiny", max_iterations=2, batch_size=2, warmup=1, log_every=1, ema_decay=0.5)
         section |= {"objective": name, "output": str(trained / output)} | changes
         path = {"flow_matching": str(clips), "ode_regression": str(pairs)}.get(name, "")
         config = write_config(trained / "config.yaml", trained / "model", train=section, data={"path": path})
@@ -340,7 +340,7 @@ def test_train_says_what_it_needs(tmp_path, monkeypatch, capsys, model):
         ([], "--logdir"),
         (["--logdir", tmp_path / "log"], "has no train.objective"),
         (["--logdir", tmp_path / "log", "train.objective=magic"], "train.objective"),
-        (["--logdir", tmp_path / "log", "train.iterations=0"], "train.iterations must be positive"),
+        (["--logdir", tmp_path / "log", "train.max_iterations=0"], "train.max_iterations must be positive"),
         (["--logdir", config, "train.objective=text_attributes", "train.network=shapes"], "cannot write to folder"),
         (["--logdir", tmp_path / "log", "train.objective=flow_matching", "train.network=shapes"], "no encoded clips"),
         (["--logdir", tmp_path / "log", "train.objective=text_attributes", "train.network=no"], "choose from"),
@@ -353,5 +353,5 @@ def test_train_says_what_it_needs(tmp_path, monkeypatch, capsys, model):
 def test_train_dry_run_prints_the_configuration(monkeypatch, capsys):
     root = Path(train.__file__).parent
     for file in sorted((root / "configs/shapes").glob("*.yaml")):
-        assert run_train(monkeypatch, "--config_path", file, "--dry-run", "train.iterations=3") == 0
-        assert "iterations: 3" in capsys.readouterr().out
+        assert run_train(monkeypatch, "--config_path", file, "--dry-run", "train.max_iterations=3") == 0
+        assert "max_iterations: 3" in capsys.readouterr().out

@@ -35,7 +35,7 @@ def config(tmp_path_factory, model, pairs) -> Path:
             "init": str(model / "transformer"),
             "batch_size": 1,
             "total_batch_size": 4,
-            "iterations": 8,
+            "max_iterations": 8,
             "warmup": 2,
             "log_every": 1,
             "checkpoint_every": 2,
@@ -91,7 +91,7 @@ def test_two_processes_train_as_one_does(config, tmp_path, reference, sharding):
 
 @pytest.mark.parametrize(("before", "after"), [("shard", "replicate"), ("replicate", "shard")])
 def test_a_run_goes_on_with_another_number_of_processes(config, tmp_path, reference, before, after):
-    run(config, tmp_path, 2, f"train.sharding={before}", "train.iterations=4", "train.decay=constant")
+    run(config, tmp_path, 2, f"train.sharding={before}", "train.max_iterations=4", "train.decay=constant")
     one = run(config, tmp_path, 1, f"train.sharding={after}", "train.decay=constant")
     whole = run(config, tmp_path / "whole", 1, "train.decay=constant")
     assert_close(one, whole)
@@ -99,7 +99,7 @@ def test_a_run_goes_on_with_another_number_of_processes(config, tmp_path, refere
 
 def test_killed_five_times_it_ends_with_the_same_bits(config, tmp_path):
     """SIGKILL at random moments to all of a run of two processes; the same command goes on."""
-    overrides = ("train.sharding=shard", "train.iterations=16")
+    overrides = ("train.sharding=shard", "train.max_iterations=16")
     expected = run(config, tmp_path / "whole", 2, *overrides)
     random_moments = random.Random(5)
     killed = 0
@@ -139,7 +139,7 @@ def lines_of(logdir: Path) -> list[str]:
 def test_one_that_dies_takes_the_others_along(config, tmp_path):
     """A process that fails is named, and nobody hangs."""
     process = subprocess.Popen(
-        command(config, tmp_path, 2, "train.iterations=100000"), cwd=ROOT, stdout=subprocess.DEVNULL,
+        command(config, tmp_path, 2, "train.max_iterations=100000"), cwd=ROOT, stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE, start_new_session=True,
     )  # fmt: skip
     try:

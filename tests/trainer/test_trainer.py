@@ -106,7 +106,7 @@ def test_ctrl_c_finishes_the_iteration_and_saves(tmp_path, toy, make_config):
 
 
 def test_flow_matching_goes_on_bit_for_bit(tmp_path, make_config, clips, tiny_presets):
-    config = make_config(clips, optimizer="muon", iterations=4, text_dropout=0.5)
+    config = make_config(clips, optimizer="muon", max_iterations=4, text_dropout=0.5)
 
     def trainer(name: str) -> Trainer:
         return Trainer(config, FlowMatching(config, torch.device("cpu")), str(tmp_path / name))
@@ -235,13 +235,13 @@ def test_a_checkpoint_of_another_network_or_optimizer_is_refused(tmp_path, toy, 
 
 
 def test_learning_rate_rises_then_falls_to_a_twentieth():
-    config = TrainConfig(iterations=110, warmup=10)
+    config = TrainConfig(max_iterations=110, warmup=10)
     scales = [learning_rate_scale(i, config) for i in range(110)]
     assert scales[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert scales[10] == 1 and scales[60] == pytest.approx(0.525)
     assert sorted(scales[10:], reverse=True) == scales[10:]
     assert learning_rate_scale(110, config) == pytest.approx(0.05) == learning_rate_scale(500, config)
-    assert learning_rate_scale(0, TrainConfig(iterations=1, warmup=0)) == 1
+    assert learning_rate_scale(0, TrainConfig(max_iterations=1, warmup=0)) == 1
 
 
 def test_the_rate_reaches_every_optimizer(tmp_path, toy, make_config):

@@ -224,11 +224,11 @@ def train(*arguments: str) -> subprocess.CompletedProcess:
 
 def test_a_dry_run_prints_the_whole_configuration(tmp_path):
     path = "configs/shapes/vae.yaml"
-    done = train("--config_path", path, "--dry-run", "train.iterations=7")
+    done = train("--config_path", path, "--dry-run", "train.max_iterations=7")
     assert done.returncode == 0 and done.stderr == ""
-    expected = load_config(str(ROOT / path), ["train.iterations=7"])
+    expected = load_config(str(ROOT / path), ["train.max_iterations=7"])
     assert load_config(write(tmp_path, done.stdout)) == expected
-    assert expected.train.iterations == 7
+    assert expected.train.max_iterations == 7
 
 
 def test_a_typo_ends_the_command_with_one_line():
