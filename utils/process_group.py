@@ -24,7 +24,10 @@ def process_group(device: torch.device) -> Iterator[None]:
     if dist.is_initialized():
         yield
         return
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    backend = "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # or barriers and FSDP would take the first GPU for every process
+        backend = "cpu:gloo,cuda:nccl"
     if "RANK" in os.environ:
         die_with_launcher()
         dist.init_process_group(backend)
