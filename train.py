@@ -52,10 +52,11 @@ def main() -> None:
 
     # Heavy imports wait until the arguments are known to be good.
     from trainer.objectives import build_objective
-    from trainer.trainer import Trainer
+    from trainer.trainer import Trainer, check_wandb
     from utils.device import pick_device
     from utils.process_group import process_group
 
+    check_wandb(config.train.wandb)
     device = pick_device(config.runtime.device)
     with process_group(device):
         resume = None if args.resume == "auto" else Path(args.resume)

@@ -279,6 +279,21 @@ def is_inner_matrix(name: str, parameter: nn.Parameter) -> bool:
     return is_kernel and not any(word in f"{name}." for word in outer)
 
 
+def check_wandb(mode: str) -> None:
+    """Find out, before anything is loaded, whether a run can be logged to W&B as `train.wandb` says.
+
+    Raises:
+        UserError: if online runs have no credentials. Nobody is asked for any.
+    """
+    if mode == "online" and rank() == 0:
+        import wandb
+
+        if not wandb.login(prompt=False):
+            raise UserError(
+                "train.wandb=online finds no credentials for W&B; set WANDB_API_KEY, or train.wandb=offline or off"
+            )
+
+
 class MetricsLog:
     """Means of the metrics since the last line: on the console, in logdir/metrics.jsonl, and to W&B if asked."""
 
@@ -300,13 +315,16 @@ class MetricsLog:
         if train.wandb != "off":
             import wandb
 
-            self.wandb = wandb.init(
-                project=train.project,
-                name=logdir.name,
-                dir=train.wandb_dir or logdir,
-                mode=train.wandb,
-                config={"yaml": config.to_yaml()},
-            )
+            try:
+                self.wandb = wandb.init(
+                    project=train.project,
+                    name=logdir.name,
+                    dir=writable_folder(train.wandb_dir or logdir),
+                    mode=train.wandb,
+                    config={"yaml": config.to_yaml()},
+                )
+            except wandb.Error as error:
+                raise UserError(f"W&B cannot start ({error}); train.wandb=offline keeps its log on the disk") from None
 
     def __enter__(self) -> "MetricsLog":
         return self

@@ -350,6 +350,18 @@ def test_train_says_what_it_needs(tmp_path, monkeypatch, capsys, model):
         assert says in err and err.startswith("error:") and err.count("\n") == 1, err
 
 
+def test_wandb_without_credentials_is_said_at_once(tmp_path, monkeypatch, capsys, model, clips):
+    config = write_config(
+        tmp_path / "c.yaml", model, train={"objective": "flow_matching", "wandb": "online"}, data={"path": str(clips)}
+    )
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    monkeypatch.setattr("trainer.objectives.build_objective", lambda *_: pytest.fail("something was loaded"))
+    assert run_train(monkeypatch, "--config_path", config, "--logdir", tmp_path / "log") == 2
+    err = capsys.readouterr().err
+    assert err.splitlines()[-1].startswith("error: train.wandb=online finds no credentials") and "Traceback" not in err
+
+
 def test_train_dry_run_prints_the_configuration(monkeypatch, capsys):
     root = Path(train.__file__).parent
     for file in sorted((root / "configs/shapes").glob("*.yaml")):

@@ -165,6 +165,41 @@ def test_a_given_checkpoint_can_be_resumed_from(tmp_path, toy, make_config):
     assert_same(state_of(other), state_of(whole))
 
 
+# ---- W&B ----
+
+
+def test_wandb_offline_holds_every_metric(tmp_path, toy, make_config, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")  # whatever happens, nothing leaves this machine
+    logged = []
+    start = wandb.init
+
+    def init(**words):
+        run = start(**words)
+        log = run.log
+        monkeypatch.setattr(run, "log", lambda metrics, step: (logged.append((step, metrics)), log(metrics, step=step)))
+        return run
+
+    monkeypatch.setattr(wandb, "init", init)
+    config = make_config(wandb="offline", wandb_dir=str(tmp_path / "elsewhere"))
+    Trainer(config, toy(), str(tmp_path / "run")).train()
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [{"iteration": step, **metrics} for step, metrics in logged] == lines and len(lines) == 6
+    [written] = (tmp_path / "elsewhere").glob("wandb/offline-run-*/run-*.wandb")
+    assert written.stat().st_size > 0
+
+
+def test_wandb_that_cannot_start_is_one_line(tmp_path, toy, make_config, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+
+    def init(**_):
+        raise wandb.Error("no network")
+
+    monkeypatch.setattr(wandb, "init", init)
+    with pytest.raises(UserError, match=r"W&B cannot start \(no network\); train.wandb=offline"):
+        Trainer(make_config(wandb="online"), toy(), str(tmp_path)).train()
+
+
 # ---- Batches in parts ----
 
 
