@@ -302,7 +302,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
         reason = " ".join(str(error).split())
         raise UserError(f"cannot read a value in {' '.join(overrides)}: it is not valid YAML ({reason})") from None
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(Config), *files, changes)
+        merged = OmegaConf.merge(OmegaConf.structured(Config), *map(_off_is_a_word, [*files, changes]))
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         key = f" (key {error.full_key})" if error.full_key else ""
@@ -310,6 +310,13 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
     assert isinstance(config, Config)
     check_config(config)
     return config
+
+
+def _off_is_a_word(given: Any) -> Any:
+    """W&B's mode as it was written: YAML takes an unquoted off for false."""
+    if OmegaConf.select(given, "train.wandb") is False:
+        given.train.wandb = "off"
+    return given
 
 
 def _read_yaml(path: str, heirs: tuple[str, ...] = ()) -> list[DictConfig]:

@@ -71,6 +71,14 @@ def test_files_are_over_defaults_and_words_are_over_files(tmp_path):
     assert config.video.width == Config().video.width
 
 
+@pytest.mark.parametrize("mode", ["off", "'off'", "offline", "online"])
+def test_every_mode_of_wandb_can_be_said(tmp_path, empty, mode):
+    path = write(tmp_path, f"train: {{wandb: {mode}}}\n")
+    assert load_config(path).train.wandb == mode.strip("'")
+    online = write(tmp_path, "train: {wandb: online}\n")
+    assert load_config(online, [f"train.wandb={mode}"]).train.wandb == mode.strip("'")
+
+
 def test_what_comes_back_is_plain(empty):
     config = load_config(empty)
     assert isinstance(config.rollout, RolloutConfig) and type(config.rollout.denoising_step_list) is list
@@ -229,6 +237,16 @@ def test_a_dry_run_prints_the_whole_configuration(tmp_path):
     expected = load_config(str(ROOT / path), ["train.max_iterations=7"])
     assert load_config(write(tmp_path, done.stdout)) == expected
     assert expected.train.max_iterations == 7
+
+
+def test_every_option_of_train_means_its_key(tmp_path):
+    words = ["--disable-wandb", "--wandb-save-dir", "logs", "--no_save", "--no_visualize", "--min_exit_step", "1"]
+    done = train("--config_path", "configs/hiar.yaml", "--dry-run", "train.sample_every=5", *words)
+    assert done.returncode == 0 and done.stderr == ""
+    config = load_config(write(tmp_path, done.stdout))
+    given = config.train
+    assert (given.wandb, given.wandb_dir, given.save, given.sample_every) == ("off", "logs", False, 0)
+    assert config.distill.min_exit_step == 1
 
 
 def test_a_typo_ends_the_command_with_one_line():
