@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from trainer.checkpoints import Checkpoints
@@ -97,8 +98,11 @@ class Trainer:
                     if self.iteration % config.checkpoint_every == 0 or self.iteration == config.max_iterations:
                         self.save()
                     if config.sample_every and self.iteration % config.sample_every == 0:
+                        folder = self.logdir / "samples" / f"{self.iteration:08d}"
                         with self.average_weights():
-                            self.objective.sample(self.logdir / "samples" / f"{self.iteration:08d}")
+                            self.objective.sample(folder)
+                        dist.barrier()  # every process has written its videos
+                        log.write_videos(self.iteration, folder)
             except KeyboardInterrupt:
                 self.save()
                 raise
@@ -354,3 +358,11 @@ class MetricsLog:
         if self.wandb is not None:
             self.wandb.log(means, step=iteration)
         self.sums, self.counts = {}, {}
+
+    def write_videos(self, iteration: int, folder: Path) -> None:
+        """Send the sample videos of an iteration to W&B, if that is asked for."""
+        if self.wandb is not None:
+            import wandb
+
+            files = [path for path in sorted(folder.glob("*.mp4")) if path.is_file()]
+            self.wandb.log({f"samples/{path.stem}": wandb.Video(str(path)) for path in files}, step=iteration)

@@ -5,6 +5,7 @@ import math
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -18,6 +19,7 @@ from trainer.objectives import FlowMatching
 from trainer.trainer import Trainer, build_optimizers, is_inner_matrix, learning_rate_scale
 from utils.config import TrainConfig
 from utils.errors import UserError
+from utils.video import VideoWriter
 
 ROOT = Path(module.__file__).parents[1]
 
@@ -168,7 +170,7 @@ def test_a_given_checkpoint_can_be_resumed_from(tmp_path, toy, make_config):
 # ---- W&B ----
 
 
-def test_wandb_offline_holds_every_metric(tmp_path, toy, make_config, monkeypatch):
+def test_wandb_offline_holds_every_metric_and_sample(tmp_path, toy, make_config, monkeypatch):
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")  # whatever happens, nothing leaves this machine
     logged = []
@@ -181,12 +183,26 @@ def test_wandb_offline_holds_every_metric(tmp_path, toy, make_config, monkeypatc
         return run
 
     monkeypatch.setattr(wandb, "init", init)
-    config = make_config(wandb="offline", wandb_dir=str(tmp_path / "elsewhere"))
-    Trainer(config, toy(), str(tmp_path / "run")).train()
+    config = make_config(wandb="offline", wandb_dir=str(tmp_path / "elsewhere"), sample_every=4)
+    objective = toy()
+
+    def sample(folder: Path) -> None:
+        folder.mkdir(parents=True)
+        with VideoWriter(folder / "a red circle-0.mp4") as video:
+            video.write(np.zeros((5, 32, 32, 3), np.uint8))
+
+    objective.sample = sample
+    Trainer(config, objective, str(tmp_path / "run")).train()
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [{"iteration": step, **metrics} for step, metrics in logged] == lines and len(lines) == 6
-    [written] = (tmp_path / "elsewhere").glob("wandb/offline-run-*/run-*.wandb")
-    assert written.stat().st_size > 0
+    metrics = [{"iteration": step, **values} for step, values in logged if "loss" in values]
+    assert metrics == lines and len(lines) == 6
+    assert [(step, list(values)) for step, values in logged if "loss" not in values] == [
+        (4, ["samples/a red circle-0"])
+    ]
+    [run] = (tmp_path / "elsewhere").glob("wandb/offline-run-*")
+    [video] = run.glob("files/media/videos/samples/*.mp4")
+    assert video.read_bytes() == (tmp_path / "run/samples/00000004/a red circle-0.mp4").read_bytes()
+    assert next(run.glob("run-*.wandb")).stat().st_size > 0
 
 
 def test_wandb_that_cannot_start_is_one_line(tmp_path, toy, make_config, monkeypatch):
