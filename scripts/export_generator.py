@@ -13,11 +13,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from model.weights import ModelDirectory, export_state, save_transformer, save_weights
+from model.weights import export_state, save_transformer, save_weights
 from scripts.convert_checkpoint import TORCH_SUFFIXES, folder_or_suffix
 from trainer.checkpoints import find_checkpoint, read_tensors
+from trainer.planner import student_config
 from utils.config import load_config
 from utils.errors import UserError, command
+
+OBJECTIVES = ("flow_matching", "ode_regression", "score_distillation")
 
 
 @command
@@ -32,19 +35,22 @@ def main() -> None:
     if suffix not in ("", ".safetensors", *TORCH_SUFFIXES):
         raise UserError(f"--output {args.output} must end in .pt or .safetensors, or be a folder without a suffix")
     checkpoint = find_checkpoint(args.logdir, args.iteration)
+    config = load_config(str(args.logdir / "config.yaml"))
+    if config.train.objective not in OBJECTIVES:
+        raise UserError(f"{args.logdir} is a run of {config.train.objective}, which trains no generator")
+    weights = "nets/generator/" if config.train.objective == "score_distillation" else "nets/net/"
     if suffix in TORCH_SUFFIXES:
         halves = {
-            "generator": read_tensors(checkpoint, "nets/generator/"),
+            "generator": read_tensors(checkpoint, weights),
             "generator_ema": read_tensors(checkpoint, "ema/"),
         }
         save_weights(args.output, {k: export_state(state, "generator")["generator"] for k, state in halves.items()})
     else:
-        state = read_tensors(checkpoint, "ema/" if args.use_ema else "nets/generator/")
+        state = read_tensors(checkpoint, "ema/" if args.use_ema else weights)
         if suffix:
             save_weights(args.output, state)
         else:
-            base = load_config(str(args.logdir / "config.yaml")).model.base
-            save_transformer(args.output, state, ModelDirectory.open(base).transformer_config())
+            save_transformer(args.output, state, student_config(config))
     print(f"wrote {args.output} from {checkpoint}")
 
 

@@ -49,10 +49,14 @@ def world(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def run(world) -> Path:
     """A training run that has ended."""
-    words = ["train.py", "--config_path", str(world / "config.yaml"), "--logdir", str(world / "run")]
+    return train(world, "run")
+
+
+def train(world: Path, name: str, *overrides: str) -> Path:
+    words = ["train.py", "--config_path", str(world / "config.yaml"), "--logdir", str(world / name), *overrides]
     done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, timeout=200)
     assert done.returncode == 0, done.stderr.decode()
-    return world / "run"
+    return world / name
 
 
 # ---- export_generator.py ----
@@ -80,6 +84,22 @@ def test_an_exported_generator_makes_the_same_samples_in_every_format(world, run
     keys = torch.load(tmp_path / "True-g.pt", weights_only=True)
     assert keys.keys() == {"generator", "generator_ema"}
     assert "model.blocks.0.self_attn.q.weight" in keys["generator"]
+
+
+def test_a_causal_initialisation_can_be_exported(world, tmp_path, call):
+    output = world / "finished"
+    run = train(world, "ode", "train.objective=ode_regression", f"train.output={output}", "train.max_iterations=2")
+    results = {"finished": samples(world, output)}
+    for name in ("g.pt", "g.safetensors", "folder"):
+        assert call(export_generator, "--logdir", run, "--output", tmp_path / name, "--use_ema")[0] == 0
+        half = ["model.use_ema=true"] if name == "g.pt" else []
+        results[name] = samples(world, tmp_path / name, *half)
+    assert all(torch.equal(results[name], results["g.pt"]) for name in ("g.safetensors", "folder"))
+    torch.testing.assert_close(results["finished"], results["g.pt"], atol=0.05, rtol=0.05)  # it is in bfloat16
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace("ode_regression", "text_attributes"))
+    code, _, err = call(export_generator, "--logdir", run, "--output", tmp_path / "none.pt")
+    assert code == 2 and "a run of text_attributes, which trains no generator" in err
 
 
 def test_an_earlier_iteration_can_be_exported(run, tmp_path, call):
