@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -77,6 +78,8 @@ class Trainer:
         self.net = next(iter(objective.nets.values()))
         self.ema = {name: tensor.detach().clone() for name, tensor in self.net.state_dict().items()}
         self.checkpoints = Checkpoints(self.logdir, self.train_config.keep_checkpoints)
+        self.notice = Notice()
+        self.stopping = False  # by common knowledge of all processes: with the iteration that is under way
 
     def train(self, resume: Path | None = None) -> None:
         """Resume if there is a checkpoint, train to the last iteration, export the EMA weights."""
@@ -88,14 +91,14 @@ class Trainer:
         config = self.train_config
         if rank() == 0:
             write_text(self.logdir / "config.yaml", self.config.to_yaml())
-        with MetricsLog(self.logdir, config, self.config, self.iteration) as log:
+        with MetricsLog(self.logdir, config, self.config, self.iteration) as log, self.notice:
             try:
-                while self.iteration < config.max_iterations:
-                    with ctrl_c_waits():
-                        metrics = self.step()
-                        self.iteration += 1
+                while self.iteration < config.max_iterations and not self.stopping:
+                    metrics = self.step()
+                    self.iteration += 1
                     log.write(self.iteration, metrics)
-                    if self.iteration % config.checkpoint_every == 0 or self.iteration == config.max_iterations:
+                    last = self.stopping or self.iteration == config.max_iterations
+                    if self.iteration % config.checkpoint_every == 0 or last:
                         self.save()
                     if config.sample_every and self.iteration % config.sample_every == 0:
                         folder = self.logdir / "samples" / f"{self.iteration:08d}"
@@ -103,11 +106,10 @@ class Trainer:
                             self.objective.sample(folder)
                         dist.barrier()  # every process has written its videos
                         log.write_videos(self.iteration, folder)
-            except KeyboardInterrupt:
-                self.save()
-                raise
             finally:
                 self.checkpoints.finish()
+        if self.stopping:
+            raise KeyboardInterrupt
         if config.output:
             weights = {name: whole(tensor) for name, tensor in self.ema.items()}
             if rank() == 0:
@@ -148,7 +150,10 @@ class Trainer:
             last = part == self.parts[-1]
             for key, value in self.objective.backward(name, self.iteration, part, scale, last).items():
                 sums[key] = sums.get(key, 0.0) + value / self.num_parts
-        return sum_gradients(net, sums, next(net.parameters()).device)
+        sums["told to stop"] = float(self.notice.given)
+        totals = sum_gradients(net, sums, next(net.parameters()).device)
+        self.stopping = totals.pop("told to stop") > 0 or self.stopping
+        return totals
 
     def refuse_bad(self, metrics: Mapping[str, float], name: str, norm: float) -> None:
         """Stop before an update that would ruin the run.
@@ -224,20 +229,31 @@ class Trainer:
             print(f"resumed from {source} at iteration {self.iteration}")
 
 
-@contextlib.contextmanager
-def ctrl_c_waits() -> Iterator[None]:
-    """Hold Ctrl-C back until the block is done: in between, weights, optimizer and EMA are not of one iteration."""
-    if threading.current_thread() is not threading.main_thread():  # the others are not interrupted
-        yield
-        return
-    pressed = []
-    before = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if pressed:
-        raise KeyboardInterrupt
+class Notice:
+    """Whether this process was told to stop, by Ctrl-C or by a cluster's SIGTERM.
+
+    A process that stopped at once would be in another iteration than others, and its own weights, optimizer and EMA
+    would not be of one. A second Ctrl-C does not wait.
+    """
+
+    def __init__(self) -> None:
+        self.given = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "Notice":
+        if threading.current_thread() is threading.main_thread():  # the others get no signals
+            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: object) -> None:
+        if self.given and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.given = True
+        print("stopping after this iteration; Ctrl-C again stops at once", file=sys.stderr, flush=True)
 
 
 def learning_rate_scale(iteration: int, config: TrainConfig) -> float:

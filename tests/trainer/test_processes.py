@@ -125,6 +125,31 @@ def test_killed_five_times_it_ends_with_the_same_bits(config, tmp_path):
     assert (logdir / "metrics.jsonl").read_text() == (tmp_path / "whole/metrics.jsonl").read_text()
 
 
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_all_processes_stop_at_the_same_iteration(config, tmp_path, sent):
+    """Told so by Ctrl-C or a cluster, between checkpoints; what was done is kept and the same command goes on."""
+    overrides = ("train.max_iterations=14", "train.checkpoint_every=1000")
+    expected = run(config, tmp_path / "whole", 2, *overrides)
+    logdir = tmp_path / "stopped"
+    process = subprocess.Popen(
+        command(config, logdir, 2, *overrides), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 120
+        while len(lines_of(logdir)) < 3 and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(sent)
+        _, err = process.communicate(timeout=90)
+    finally:
+        kill_all(process)
+    assert process.returncode != 0 and b"stopping after this iteration" in err and b"SIGKILL" not in err
+    done = len(lines_of(logdir))
+    assert [path.name for path in (logdir / "checkpoints").iterdir()] == [f"{done:08d}"] and 3 <= done < 14
+    final = run(config, logdir, 2, *overrides)
+    assert [name for name in expected if not torch.equal(final[name], expected[name])] == []
+
+
 def kill_all(process: subprocess.Popen[bytes]) -> None:
     """SIGKILL to the launcher and all its workers, as far as there are any left."""
     with contextlib.suppress(ProcessLookupError):

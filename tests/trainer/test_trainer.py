@@ -90,13 +90,15 @@ def test_a_finished_run_exports_again_and_trains_no_more(tmp_path, toy, make_con
     assert runs[0].objective.exported[0] == tmp_path / "weights"
 
 
-def test_ctrl_c_finishes_the_iteration_and_saves(tmp_path, toy, make_config):
-    """Also when it comes after one optimizer's step and before the other's."""
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_told_to_stop_it_finishes_the_next_iteration_and_saves(tmp_path, toy, make_config, sent):
+    """Also when it is told after one optimizer's step and before the other's."""
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     config = make_config(checkpoint_every=100, optimizer="muon")
     whole = Trainer(config, toy(), str(tmp_path / "whole"))
     whole.train()
     first = Trainer(config, toy(), str(tmp_path / "parts"))
-    press = lambda *_: signal.raise_signal(signal.SIGINT) if first.iteration == 2 else None  # noqa: E731
+    press = lambda *_: signal.raise_signal(sent) if first.iteration == 1 else None  # noqa: E731
     first.optimizers["net"][0].register_step_post_hook(press)
     with pytest.raises(KeyboardInterrupt):
         first.train()
@@ -104,7 +106,21 @@ def test_ctrl_c_finishes_the_iteration_and_saves(tmp_path, toy, make_config):
     second.train()
     assert second.objective.iterations == [3, 4, 5]
     assert_same(state_of(second), state_of(whole))
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+def test_a_second_ctrl_c_stops_at_once_and_saves_nothing_half_done(tmp_path, toy, make_config):
+    run = Trainer(make_config(checkpoint_every=2, optimizer="muon"), toy(), str(tmp_path))
+
+    def press_twice(*_) -> None:
+        if run.iteration == 3:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+
+    run.optimizers["net"][0].register_step_post_hook(press_twice)
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    assert [path.name for path in run.checkpoints.saved()] == ["00000002"]
 
 
 def test_flow_matching_goes_on_bit_for_bit(tmp_path, make_config, clips, tiny_presets):
