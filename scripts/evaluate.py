@@ -317,7 +317,7 @@ def examples(found: Sequence[tuple[str, str, Sequence[Found]]], count: int, max_
                         sampler.add(frame[None])
                 strips.append(strip(sampler.strip("").frames))
             together = Path(folder) / f"{number}.mp4"
-            write_side_by_side(together, list(zip(labels, paths, strict=True)))
+            write_side_by_side(together, list(zip(labels, paths, strict=True)), max_frames=max_frames, crf=23)
             shown.append(Example(f"{key.prompt} (seed {key.seed}, sample {key.sample})", strips, together.read_bytes()))
     return shown
 

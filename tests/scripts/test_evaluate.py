@@ -129,6 +129,9 @@ def test_only_the_beginning_is_measured_if_asked(folders, tmp_path, call):
         assert call(evaluate, half, "--output", tmp_path / "out", "--floor_videos", 0, *words)[0] == 0
         result = json.loads((tmp_path / "out" / "evaluation.json").read_text())
         means.append(result["methods"][0]["estimates"]["presence"]["mean"])
+        [data, *_] = re.findall(r"data:video/mp4;base64,([^\"]+)", (tmp_path / "out" / "report.html").read_text())
+        (tmp_path / "shown.mp4").write_bytes(base64.b64decode(data))
+        assert len(read_video(tmp_path / "shown.mp4")[0]) == (9 if words else 17)
     assert means == [9 / 17, 1]
 
 
