@@ -42,7 +42,9 @@ def save_lines(
         axis.set_xlabel(x_label, fontsize=8)
         axis.grid(alpha=0.3)
         axis.margins(x=0)
-        axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
+        low, high = axis.get_ylim()
+        low = min(0, low)
+        axis.set_ylim(low, high + 0.05 * (high - low))  # a line at the very top would hide in the frame
     axes.flat[0].legend(fontsize=8)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=100, format="png")
