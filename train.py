@@ -7,7 +7,7 @@ The same command again resumes from the last checkpoint in --logdir.
 import argparse
 from pathlib import Path
 
-from utils.config import Config, load_config
+from utils.config import DIT_OBJECTIVES, Config, load_config
 from utils.distributed import world_size
 from utils.errors import UserError, command
 
@@ -71,7 +71,7 @@ def dry_run(config: Config, processes: str) -> None:
     if not processes.isdigit() or int(processes) < 1:
         raise UserError(f"world_size={processes} must be a number of processes")
     print(config.to_yaml(), end="")
-    if config.train.objective in ("flow_matching", "ode_regression", "score_distillation"):
+    if config.train.objective in DIT_OBJECTIVES:
         from trainer.planner import plan
 
         print(plan(config, int(processes)))

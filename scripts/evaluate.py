@@ -53,7 +53,7 @@ from utils.evaluation import (
 )
 from utils.figures import Figure, take_figures
 from utils.files import atomic_path, writable_folder, write_json
-from utils.observed import observe
+from utils.observed import Observed, look, observe
 from utils.plots import save_lines, split_label
 from utils.prompts import read_prompts
 from utils.report import Example, Table, strip, write_report
@@ -183,12 +183,17 @@ def measure_video(video: Found, options: Options) -> Measured:
         seen = observe(path, options.in_shapes_world, options.max_frames, options.kept)
     except ValueError as error:
         raise UserError(f"cannot measure {path}: {error}") from None
-    curves = video_measures.measure(seen.pixels, options.block_frames)
+    return judge(seen, key, path.name, options.block_frames)
+
+
+def judge(seen: Observed, key: Key, file: str, block_frames: int) -> Measured:
+    """The figures of what was seen in a video."""
+    curves = video_measures.measure(seen.pixels, block_frames)
     figures = video_measures.FIGURES
     if seen.found:
-        curves |= shapes_measures.judge(seen.found, shapes.parse_caption(key.prompt), options.block_frames)
+        curves |= shapes_measures.judge(seen.found, shapes.parse_caption(key.prompt), block_frames)
         figures = (*shapes_measures.FIGURES, *figures)
-    return Measured(key, path.name, take_figures(figures, curves), curves, seen.fps)
+    return Measured(key, file, take_figures(figures, curves), curves, seen.fps)
 
 
 def noise_floors(method: Method, num_videos: int, base: str, block_frames: int) -> list[Method]:
@@ -214,8 +219,7 @@ def noise_floors(method: Method, num_videos: int, base: str, block_frames: int) 
                 path = Path(folder) / f"{floor.label} {number}.mp4"
                 with VideoWriter(path, fps=shapes.FPS) as video:
                     video.write(frames)
-                options = Options(True, block_frames, None, Path(folder))
-                floor.videos.append(measure_video((path, key, {}), options))
+                floor.videos.append(judge(look(path, in_shapes_world=True), key, path.name, block_frames))
     return list(floors)
 
 

@@ -17,10 +17,8 @@ from model.weights import export_state, save_transformer, save_weights
 from scripts.convert_checkpoint import TORCH_SUFFIXES, folder_or_suffix
 from trainer.checkpoints import find_checkpoint, read_tensors
 from trainer.planner import student_config
-from utils.config import load_config
+from utils.config import DIT_OBJECTIVES, load_config
 from utils.errors import UserError, command
-
-OBJECTIVES = ("flow_matching", "ode_regression", "score_distillation")
 
 
 @command
@@ -36,7 +34,7 @@ def main() -> None:
         raise UserError(f"--output {args.output} must end in .pt or .safetensors, or be a folder without a suffix")
     checkpoint = find_checkpoint(args.logdir, args.iteration)
     config = load_config(str(args.logdir / "config.yaml"))
-    if config.train.objective not in OBJECTIVES:
+    if config.train.objective not in DIT_OBJECTIVES:
         raise UserError(f"{args.logdir} is a run of {config.train.objective}, which trains no generator")
     weights = "nets/generator/" if config.train.objective == "score_distillation" else "nets/net/"
     if suffix in TORCH_SUFFIXES:

@@ -22,6 +22,8 @@ DType = Literal["float32", "bfloat16", "float16"]
 ObjectiveName = Literal[
     "", "text_attributes", "vae_reconstruction", "flow_matching", "ode_regression", "score_distillation"
 ]
+DIT_OBJECTIVES = ("flow_matching", "ode_regression", "score_distillation")
+"""Those that train a DiT; the others make what surrounds it."""
 
 
 @dataclass

@@ -52,12 +52,13 @@ def observe(path: Path, in_shapes_world: bool, max_frames: int | None, kept: Pat
     file = kept / f"{_name(path, in_shapes_world)}.npz"
     seen = _load(file)
     if seen is None or not (seen.whole or (max_frames is not None and len(seen.pixels) >= max_frames)):
-        seen = _look(path, in_shapes_world, max_frames)
+        seen = look(path, in_shapes_world, max_frames)
         _save(file, seen)
     return seen.beginning(max_frames)
 
 
-def _look(path: Path, in_shapes_world: bool, max_frames: int | None) -> Observed:
+def look(path: Path, in_shapes_world: bool, max_frames: int | None = None) -> Observed:
+    """What is seen in the first frames of a video, kept nowhere. Raises as `observe` does."""
     if in_shapes_world:
         frames, fps = read_video(path, max_frames)
         pixels, found = video_measures.observe(frames), shapes_measures.explain(frames)

@@ -151,7 +151,7 @@ def test_figures_are_chosen(folders, tmp_path, call):
 def test_a_second_run_does_not_look_again(folders, tmp_path, call, monkeypatch):
     words = [folders / "truth", folders / "wrong", "--floor_videos", 0, "--cache", tmp_path / "seen", "--output"]
     assert call(evaluate, *words, tmp_path / "one")[0] == 0
-    monkeypatch.setattr("utils.observed._look", lambda *_: pytest.fail("looked again"))
+    monkeypatch.setattr("utils.observed.look", lambda *_: pytest.fail("looked again"))
     code, _, _ = call(evaluate, *words, tmp_path / "two")
     assert code == 0
 

@@ -27,8 +27,8 @@ def video(tmp_path) -> Path:
 def looks(monkeypatch) -> list[int | None]:
     """How many frames each look was asked for."""
     asked = []
-    look = observed._look
-    monkeypatch.setattr(observed, "_look", lambda *words: (asked.append(words[-1]), look(*words))[1])
+    look = observed.look
+    monkeypatch.setattr(observed, "look", lambda *words: (asked.append(words[-1]), look(*words))[1])
     return asked
 
 
