@@ -2,8 +2,8 @@
 
 python scripts/encode_prompts.py --config_path configs/hiar.yaml --data_path prompts.txt model.text_cache=prompt_cache
 
-Training finds the embeddings when it is given the same model.text_cache. Those that are there are kept, so the same
-command goes on where it stopped; under torchrun the prompts are shared out.
+Training finds the embeddings when it is given the same model.text_cache, or a copy of it on another machine. Those that
+are there are kept, so the same command goes on where it stopped; under torchrun the prompts are shared out.
 """
 
 import argparse
@@ -35,8 +35,8 @@ def main() -> None:
     texts = [prompt.text for prompt in read_prompts(args.data_path)]
     # Guidance needs the negative prompt, training with dropped captions the empty one.
     wanted = list(dict.fromkeys(["", config.teacher.negative_prompt, *texts]))[rank() :: world_size()]
-    device = pick_device(config.runtime.device)
-    encoder = load_caption_encoder(config, device).to(device)
+    encoder = load_caption_encoder(config, pick_device(config.runtime.device))
+    encoder.filling = True
     for text in tqdm(wanted, unit="prompt", disable=rank() > 0):
         encoder.encode([text])
 

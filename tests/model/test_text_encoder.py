@@ -1,15 +1,22 @@
 """model/text_encoder.py: Wan's use of UMT5.
 
 Claims: embeddings behind the prompt's end are zero; a prompt's embedding depends on nothing but the prompt; long
-prompts are cut; prompts are cleaned; what the cache holds are the same bits, and the encoder rests.
+prompts are cut; prompts are cleaned; what the cache holds are the same bits, without padding, and the encoder rests; a
+copy of a model on another machine finds them, a changed one does not; what is broken is made again.
 """
+
+import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import ByT5Tokenizer, UMT5Config, UMT5EncoderModel
 
-from model.text_encoder import TextEncoder
+from model.text_encoder import TextEncoder, fingerprint
+from model.weights import ModelDirectory
 
 LENGTH = 12
 
@@ -109,3 +116,118 @@ def test_the_cache_tells_encoders_and_lengths_apart(umt5, tmp_path):
         return counting.calls
 
     assert [calls(LENGTH, "a"), calls(LENGTH, "b"), calls(LENGTH + 1, "a"), calls(LENGTH, "a")] == [1, 1, 1, 0]
+
+
+def test_the_cache_holds_no_padding(umt5, encoder, tmp_path):
+    """Five bytes and the end, of twelve tokens; what comes back has the bits that an encoder without a cache gives."""
+    cached = TextEncoder(umt5, ByT5Tokenizer(), LENGTH, str(tmp_path))
+    made = cached.encode(["a cat"])
+    [file] = tmp_path.iterdir()
+    assert load_file(file)["embedding"].shape == (6, 16)
+    for embedding in (made, cached.encode(["a cat"])):
+        assert embedding.numpy().tobytes() == encoder.encode(["a cat"]).numpy().tobytes()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"no such format",
+        {"other": torch.zeros(6, 16)},
+        {"embedding": torch.zeros(1, LENGTH, 16)},
+        {"embedding": torch.zeros(LENGTH + 1, 16)},
+        {"embedding": torch.zeros(6, 16, dtype=torch.int64)},
+    ],
+    ids=["empty", "garbage", "other names", "padded", "too long", "integers"],
+)
+def test_a_broken_file_is_made_again(umt5, encoder, tmp_path, content):
+    cached = TextEncoder(umt5, ByT5Tokenizer(), LENGTH, str(tmp_path))
+    cached.encode(["a cat"])
+    [file] = tmp_path.iterdir()
+    good = file.read_bytes()
+    file.write_bytes(content) if isinstance(content, bytes) else save_file(content, file)
+    assert torch.equal(cached.encode(["a cat"]), encoder.encode(["a cat"]))
+    assert file.read_bytes() == good
+
+
+@pytest.fixture
+def folder(umt5, tmp_path) -> Path:
+    """A model directory of a text encoder."""
+    umt5.save_pretrained(tmp_path / "model/text_encoder")
+    ByT5Tokenizer().save_pretrained(tmp_path / "model/tokenizer")
+    (tmp_path / "model/model_index.json").write_text("{}")
+    return tmp_path / "model"
+
+
+def has_to_load(folder: Path, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether the embedding of a prompt is missing in the cache beside `folder`. Afterwards it is there."""
+    encoder = TextEncoder.load(ModelDirectory.open(folder), dtype, LENGTH, str(folder.parent / "cache"))
+    encoder.encode(["a cat"])
+    return encoder._opened is not None
+
+
+def test_a_copy_of_the_model_elsewhere_finds_the_embeddings(folder, monkeypatch):
+    assert has_to_load(folder)
+    copy = folder.parent / "mounted-elsewhere"
+    shutil.copytree(folder, copy, copy_function=shutil.copy)  # other times
+    (copy / "README.md").write_text("unrelated")
+    (copy / "text_encoder/.gitattributes").write_text("unrelated")
+    (copy / "tokenizer/README.md").write_text("unrelated")
+    (copy / "transformer").mkdir()
+    monkeypatch.chdir(copy.parent)
+    assert not has_to_load(copy)
+    shutil.rmtree(folder)
+    assert not has_to_load(copy)
+
+
+def flip(file: Path, position: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[position] ^= 1
+    file.write_bytes(content)
+
+
+def test_another_encoder_tokenizer_or_type_does_not_find_them(folder):
+    """Of the same size: the last byte of the weights differs, or a setting."""
+    assert has_to_load(folder) and not has_to_load(folder)
+    assert has_to_load(folder, torch.bfloat16)
+    weights = folder / "text_encoder/model.safetensors"
+    flip(weights, -1)
+    assert has_to_load(folder)
+    flip(weights, -1)
+    assert not has_to_load(folder)
+    settings = folder / "tokenizer/tokenizer_config.json"
+    changed = json.loads(settings.read_text()) | {"extra": 1}
+    settings.write_text(json.dumps(changed))
+    assert has_to_load(folder)
+
+
+def test_of_large_files_both_ends_are_read(tmp_path):
+    big = tmp_path / "text_encoder/big.bin"
+    big.parent.mkdir()
+    big.write_bytes(bytes(300_000))
+    before = fingerprint(tmp_path, ["text_encoder/*"])
+    for position in (0, 65_535, -65_536, -1):
+        flip(big, position)
+        assert fingerprint(tmp_path, ["text_encoder/*"]) != before
+        flip(big, position)
+    assert fingerprint(tmp_path, ["text_encoder/*"]) == before
+    big.rename(big.with_name("other.bin"))
+    assert fingerprint(tmp_path, ["text_encoder/*"]) != before
+
+
+def test_weights_that_a_cache_could_have_spared_are_said_once(folder, capsys):
+    cache = str(folder.parent / "cache")
+
+    def told(prompts: list[str], cache: str, filling: bool = False) -> str:
+        encoder = TextEncoder.load(ModelDirectory.open(folder), torch.float32, LENGTH, cache)
+        encoder.filling = filling
+        capsys.readouterr()
+        for prompt in prompts:
+            encoder.encode([prompt])
+        return capsys.readouterr().err
+
+    assert told(["a dog"], cache, filling=True) == ""
+    said = told(["a dog", "a cat", "a cow"], cache)
+    assert said.count("\n") == 1 and cache in said and "scripts/encode_prompts.py" in said
+    assert told(["a dog", "a cat", "a cow"], cache) == ""
+    assert told(["a hen"], "") == ""
