@@ -1,8 +1,15 @@
 """What a training run takes of every process's memory, from shapes alone: nothing is loaded, nothing is computed."""
 
+import json
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
+from diffusers import AutoencoderKLWan
+from torch import nn
+from transformers import UMT5Config, UMT5EncoderModel
 
 from model import presets
 from model.causal_wan import CausalWanModel
@@ -14,6 +21,8 @@ from utils.errors import UserError
 
 GB = 1e9
 _LIMIT = 80  # GB of the GPUs that people train on
+
+Rows = list[tuple[str, float]]  # what takes memory, and how many bytes
 
 
 @dataclass(frozen=True)
@@ -29,55 +38,22 @@ class Net:
 def plan(config: Config, processes: int) -> str:
     """A table of memory per process, in GB, with what would not fit in 80 GB.
 
-    Weights, gradients, optimizer state and averages are exact; activations and gathered weights are estimates: what a
-    forward pass keeps for its backward pass, in `train.dtype`, with attention that keeps no matrix of its own.
+    Weights, gradients, averages and optimizer state (AdamW's) are exact; activations, contexts and gathered weights are
+    estimates: what a forward pass keeps for its backward pass, in `train.dtype`, with attention that keeps no matrix of
+    its own. What VAE and text encoder take beside their weights is left out.
     """
-    train = config.train
-    shards = processes if train.sharding == "shard" else min(8, processes) if train.sharding == "hybrid" else 1
-    element = DTYPES[train.dtype].itemsize
-    rows: list[tuple[str, float]] = []
     nets = networks(config)
-    for net in nets:
-        count = net.num_parameters
-        if net.trained:
-            average = 1 if net.name == "generator" else 0
-            kinds = "float32 weights, gradients" + (", average" if average else "")
-            rows.append((f"{net.name}: {kinds}", 4 * (2 + average) * count / shards))
-            rows.append((f"{net.name}: optimizer state", 4 * 2 * count / shards))
-        else:
-            rows.append((f"{net.name}: weights ({train.dtype})", element * count / shards))
-        if shards > 1:
-            largest = count / net.config["num_layers"]
-            rows.append((f"{net.name}: two layers gathered", 2 * element * largest))
-    student = nets[0].config
-    patch_h, patch_w = student.get("patch_size", (1, 2, 2))[1:]
-    tokens = (config.video.height // VAE_STRIDE // patch_h) * (config.video.width // VAE_STRIDE // patch_w)
-    frames = config.data.num_frames
-    if train.objective == "score_distillation":
-        longest = config.distill.max_rollout_frames
-        context, _ = context_frames(config.rollout, longest)
-        written = longest - config.rollout.block_frames
-        held = context + (longest - frames if config.distill.block_backward and written > context else 0)
-        width = student["num_attention_heads"] * student["attention_head_dim"]
-        lane = 2 * student["num_layers"] * train.batch_size * (held + config.rollout.block_frames) * tokens * width
-        rows.append((f"KV cache of a rollout, {held} frames", element * lane))
-        together = config.rollout.block_frames if config.distill.block_backward else frames
-        kept = activations(config, student, together * tokens)
-        rows.append((f"activations of {together} frames of the generator", kept))
-        # Not at the same time as those above, but memory that was freed is not always whole.
-        kept = activations(config, student, frames * tokens)
-        rows.append((f"activations of {frames} frames (critic, forward KL)", kept))
-    else:
-        rows.append((f"activations of {frames} frames", activations(config, student, frames * tokens)))
+    rows = taken(config, nets, processes)
     total = sum(size for _, size in rows)
     sizes = ", ".join(f"{net.name} {net.num_parameters / 1e9:.2f}B" for net in nets)
-    lines = [f"# {processes} processes, sharding {train.sharding} ({shards} shards); parameters: {sizes}"]
+    sharding = f"sharding {config.train.sharding} ({num_shards(config, processes)} shards)"
+    lines = [f"# {processes} processes, {sharding}; parameters: {sizes}"]
     lines += [f"# {size / GB:8.2f} GB  {name}" for name, size in rows]
     lines.append(f"# {total / GB:8.2f} GB  in all; " + verdict(total / GB, rows))
     return "\n".join(lines)
 
 
-def verdict(total: float, rows: list[tuple[str, float]]) -> str:
+def verdict(total: float, rows: Rows) -> str:
     """Whether it fits, and if not, what takes the most."""
     if total <= _LIMIT:
         return f"fits in {_LIMIT} GB"
@@ -85,18 +61,137 @@ def verdict(total: float, rows: list[tuple[str, float]]) -> str:
     return f"does NOT fit in {_LIMIT} GB; the most is taken by " + "; ".join(name for name, _ in most)
 
 
-def activations(config: Config, net: dict, tokens: int) -> float:
-    """Bytes that a forward pass of `tokens` tokens per clip keeps for its backward pass.
+# ---- What takes memory ----
+
+
+def taken(config: Config, nets: list[Net], processes: int) -> Rows:
+    """What each process holds."""
+    student, frames, shards = nets[0].config, config.data.num_frames, num_shards(config, processes)
+    rows = [row for net in nets for row in states(config, net, net is nets[0], shards)]
+    if shards > 1 and (adding := adding_up(config, nets, processes)):
+        largest = max(adding, key=lambda net: net.num_parameters)
+        rows.append((f"{largest.name}: whole float32 gradients while they add up", 4 * largest.num_parameters))
+    distilled = config.train.objective == "score_distillation"
+    rows += of_rollouts(config, student) if distilled else []
+    # Not at the same time as a rollout's, but memory that was freed is not always whole.
+    whose = " (critic, forward KL)" if distilled else ""
+    rows.append((f"activations of {frames} frames{whose}", activations(config, student, frames)))
+    return rows + around(config, student)
+
+
+def states(config: Config, net: Net, averaged: bool, shards: int) -> Rows:
+    """What a net holds from the start of a run to its end, and the layers that are gathered for a pass."""
+    count, element = net.num_parameters, DTYPES[config.train.dtype].itemsize
+    if net.trained:
+        kinds = "float32 weights, gradients" + (", average" if averaged else "")
+        rows: Rows = [(f"{net.name}: {kinds}", 4 * (2 + averaged) * count / shards)]
+        rows.append((f"{net.name}: optimizer state", 4 * 2 * count / shards))
+    else:
+        rows = [(f"{net.name}: weights ({config.train.dtype})", element * count / shards)]
+    if shards > 1:
+        rows.append((f"{net.name}: two layers gathered", 2 * element * count / net.config["num_layers"]))
+    return rows
+
+
+def adding_up(config: Config, nets: list[Net], processes: int) -> list[Net]:
+    """The nets whose gradients several backward passes add up to; FSDP2 has them whole until the last of these. It is
+    never two nets' turn at once."""
+    train, distill = config.train, config.distill
+    parts = train.total_batch_size > train.batch_size * processes
+    blocks = distill.block_backward and config.data.num_frames > config.rollout.block_frames
+    several = train.objective == "score_distillation" and (blocks or distill.forward_kl_weight > 0)
+    return [net for net in nets if net.trained and (parts or (several and net is nets[0]))]
+
+
+def of_rollouts(config: Config, student: dict) -> Rows:
+    """What the generator's rollouts leave for its backward passes: lanes, the context that blocks see, activations."""
+    train, distill, block = config.train, config.distill, config.rollout.block_frames
+    frames, longest, layers = config.data.num_frames, distill.max_rollout_frames, student["num_layers"]
+    context, _ = context_frames(config.rollout, longest)
+    written = longest - block
+    held = context + (longest - frames if distill.block_backward and written > context else 0)
+    seen = seen_at_once(config)
+    together = block if distill.block_backward else frames
+    frame = 2 * train.batch_size * frame_tokens(config, student) * width(student) * DTYPES[train.dtype].itemsize
+    rows: Rows = [(f"KV cache of a rollout, {held} frames", layers * (held + block) * frame)]
+    if kl_rolls_out(config):
+        own, _ = context_frames(config.rollout, frames)
+        rows.append((f"KV cache of the forward KL's rollout, {own} frames", layers * (own + block) * frame))
+    if train.activation_checkpointing:  # all layers' context is copied, and put beside the block in one at a time
+        name = f"context that checkpointed blocks see, {sum(seen)} frames copied"
+        rows.append((name, (layers * sum(seen) + max(seen) + block) * frame))
+    else:
+        name = f"keys and values of context and block in every layer, {sum(seen) + len(seen) * block} frames"
+        rows.append((name, layers * (sum(seen) + len(seen) * block) * frame))
+    rows.append((f"activations of {together} frames of the generator", activations(config, student, together)))
+    return rows
+
+
+def seen_at_once(config: Config) -> list[int]:
+    """Frames of context that each block sees of those whose graphs exist at the same time, where they are the most."""
+    rollout, distill, window = config.rollout, config.distill, config.data.num_frames
+
+    def seen(frames: int, first: int) -> list[int]:
+        context, _ = context_frames(rollout, frames)
+        return [min(start, context) for start in range(first, frames, rollout.block_frames)]
+
+    lengths = range(window, max(window, distill.max_rollout_frames) + 1, rollout.block_frames)
+    # Of a rollout that is cut to its end, the first block is not trained.
+    cases = [seen(n, n - window + (rollout.block_frames if n > window else 0)) for n in lengths]
+    if distill.block_backward:
+        cases = [[max(case)] for case in cases if case]
+    if kl_rolls_out(config):
+        cases.append(seen(window, 0))
+    return max(cases, key=lambda case: sum(case) + len(case) * rollout.block_frames)
+
+
+def kl_rolls_out(config: Config) -> bool:
+    """Whether the forward KL has a rollout of its own."""
+    return config.distill.forward_kl_weight > 0 and config.distill.forward_kl_mode == "rollout"
+
+
+def activations(config: Config, net: dict, frames: int) -> float:
+    """Bytes that a forward pass of `frames` frames per clip keeps for its backward pass.
 
     Per layer and token: 2 float32 and 14 other activations of the width (inputs of norms and linear layers, q, k, v and
     outputs of both attentions), and two of the feed-forward's; with checkpointing, a layer's input and one whole layer.
     """
-    width = net["num_attention_heads"] * net["attention_head_dim"]
-    element = DTYPES[config.train.dtype].itemsize
-    layer = tokens * config.train.batch_size * (width * (2 * 4 + 14 * element) + 2 * net["ffn_dim"] * element)
-    if not config.train.activation_checkpointing:
+    train = config.train
+    element, tokens = DTYPES[train.dtype].itemsize, frames * frame_tokens(config, net) * train.batch_size
+    layer = tokens * (width(net) * (2 * 4 + 14 * element) + 2 * net["ffn_dim"] * element)
+    if not train.activation_checkpointing:
         return net["num_layers"] * layer
-    return net["num_layers"] * tokens * config.train.batch_size * width * element + layer
+    return net["num_layers"] * tokens * width(net) * element + layer
+
+
+def around(config: Config, student: dict) -> Rows:
+    """Weights of the text encoder, if it is not spared by `model.text_cache`, and of a VAE each for rollouts that are
+    cut and for sample videos."""
+    rows: Rows = []
+    train, folder = config.train, Path(config.model.base)
+    if not config.model.text_cache:
+        sizes = part_config(folder / "text_encoder") or preset_of_width(student["text_dim"], folder)
+        dtype = "float32" if config.runtime.device == "cpu" else config.model.dtype
+        count = num_parameters(lambda: UMT5EncoderModel(UMT5Config.from_dict(sizes)))
+        rows.append((f"text encoder: weights ({dtype})", DTYPES[dtype].itemsize * count))
+    distilled = train.objective == "score_distillation"
+    cut = distilled and config.distill.max_rollout_frames > config.data.num_frames
+    causal = distilled or train.objective == "ode_regression" or train.forcing != "none"
+    sampled = train.sample_every > 0 and causal
+    if cut or sampled:
+        vae = part_config(folder / "vae") or presets.VAES["wan"]
+        size = DTYPES[train.dtype].itemsize * num_parameters(lambda: AutoencoderKLWan.from_config(vae))
+        rows.append((f"VAE: weights ({train.dtype})" + ", twice" * (cut and sampled), (cut + sampled) * size))
+    return rows
+
+
+# ---- Sizes ----
+
+
+def num_shards(config: Config, processes: int) -> int:
+    """Into how many parts weights are shared out; machines are taken to have 8 GPUs."""
+    sharding = config.train.sharding
+    return processes if sharding == "shard" else min(8, processes) if sharding == "hybrid" else 1
 
 
 def networks(config: Config) -> list[Net]:
@@ -130,8 +225,46 @@ def base_config(base: str) -> dict:
         raise
 
 
+def part_config(folder: Path) -> dict[str, Any]:
+    """What the config.json of a model directory's part says; nothing if there is none, as in Wan's own layout."""
+    file = folder / "config.json"
+    try:
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {file} ({error}); copy or download the model folder again") from None
+
+
+def preset_of_width(text_dim: int, base: Path) -> dict[str, Any]:
+    """Sizes of the text encoder that makes embeddings of this width.
+
+    Raises:
+        UserError: if none is known.
+    """
+    for sizes in presets.TEXT_ENCODERS.values():
+        if sizes["d_model"] == text_dim:
+            return sizes
+    raise UserError(f"{base} has no text_encoder/config.json, and no text encoder of width {text_dim} is known")
+
+
+def width(net: dict) -> int:
+    """A DiT's width D."""
+    return net["num_attention_heads"] * net["attention_head_dim"]
+
+
+def frame_tokens(config: Config, net: dict) -> int:
+    """A DiT's tokens per frame of the configuration's videos."""
+    patch_h, patch_w = net.get("patch_size", (1, 2, 2))[1:]
+    return (config.video.height // VAE_STRIDE // patch_h) * (config.video.width // VAE_STRIDE // patch_w)
+
+
 def sized(name: str, config: dict, trained: bool) -> Net:
     """Count a DiT's parameters without making them."""
     with torch.device("meta"):
         net = CausalWanModel(**config)
     return Net(name, dict(net.config), sum(p.numel() for p in net.parameters()), trained)
+
+
+def num_parameters(make: Callable[[], nn.Module]) -> int:
+    """Parameters of a network that is made without them."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in make().parameters())
