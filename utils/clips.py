@@ -1,8 +1,11 @@
-"""Encoded training clips on disk: shards of latents with their captions."""
+"""Encoded training clips on disk: shards of latents with their captions; or LMDBs, as utils/ode_pairs.py describes
+them."""
 
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -11,6 +14,7 @@ from torch import Tensor
 
 from utils.errors import UserError
 from utils.files import atomic_path
+from utils.ode_pairs import open_latents
 
 
 def write_shard(path: Path, latents: Tensor, captions: Sequence[str]) -> None:
@@ -30,22 +34,79 @@ def holds_clips(path: Path, num_frames: int, captions: Sequence[str]) -> bool:
 
 
 def read_clips(folder: str) -> tuple[Tensor, list[str]]:
-    """All clips of a folder: latents [N, F, C, h, w] in float16, and N captions.
+    """All clips of a folder of shards, or of an LMDB or a folder of LMDBs: latents [N, F, C, h, w] in float16, and N
+    captions.
+
+    LMDBs of ODE pairs are refused. The end of their trajectories is a sample of the teacher's, not data, and need not
+    even be clean: by default only the points that the forward KL reads are saved.
+
+    Raises:
+        UserError: if there is none, one is broken, they are not of one size, or they are ODE pairs.
+    """
+    if not folder:
+        raise UserError("no encoded clips: set data.path to some; scripts/encode_clips.py makes them")
+    path = Path(folder)
+    packed = None if shard_files(path) else open_latents(path)
+    if packed is None:
+        shards = Shards(path)
+        return torch.cat([shards.load(file) for file in shards.files]), shards.captions
+    points, *shape = packed.shape
+    if points > 1:
+        raise UserError(
+            f"{folder} holds ODE pairs (trajectories of {points} points), not clips; give those of "
+            "scripts/encode_clips.py, or an LMDB of clips"
+        )
+    latents = torch.empty(len(packed.prompts), *shape, dtype=torch.float16)
+    for index, clip in enumerate(latents):
+        clip.copy_(packed.read(index)[0])
+    return latents, packed.prompts
+
+
+class Shards:
+    """The shards of a folder behind each other; clips are read when they are needed.
 
     Raises:
         UserError: if there is none, one is broken, or they are not of one size.
     """
-    files = sorted(file for file in Path(folder).glob("*.safetensors") if not file.name.startswith("."))
-    if not folder or not files:
-        raise UserError(f"no encoded clips in {folder or 'data.path'}; make them with scripts/encode_clips.py")
-    latents, captions = [], []
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as shard:
-                latents.append(shard.get_tensor("latents"))
-                captions += json.loads(shard.metadata()["captions"])
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{file} is no shard of clips ({error}); delete it and encode again") from None
-        if latents[-1].shape[1:] != latents[0].shape[1:] or sum(map(len, latents)) != len(captions):
-            raise UserError(f"{file} has clips of another size, or lacks captions; delete it and encode again")
-    return torch.cat(latents), captions
+
+    def __init__(self, folder: Path):
+        self.files = shard_files(folder)
+        if not self.files:
+            raise UserError(f"no encoded clips in {folder}; make them with scripts/encode_clips.py")
+        self.captions: list[str] = []
+        self.shape: tuple[int, ...] = ()  # of a clip: [F, C, h, w]
+        for file in self.files:
+            with _reading(file) as shard:
+                count, *shape = shard.get_slice("latents").get_shape()
+                captions = json.loads(shard.metadata()["captions"])
+                if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
+                    raise TypeError("its captions are no list of texts")
+            self.shape = self.shape or tuple(shape)
+            if tuple(shape) != self.shape or len(captions) != count or len(shape) != 4:
+                raise UserError(f"{file} has clips of another size, or lacks captions; delete it and encode again")
+            self.captions += captions
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """The clips, with one shard in memory at a time."""
+        for file in self.files:
+            yield from self.load(file)
+
+    def load(self, file: Path) -> Tensor:
+        """The clips [N, F, C, h, w] of one of the files."""
+        with _reading(file) as shard:
+            return shard.get_tensor("latents")
+
+
+def shard_files(folder: Path) -> list[Path]:
+    """The shards of a folder, in their order; those that are still being written left out."""
+    return sorted(file for file in folder.glob("*.safetensors") if not file.name.startswith("."))
+
+
+@contextlib.contextmanager
+def _reading(file: Path) -> Iterator[Any]:
+    """A shard, opened; what goes wrong with it is the file's fault."""
+    try:
+        with safe_open(file, framework="pt") as shard:
+            yield shard
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{file} is no shard of clips ({error}); delete it and encode again") from None

@@ -3,14 +3,17 @@
 A folder of `{index:05d}.pt`, each {prompt: float tensor [1, saves, F, C, h, w]}, noisy to clean; or an LMDB, or a
 folder of LMDBs, with `latents_shape` and `prompts_shape` (ASCII integers, the first the count), `latents_{i}_data` (a
 float16 row) and `prompts_{i}_data` (UTF-8). Beside them `sigmas.json` (ours) holds the saved points' noise levels: they
-are the teacher's, and a student must be told those and not its own.
+are the teacher's, and a student must be told those and not its own. `pairs.json` (ours too) says what made the pairs.
+
+LMDBs of the same layout also hold clips: rows without an axis of points, which utils/clips.py reads.
 """
 
 import bisect
 import itertools
 import json
+import math
 import pickle
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,6 +27,7 @@ from utils.errors import UserError
 from utils.files import atomic_path, write_json
 
 SIGMAS = "sigmas.json"
+ORIGIN = "pairs.json"
 _LMDB_FILE = "data.mdb"
 
 
@@ -77,14 +81,10 @@ def open_ode_pairs(folder: str, sigmas: Sequence[float], num_points: int) -> ODE
     path = Path(folder)
     if not folder or not path.is_dir():
         raise UserError(f"no ODE pairs in {folder or 'data.path'}; make them with scripts/generate_ode_pairs.py")
-    environments = sorted(path.glob(f"*/{_LMDB_FILE}"))
-    trajectories: Trajectories
-    if (path / _LMDB_FILE).exists():
-        trajectories = LMDB(path)
-    elif environments:
-        trajectories = Sharded([LMDB(file.parent) for file in environments])
-    else:
-        trajectories = Files(path)
+    packed = open_latents(path)
+    if packed is not None and packed.shape[0] == 1:
+        raise UserError(f"{folder} holds clips, not ODE pairs: train.objective=flow_matching reads them")
+    trajectories: Trajectories = Files(path) if packed is None else packed
     levels = list(sigmas) or read_sigmas(path)
     if levels is None or len(levels) != trajectories.shape[0]:
         raise UserError(
@@ -166,9 +166,10 @@ def write_sigmas(folder: Path, sigmas: Sequence[float]) -> None:
         UserError: if the folder holds pairs of other levels.
     """
     file = folder / SIGMAS
-    if file.exists() and json.loads(file.read_text()) != list(sigmas):
+    if not file.exists():
+        write_json(file, list(sigmas), indent=None)
+    elif json.loads(file.read_text()) != list(sigmas):
         raise UserError(f"{folder} holds pairs of other noise levels ({file}); choose another output folder")
-    write_json(file, list(sigmas), indent=None)
 
 
 def read_sigmas(folder: Path) -> list[float] | None:
@@ -177,38 +178,102 @@ def read_sigmas(folder: Path) -> list[float] | None:
     return json.loads(file.read_text()) if file.exists() else None
 
 
+# ---- What made them ----
+
+
+def check_origin(folder: Path, origin: Mapping[str, Any]) -> None:
+    """Make sure that the pairs of a folder, if it has any, were made as `origin` says: values by name, in JSON's types.
+
+    Folders that others wrote don't say what made them; of those only the noise levels are compared.
+
+    Raises:
+        UserError: if something differs, naming the first that does.
+    """
+    file = folder / ORIGIN
+    if file.exists():
+        try:
+            noted = dict(json.loads(file.read_text(encoding="utf-8")))
+        except (TypeError, ValueError):
+            raise UserError(f"{file} is broken; delete it if the pairs beside it were made as the new ones") from None
+    else:
+        sigmas = read_sigmas(folder)
+        noted = {} if sigmas is None else {"sigmas": sigmas}
+        origin = {name: value for name, value in origin.items() if name in noted}
+    for name in dict.fromkeys([*origin, *noted]):
+        old, new = noted.get(name), origin.get(name)
+        if old != new:
+            raise UserError(
+                f"{folder} holds pairs of {name} {old}, not {new}: choose another --output_folder, or delete this one"
+            )
+
+
+def write_origin(folder: Path, origin: Mapping[str, Any]) -> None:
+    """Note what makes a folder's pairs, and for their readers the noise levels among it (`sigmas`).
+
+    Ranks that note the same don't disturb each other.
+
+    Raises:
+        UserError: if pairs of another origin are there.
+    """
+    check_origin(folder, origin)
+    write_sigmas(folder, origin["sigmas"])
+    if not (folder / ORIGIN).exists():
+        write_json(folder / ORIGIN, dict(origin))
+
+
 # ---- LMDB ----
 
 
 class LMDB:
-    """One LMDB environment of trajectories; of clean latents alone, they are trajectories of one point."""
+    """One LMDB environment of trajectories, or of clips: those are trajectories of one point."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         self._environment = open_lmdb(folder)
+        # To touch what is cut off would kill the process. (The last few pages may be unused, and never written.)
+        num_pages = self._environment.info()["last_pgno"] + 1
+        if (folder / _LMDB_FILE).stat().st_size < (num_pages - 16) * self._environment.stat()["psize"]:
+            raise UserError(f"the LMDB {folder} is cut off; copy or make it again")
         with self._environment.begin() as transaction:
-            count, *shape = self._shape(transaction, "latents")
-            self.prompts = [self._entry(transaction, f"prompts_{i}_data").decode() for i in range(count)]
-        # Latent LMDBs have no axis for points.
+            count, *shape = self._numbers(transaction, "latents_shape")
+            if len(shape) not in (4, 5):
+                raise UserError(
+                    f"latents in {folder} have the shape {shape}, not [points, frames, channels, height, width], nor "
+                    "that of clips, without points"
+                )
+            self.prompts = [self._text(transaction, f"prompts_{i}_data") for i in range(count)]
         self.shape = tuple(shape) if len(shape) == 5 else (1, *shape)
-        if len(self.shape) != 5:
-            raise UserError(
-                f"latents in {folder} have the shape {shape}, not [points, frames, channels, height, width]"
-            )
 
     def read(self, index: int) -> Tensor:
         """Trajectory number `index`, float16."""
+        name = f"latents_{index}_data"
         with self._environment.begin() as transaction:
-            row = np.frombuffer(self._entry(transaction, f"latents_{index}_data"), dtype=np.float16)
-        if row.size != np.prod(self.shape):
-            raise UserError(f"latents_{index}_data in {self.folder} has {row.size} numbers, not {list(self.shape)}")
-        return torch.from_numpy(row.reshape(self.shape).copy())
+            row = self._entry(transaction, name)
+        if len(row) != 2 * math.prod(self.shape):
+            raise UserError(f"{name} in the LMDB {self.folder} has {len(row)} bytes, not float16 {list(self.shape)}")
+        return torch.from_numpy(np.frombuffer(row, dtype=np.float16).reshape(self.shape).copy())
 
-    def _shape(self, transaction: Any, name: str) -> list[int]:
-        return [int(word) for word in self._entry(transaction, f"{name}_shape").split()]
+    def _numbers(self, transaction: Any, name: str) -> list[int]:
+        words = self._entry(transaction, name).split()
+        if not words or not all(word.isdigit() for word in words):
+            raise UserError(
+                f"{name} in the LMDB {self.folder} is no list of numbers: it is not one of ODE pairs or latents"
+            )
+        return [int(word) for word in words]
+
+    def _text(self, transaction: Any, name: str) -> str:
+        try:
+            return self._entry(transaction, name).decode()
+        except UnicodeDecodeError:
+            raise UserError(f"{name} in the LMDB {self.folder} is not UTF-8") from None
 
     def _entry(self, transaction: Any, name: str) -> bytes:
-        value = transaction.get(name.encode())
+        import lmdb
+
+        try:
+            value = transaction.get(name.encode())
+        except lmdb.Error as error:
+            raise UserError(f"the LMDB {self.folder} is broken ({error}); copy or make it again") from None
         if value is None:
             raise UserError(f"the LMDB {self.folder} has no entry {name}: it is not one of ODE pairs or latents")
         return value
@@ -229,6 +294,24 @@ class Sharded:
         """Trajectory number `index`, float16."""
         part = bisect.bisect_right(self._starts, index) - 1
         return self.parts[part].read(index - self._starts[part])
+
+
+def open_latents(folder: Path) -> LMDB | Sharded | None:
+    """The LMDB that a folder is, or those in its folders behind each other; None if there is none.
+
+    Raises:
+        UserError: if one cannot be read, or they hold nothing.
+    """
+    if (folder / _LMDB_FILE).exists():
+        opened: LMDB | Sharded = LMDB(folder)
+    else:
+        files = sorted(file for file in folder.glob(f"*/{_LMDB_FILE}") if not file.parent.name.startswith("."))
+        if not files:
+            return None
+        opened = Sharded([LMDB(file.parent) for file in files])
+    if not opened.prompts:
+        raise UserError(f"the LMDB {folder} holds no latents")
+    return opened
 
 
 def open_lmdb(folder: Path, size: int | None = None) -> Any:

@@ -21,6 +21,7 @@ from scripts import contact_sheet, encode_clips, evaluate_vae, generate_ode_pair
 from trainer.objectives import VAEReconstruction
 from utils import shapes
 from utils.clips import read_clips
+from utils.config import load_config
 from utils.rng import keyed_noise
 from utils.video import VideoWriter, read_video
 
@@ -82,16 +83,16 @@ def test_encoded_clips_are_the_vaes_latents(tmp_path, call, model, monkeypatch):
 
 @pytest.fixture
 def pairs(tmp_path, call, model):
-    """pairs(name, word, ...): make pairs of three captions in folder `name`; returns the folder, and what was said."""
+    """pairs(name, word, ..., refused=False): pairs of three captions in folder `name`; the folder, and the words."""
     config = write_config(tmp_path / "c.yaml", model, rollout={"denoising_step_list": [1000, 500]})
     (tmp_path / "captions.txt").write_text("a red circle\na blue square\na green triangle\n")
     words = ("--config_path", config, "--caption_path", tmp_path / "captions.txt")
 
-    def run(name: str, *more: object) -> tuple[Path, str]:
+    def run(name: str, *more: object, refused: bool = False) -> tuple[Path, str]:
         small = ("--num_inference_steps", 3, "--num_frames", 2)
         code, out, err = call(generate_ode_pairs, *words, "--output_folder", tmp_path / name, *small, *more)
-        assert code == 0, err
-        return tmp_path / name, out
+        assert code == (2 if refused else 0), err
+        return tmp_path / name, err if refused else out
 
     return run
 
@@ -103,11 +104,11 @@ def read_pair(file: Path) -> tuple[str, torch.Tensor]:
 
 def test_a_pair_holds_the_teachers_points(pairs):
     folder, _ = pairs("out")
-    assert names(folder) == ["00000.pt", "00001.pt", "00002.pt", "sigmas.json"]
+    assert names(folder) == ["00000.pt", "00001.pt", "00002.pt", "pairs.json", "sigmas.json"]
     prompt, points = read_pair(folder / "00001.pt")
     assert prompt == "a blue square"
     assert points.shape == (1, 3, 2, 16, 4, 4) and points.isfinite().all()  # a point per denoising step, and the end
-    assert torch.equal(points[0, 0], keyed_noise(0, 1, 0, 0, (2, 16, 4, 4)))
+    assert torch.equal(points[0, 0], keyed_noise(7, 1, 0, 0, (2, 16, 4, 4)))  # the configuration's seed
     torch.save({prompt: points}, folder / "copy.pt")
     assert (folder / "copy.pt").stat().st_size < 2 * points.nbytes  # a view would have dragged all its batch along
 
@@ -121,10 +122,19 @@ def test_chosen_points_are_those_of_one_trajectory(pairs):
         )
 
 
-def test_default_points_are_nearest_to_the_students_levels():
-    sigmas = solver_sigmas(48, 5.0)
-    wanted = [sigmas[0], sigmas[12] - 1e-4, sigmas[24], sigmas[36] + 1e-4, 0.0]
-    assert generate_ode_pairs.matching_indices(sigmas, wanted) == [0, 12, 24, 36, 48]
+@pytest.mark.parametrize(
+    ("words", "points"),
+    [
+        ([], [0, 12]),  # the forward KL's one step, as published: sigma 1 and .96
+        (["train.objective=ode_regression"], [0, 12, 24, 36, 48]),
+        (["distill.forward_kl_steps=2", "teacher.num_inference_steps=16"], [0, 4, 8]),
+        (["rollout.warp_denoising_step=false", "rollout.denoising_step_list=[1000,960,728]"], [0, 12]),
+    ],
+)
+def test_default_points_are_those_that_the_loss_reads(words, points):
+    config = load_config(str(ROOT / "configs/hiar.yaml"), words)
+    sigmas = solver_sigmas(config.teacher.num_inference_steps, config.teacher.timestep_shift)
+    assert generate_ode_pairs.matching_indices(sigmas, generate_ode_pairs.levels_read(config)) == points
 
 
 def test_pairs_depend_on_seed_and_index_alone(pairs, monkeypatch):
@@ -152,7 +162,82 @@ def test_pairs_that_exist_are_kept(pairs):
     for name, (time, points) in before.items():
         assert (folder / name).stat().st_mtime_ns == time or name == "00001.pt"
         assert torch.equal(read_pair(folder / name)[1], points)
-    assert names(pairs("few", "--num_prompts", 2)[0]) == ["00000.pt", "00001.pt", "sigmas.json"]
+    assert names(pairs("few", "--num_prompts", 2)[0]) == [*("00000.pt", "00001.pt", "pairs.json", "sigmas.json")]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("--seed 1", "runtime.seed 7, not 1"),
+        ("runtime.seed=2", "runtime.seed 7, not 2"),
+        ("--guidance_scale 2", "teacher.guidance_scale 3.0, not 2.0"),
+        ("--num_inference_steps 4", "teacher.num_inference_steps 3, not 4"),
+        ("--timestep_shift 5", "teacher.timestep_shift 8.0, not 5.0"),
+        ("--save_indices 0 -1", "sigmas [1.0, "),
+        ("--model_name {model}/", "nothing"),
+        ("--model_name {model}/other", "model.base {model}, not {model}/other"),
+        ("teacher.path={model}/generator", "teacher.path , not {model}/generator"),
+        ("teacher.negative_prompt=ugly", "teacher.negative_prompt , not ugly"),
+        ("--num_frames 1", "data.num_frames 2, not 1"),
+        ("--latent_shape 16 4 8", "video.width 32, not 64"),
+        ("--dtype float16", "dtype float32, not float16"),
+    ],
+)
+def test_pairs_of_another_making_are_not_mixed(pairs, model, monkeypatch, words, says):
+    """Whether there is something left to do or not; and nothing is loaded for it."""
+    folder, _ = pairs("out", "--num_prompts", 1)
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    if says == "nothing":
+        pairs("out", *words.format(model=model).split(), "--num_prompts", 1)
+        return
+    monkeypatch.setattr("pipeline.teacher.Teacher.load", lambda *_: pytest.fail("the teacher was loaded"))
+    for count in (1, 3):
+        _, err = pairs("out", *words.format(model=model).split(), "--num_prompts", count, refused=True)
+        assert f"{folder} holds pairs of {says.format(model=model)}" in err and err.count("\n") == 1
+        assert "choose another --output_folder, or delete this one" in err
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
+def test_pairs_of_other_captions_are_not_mixed(pairs, tmp_path, monkeypatch):
+    pairs("out", "--num_prompts", 2)
+    monkeypatch.setattr("pipeline.teacher.Teacher.load", lambda *_: pytest.fail("the teacher was loaded"))
+    for text, name, new in [
+        ("a blue square\na blue square\na green triangle\n", "00000.pt", "a blue square"),
+        ("a red circle\na green triangle\n", "00001.pt", "a green triangle"),  # a line is gone
+    ]:
+        (tmp_path / "captions.txt").write_text(text)
+        _, err = pairs("out", refused=True)
+        assert f"{name} is a pair of 'a " in err and f", not '{new}': choose another" in err
+        assert err.count("\n") == 1
+    monkeypatch.undo()
+    (tmp_path / "captions.txt").write_text("a red circle\na blue square\na green triangle\na red square\n")
+    assert len(list(pairs("out")[0].glob("*.pt"))) == 4  # lines added at the end are new pairs
+
+
+def test_folders_without_a_note_go_on_and_get_one(pairs):
+    folder, _ = pairs("out")
+    note = (folder / "pairs.json").read_bytes()
+    for missing in (["pairs.json"], ["pairs.json", "sigmas.json"], ["pairs.json", "00002.pt"]):
+        for name in missing:
+            (folder / name).unlink()
+        pairs("out")
+        assert (folder / "pairs.json").read_bytes() == note
+        assert names(folder) == ["00000.pt", "00001.pt", "00002.pt", "pairs.json", "sigmas.json"]
+
+
+def test_pairs_of_others_must_be_of_the_same_size_and_type(pairs):
+    """Their folders have no notes. None is written beside pairs that it would be wrong about."""
+    folder, _ = pairs("out")
+    for name in ("pairs.json", "sigmas.json"):
+        (folder / name).unlink()
+    for words, says in [
+        (("--save_indices", 0, -1), "[3, 2, 4, 4] in float32, not [2, 2, 4, 4] in float32"),
+        (("--num_frames", 1), "not [3, 1, 4, 4] in float32"),
+        (("--dtype", "float16"), "not [3, 2, 4, 4] in float16"),
+    ]:
+        _, err = pairs("out", *words, refused=True)
+        assert "00000.pt is a pair of" in err and says in err and err.count("\n") == 1
+    assert names(folder) == ["00000.pt", "00001.pt", "00002.pt"]
 
 
 def test_guidance_matters_and_one_leaves_it_out(pairs):

@@ -5,6 +5,7 @@ names it; files that are still being written are not read.
 """
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,15 @@ from torch import Tensor
 
 from utils.clips import read_clips, write_shard
 from utils.errors import UserError
-from utils.ode_pairs import open_ode_pairs, pair_file, write_lmdb, write_ode_pair, write_sigmas
+from utils.ode_pairs import (
+    check_origin,
+    open_ode_pairs,
+    pair_file,
+    write_lmdb,
+    write_ode_pair,
+    write_origin,
+    write_sigmas,
+)
 
 POINTS = 3  # saved points of a trajectory
 
@@ -51,10 +60,13 @@ def broken_shards() -> dict[str, bytes | tuple]:
         "no safetensors": b"hello",
         "no captions": (clips, None),
         "captions are no list": (clips, {"captions": "3"}),
+        "captions are a text": (clips, {"captions": '"ab"'}),
+        "captions are no texts": (clips, {"captions": "[1, 2]"}),
         "captions are no JSON": (clips, {"captions": "[a"}),
         "too few captions": (clips, {"captions": json.dumps(["a"])}),
         "no latents": (dict(other=torch.zeros(2)), {"captions": two}),
         "other size": (dict(latents=torch.zeros(2, 2, 4, 3, 9)), {"captions": two}),
+        "a single clip": (dict(latents=torch.zeros(2, 4, 3, 3)), {"captions": two}),
     }
 
 
@@ -75,6 +87,91 @@ def test_a_shard_that_is_cut_off_is_named(tmp_path):
     write_shard(file, torch.zeros(4, 2, 4, 3, 3), list("abcd"))
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(UserError, match=r"00000\.safetensors"):
+        read_clips(str(tmp_path))
+
+
+# ---- clips in LMDBs ----
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("axis", [False, True], ids=["clips", "one point"])
+def test_clips_come_back_from_lmdbs(tmp_path, sharded, axis):
+    """Also where they are written as trajectories of one point."""
+    clips = randn(5, 2, 4, 3, 3)
+    captions = [f"caption {i} \N{CAT FACE}" for i in range(5)]
+    entries = clips[:, None] if axis else clips
+    for number, group in enumerate([slice(0, 3), slice(3, 5)] if sharded else [slice(0, 5)]):
+        folder = tmp_path / f"{number}" if sharded else tmp_path
+        write_lmdb(folder, captions[group], entries[group], entries.shape[1:])
+    if sharded:
+        write_lmdb(tmp_path / ".2.99.partial", ["half"], clips[:1], clips.shape[1:])
+    latents, read = read_clips(str(tmp_path))
+    assert latents.dtype == torch.float16 and torch.equal(latents, clips.half())
+    assert read == captions
+
+
+def test_pairs_are_no_clips_and_clips_no_pairs(tmp_path):
+    write_lmdb(tmp_path / "pairs", ["a"], TRAJECTORY, TRAJECTORY.shape[1:])
+    with pytest.raises(UserError, match=r"pairs holds ODE pairs \(trajectories of 3 points\), not clips"):
+        read_clips(str(tmp_path / "pairs"))
+    write_lmdb(tmp_path / "clips", ["a"], TRAJECTORY[0, :1], TRAJECTORY.shape[2:])
+    for sigmas in (LEVELS, [0.0], []):
+        with pytest.raises(UserError, match="clips holds clips, not ODE pairs"):
+            open_ode_pairs(str(tmp_path / "clips"), sigmas, 1)
+
+
+def broken_entries() -> dict[str, dict[str, bytes | None]]:
+    return {
+        "latents_1_data is cut off": {"latents_1_data": bytes(10)},
+        "latents_1_data has half a number": {"latents_1_data": bytes(2 * 72 - 1)},
+        "no latents_1_data": {"latents_1_data": None},
+        "no prompts_1_data": {"prompts_1_data": None},
+        "prompts_1_data is not UTF-8": {"prompts_1_data": b"\xff\xfe"},
+        "latents_shape is no list of numbers": {"latents_shape": b"two 2 4 3 3"},
+        "latents_shape says nothing": {"latents_shape": b""},
+        "latents_shape has too few numbers": {"latents_shape": b"2 4 3 3"},
+        "no latents_shape, as while it is written": {"latents_shape": None},
+        "nothing in it": {"latents_shape": b"0 2 4 3 3"},
+    }
+
+
+@pytest.mark.parametrize("kind", broken_entries())
+def test_a_broken_lmdb_of_clips_is_named(tmp_path, kind):
+    import lmdb
+
+    write_lmdb(tmp_path / "clips", ["a", "b"], torch.zeros(2, 2, 4, 3, 3), (2, 4, 3, 3))
+    with lmdb.open(str(tmp_path / "clips")) as environment, environment.begin(write=True) as transaction:
+        for name, value in broken_entries()[kind].items():
+            transaction.delete(name.encode()) if value is None else transaction.put(name.encode(), value)
+    with pytest.raises(UserError, match=f"{tmp_path}/clips") as error:
+        read_clips(str(tmp_path / "clips"))
+    assert "\n" not in str(error.value)
+
+
+def test_an_lmdb_that_is_cut_off_is_named(tmp_path):
+    """Reading on would end the process by SIGBUS."""
+    write_lmdb(tmp_path / "a", list("abcd"), torch.zeros(4, 20, 16, 16, 16), (20, 16, 16, 16))
+    file = tmp_path / "a/data.mdb"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    for path in (tmp_path / "a", tmp_path):
+        with pytest.raises(UserError, match="a is cut off"):
+            read_clips(str(path))
+
+
+def test_an_lmdb_with_damaged_pages_is_named(tmp_path):
+    write_lmdb(tmp_path, list("abcd"), torch.zeros(4, 20, 16, 16, 16), (20, 16, 16, 16))
+    with (tmp_path / "data.mdb").open("r+b") as file:
+        size = file.seek(0, 2)
+        file.seek(3 * 4096)
+        file.write(bytes(size - 3 * 4096))
+    with pytest.raises(UserError, match="is broken"):
+        read_clips(str(tmp_path))
+
+
+def test_lmdbs_of_clips_of_other_sizes_are_refused(tmp_path):
+    for width in (3, 4):
+        write_lmdb(tmp_path / f"{width}", ["a"], torch.zeros(1, 2, 4, 3, width), (2, 4, 3, width))
+    with pytest.raises(UserError, match="latents of different sizes"):
         read_clips(str(tmp_path))
 
 
@@ -167,6 +264,56 @@ def test_another_number_of_points_says_which(tmp_path):
     assert open_ode_pairs(str(tmp_path), [], 2).sigmas == LEVELS
 
 
+# ---- What made them ----
+
+ORIGIN = {"runtime.seed": 0, "teacher.guidance_scale": 6.0, "teacher.path": "", "sigmas": LEVELS}
+
+
+def test_a_folder_remembers_what_made_its_pairs(tmp_path):
+    check_origin(tmp_path, ORIGIN)
+    assert list(tmp_path.iterdir()) == []
+    write_origin(tmp_path, ORIGIN)
+    assert json.loads((tmp_path / "pairs.json").read_text()) == ORIGIN
+    assert json.loads((tmp_path / "sigmas.json").read_text()) == LEVELS
+    before = [file.stat().st_mtime_ns for file in sorted(tmp_path.iterdir())]
+    write_origin(tmp_path, dict(ORIGIN))
+    assert [file.stat().st_mtime_ns for file in sorted(tmp_path.iterdir())] == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"runtime.seed": 1}, "pairs of runtime.seed 0, not 1:"),
+        ({"runtime.seed": 1, "teacher.path": "x.pt"}, "pairs of runtime.seed 0, not 1:"),  # the first
+        ({"teacher.guidance_scale": 3.0}, "pairs of teacher.guidance_scale 6.0, not 3.0:"),
+        ({"sigmas": [1.0, 0.0]}, r"pairs of sigmas \[1.0, 0.5, 0.0\], not \[1.0, 0.0\]:"),
+        ({"dtype": "float16"}, "pairs of dtype None, not float16:"),
+    ],
+)
+def test_another_origin_is_refused(tmp_path, changes, says):
+    write_origin(tmp_path, ORIGIN)
+    for function in (check_origin, write_origin):
+        with pytest.raises(UserError, match=f"{says} choose another --output_folder, or delete this one"):
+            function(tmp_path, ORIGIN | changes)
+    assert json.loads((tmp_path / "pairs.json").read_text()) == ORIGIN
+
+
+def test_folders_that_do_not_say_what_made_them_go_on(tmp_path: Path):
+    write_sigmas(tmp_path, LEVELS)
+    with pytest.raises(UserError, match="pairs of sigmas"):
+        write_origin(tmp_path, ORIGIN | {"sigmas": [1.0, 0.0]})
+    assert not (tmp_path / "pairs.json").exists()
+    write_origin(tmp_path, ORIGIN)
+    assert json.loads((tmp_path / "pairs.json").read_text()) == ORIGIN
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", "3"])
+def test_a_broken_note_is_named(tmp_path, content):
+    (tmp_path / "pairs.json").write_text(content)
+    with pytest.raises(UserError, match=r"pairs\.json is broken"):
+        check_origin(tmp_path, ORIGIN)
+
+
 # ---- LMDBs ----
 
 
@@ -182,12 +329,6 @@ def test_lmdbs_come_back_as_they_were_written(tmp_path, sharded):
     assert pairs.prompts == prompts and len(pairs) == 5
     assert torch.equal(pairs.read([4, 0, 3]), trajectories[[4, 0, 3]])
     assert torch.equal(pairs.read([2], [-1]), trajectories[2:3, -1:])
-
-
-def test_latent_lmdbs_are_trajectories_of_their_end(tmp_path):
-    latents = randn(2, 2, 4, 3, 3)
-    write_lmdb(tmp_path, ["a", "b"], latents, latents.shape[1:])
-    assert torch.equal(open_ode_pairs(str(tmp_path), [0.0], 1).read([1])[:, 0], latents[1:].half())
 
 
 def test_an_lmdb_has_the_entries_that_others_read(tmp_path):
