@@ -8,9 +8,11 @@ the three ways of attending.
 Shapes: B batch, C channels, F frames, h and w latent height and width, P tokens per frame, N = F P tokens, D width.
 """
 
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn as nn
@@ -27,6 +29,7 @@ from diffusers.models.transformers.transformer_wan import (
 )
 from einops import rearrange
 from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
 from torch.utils.checkpoint import checkpoint
 
 from model.kv_cache import KVCache
@@ -276,15 +279,16 @@ class CausalWanModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
             device=self.device,
         )
 
-    def compile_layers(self) -> None:
+    def compile_layers(self, fall_back: bool = True) -> None:
         """torch.compile what surrounds attention in every layer; the cache's changing lengths stay outside of it.
 
-        Where there is no working compiler, torch says so once and the layers run as they are.
+        Args:
+            fall_back: where it cannot be compiled, say so once and run the layers as they are; false to have the error.
         """
-        torch._dynamo.config.suppress_errors = True
+        compiled = _OrAsItIs() if fall_back else torch.compile
         for layer in self.layers:
-            layer.qkv = torch.compile(layer.qkv)  # type: ignore[method-assign]
-            layer.after_attention = torch.compile(layer.after_attention)  # type: ignore[method-assign]
+            layer.qkv = compiled(layer.qkv)  # type: ignore[method-assign]
+            layer.after_attention = compiled(layer.after_attention)  # type: ignore[method-assign]
 
     def _attend(
         self,
@@ -351,6 +355,33 @@ class CausalWanModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
         if checkpointing:
             past = [tuple(x.clone() for x in cache.read(layer, before)) for layer in range(len(self.layers))]
         return cached
+
+
+class _OrAsItIs:
+    """torch.compile for several functions; none of them runs compiled any more once it has failed for one."""
+
+    def __init__(self) -> None:
+        self._failed = False
+
+    def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        compiled = torch.compile(function)
+
+        def run(*arguments: Any) -> Any:
+            if not self._failed:
+                try:
+                    return compiled(*arguments)
+                except TorchDynamoException as error:  # compiling has failed, and nothing has run yet
+                    self._failed = True
+                    print(f"note: layers run uncompiled: {compile_failure(error)}", file=sys.stderr, flush=True)
+            return function(*arguments)
+
+        return run
+
+
+def compile_failure(error: TorchDynamoException) -> str:
+    """One line on why torch.compile has failed."""
+    cause = getattr(error, "inner_exception", error)
+    return f"{type(cause).__name__}: {next(iter(str(cause).splitlines()), '')}"
 
 
 class CausalWanLayer(nn.Module):

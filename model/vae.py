@@ -5,7 +5,7 @@ VAE's published mean and standard deviation, and laid out [B, F, C, h, w]; pixel
 F latent frames are T = 4 (F - 1) + 1 pixel frames (for Wan's stride 4 in time).
 """
 
-from functools import partial
+from functools import cache, partial
 
 import torch
 from diffusers import AutoencoderKLWan
@@ -125,8 +125,13 @@ def denormalise(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
 
 
 def _statistics(vae: AutoencoderKLWan, like: Tensor) -> tuple[Tensor, Tensor]:
-    mean = like.new_tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1)
-    return mean, like.new_tensor(vae.config.latents_std).view(1, -1, 1, 1, 1)
+    mean, std = tuple(vae.config.latents_mean), tuple(vae.config.latents_std)
+    return _per_channel(mean, like.dtype, like.device), _per_channel(std, like.dtype, like.device)
+
+
+@cache  # or every block would copy them to the GPU, and the host wait for all that is queued there
+def _per_channel(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=dtype, device=device).view(1, -1, 1, 1, 1)
 
 
 def _from_patches(vae: AutoencoderKLWan, x: Tensor) -> Tensor:

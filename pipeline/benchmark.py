@@ -75,11 +75,11 @@ class Networks:
         self.dtype = DTYPES[config.model.dtype]
 
     def transformer(self) -> CausalWanModel:
-        """The generator."""
+        """The generator; what should be measured compiled is compiled, or raises torch's TorchDynamoException."""
         if not self.random:
-            return load_network(self.config, self.device)
+            return load_network(self.config, self.device, fall_back=False)
         net = random_network(CausalWanModel, presets.TRANSFORMERS[self.random], self.dtype, self.device)
-        return prepare_network(net, self.config, self.device)
+        return prepare_network(net, self.config, self.device, fall_back=False)
 
     def vae(self) -> WanVAE:
         """The VAE."""

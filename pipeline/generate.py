@@ -214,7 +214,8 @@ class VideoOutput:
     def emit(self, latents: Tensor) -> None:
         """Decode and write the next latents [B, F, C, h, w]."""
         for video, sheet, pixels in zip(self._videos, self._sheets, self._decoder.push(latents), strict=True):
-            frames = to_uint8(pixels)
+            # Colours side by side, as files have them: the device rearranges pixels far faster than the host would.
+            frames = to_uint8(pixels.contiguous(memory_format=torch.channels_last))
             video.write(frames)
             sheet.add(frames)
         for file, own in zip(self._latents, latents, strict=False):
@@ -295,7 +296,7 @@ IRRELEVANT = {  # keys that do not change what is in a video
 
 
 def read_condition(path: str, config: Config, vae: WanVAE) -> Tensor:
-    """The latents [1, F, C, h, w] of the image, clip or saved latents that videos start with.
+    """The latents [1, F, C, h, w] of the image, clip or saved latents that videos start with: float32, contiguous.
 
     A clip is resampled to the video's frame rate, fitted to its size, and cut to 4n+1 frames.
 
@@ -304,7 +305,7 @@ def read_condition(path: str, config: Config, vae: WanVAE) -> Tensor:
     """
     video = config.video
     if path.endswith(".safetensors"):
-        latents = read_latents(path)[None]
+        latents = read_latents(path)[None].float()
         expected = vae.latent_shape(video.height, video.width)
         if latents.shape[2:] != expected:
             raise UserError(f"latents in {path} are {list(latents.shape[2:])}, the video's are {list(expected)}")
@@ -322,7 +323,7 @@ def read_condition(path: str, config: Config, vae: WanVAE) -> Tensor:
     stride = vae.temporal_stride
     frames = frames[: (len(frames) - 1) // stride * stride + 1]
     pixels = torch.from_numpy(fit(frames, video.height, video.width).copy()).permute(0, 3, 1, 2)[None]
-    return vae.encode(pixels.float() / 127.5 - 1).float().cpu()
+    return vae.encode(pixels.float() / 127.5 - 1).cpu().contiguous()  # messages between ranks have to be
 
 
 def is_image(path: str) -> bool:

@@ -126,7 +126,8 @@ def host_syncs(device: torch.device) -> Iterator[list[str]]:
             yield found
         finally:
             torch.cuda.set_sync_debug_mode(before)
-    found += [str(warning.message) for warning in caught if "synchroniz" in str(warning.message)]
+    # Its first warning in a process only says of itself that it may not see all synchronizing operations.
+    found += [str(warning.message) for warning in caught if "called a synchronizing" in str(warning.message)]
 
 
 class _SyncFinder(TorchDispatchMode):

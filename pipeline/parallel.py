@@ -31,7 +31,7 @@ from pipeline.text_to_video import (
     load_text_encoder,
     load_vae,
 )
-from pipeline.transport import Mail, Neighbours
+from pipeline.transport import Mail, Neighbours, edge_groups
 from utils.config import Config
 from utils.device import DTYPES
 
@@ -51,7 +51,8 @@ class PipelineRank:
         late: bool = False,
         record: Recorder | None = None,
     ):
-        """
+        """All ranks of the default process group have to make theirs at the same time.
+
         Args:
             store: shared by all ranks; for what is not worth a message.
             late: send blocks only after their context has been written.
@@ -69,11 +70,15 @@ class PipelineRank:
         self.lanes = self.pipeline.lanes(rank)
         self.output: VideoOutput | None = None
         self._kept: list[Path] = []
+        self.edges = edge_groups()
         self.net = load_network(config, device) if self.lanes else None
         self.vae = load_vae(config, device) if rank == self.pipeline.decoder else None
         self.embeddings = None
         if rank == self.pipeline.text:
-            self.embeddings = PromptEmbeddings(config, load_text_encoder(config, device))
+            # Offloaded for the sake of this rank's other networks, if there are any.
+            offload = config.model.offload and not (self.net is None and self.vae is None)
+            text_encoder = load_text_encoder(config, device)
+            self.embeddings = PromptEmbeddings(text_encoder, config.model.text_length, device, offload)
 
     def make_videos(self, videos: Sequence[Wanted]) -> None:
         """Do this rank's part of all videos that its pipeline makes."""
@@ -81,14 +86,18 @@ class PipelineRank:
         schedule = build_schedule(
             self.config.rollout, self.config.video.num_output_frames, 0 if given is None else given.shape[1]
         )
-        mail = Mail(self.device)
+        if self.embeddings is not None and self.embeddings.offload:
+            with self.record("text"):  # of all videos: whose turn comes here is not known yet
+                self.embeddings.encode([video.prompt.text for video in videos])
+        texts, blocks = Mail(self.device), Mail(self.device, self.edges)
         for video in self._turns(videos):
-            text = self._share_text(video, mail)
+            text = self._share_text(video, texts)
             if self.net is not None and text is not None:
-                self._run_stage(video, self.net, text, schedule, given, mail)
+                self._run_stage(video, self.net, text, schedule, given, blocks)
             elif self.vae is not None:
-                self._decode(video, schedule, given, mail)
-        mail.finish()
+                self._decode(video, schedule, given, blocks)
+        texts.finish()
+        blocks.finish()
 
     def kept(self) -> str:
         """For a run that fails: end the video under way where it is; says where that is."""

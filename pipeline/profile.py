@@ -63,7 +63,7 @@ class Recorder:
         if self.device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self.device))
         return event
 
     def _seconds(self, mark: object) -> float:

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.attention_dispatch import attention_backend
 from torch import Tensor
@@ -15,7 +14,7 @@ from model.denoiser import Denoiser
 from model.flow import step_sigmas
 from model.kv_cache import KVCache
 from model.lora import fuse_lora
-from model.text_encoder import TextEncoder
+from model.text_encoder import TextEncoder, padded, without_padding
 from model.vae import WanVAE
 from model.weights import ModelDirectory
 from pipeline.rollout import BlockLayout, Rollout, Transport
@@ -34,7 +33,7 @@ class TextToVideo:
         self.net = net
         self.text_encoder = text_encoder
         self.vae = vae
-        self.embeddings = PromptEmbeddings(config, text_encoder)
+        self.embeddings = PromptEmbeddings(text_encoder, config.model.text_length, net.device, config.model.offload)
 
     @classmethod
     def load(cls, config: Config, device: torch.device) -> "TextToVideo":
@@ -113,33 +112,41 @@ class TextToVideo:
 class PromptEmbeddings:
     """Embeddings of prompts, encoded ahead of their videos."""
 
-    def __init__(self, config: Config, text_encoder: TextEncoder):
-        self.config = config
-        self.text_encoder = text_encoder
+    def __init__(self, text_encoder: TextEncoder, length: int, device: torch.device, offload: bool):
+        """
+        Args:
+            length: tokens of an embedding.
+            device: where the text encoder works.
+            offload: move it off the device when it has encoded what was asked for, and back when there is more. One
+                that nobody else needs the room of should not be.
+        """
+        self.text_encoder, self.length, self.device, self.offload = text_encoder, length, device, offload
         self._kept: dict[str, Tensor] = {}  # without the zeros behind their ends
 
     def encode(self, prompts: Sequence[str]) -> None:
-        """Encode prompts, then move the text encoder off the device if so configured."""
-        for prompt in prompts:
-            if prompt not in self._kept:
-                embedding = self.text_encoder.encode([prompt])[0].cpu()
-                used = int(embedding.any(dim=1).nonzero().max()) + 1
-                self._kept[prompt] = embedding[:used].clone()
-        if self.config.model.offload:
+        """Encode those of the prompts that have not been yet: all of a run's at once move the weights but once."""
+        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._kept]
+        if missing and self.offload:
+            self.text_encoder.to(self.device)
+        for prompt in missing:
+            self._kept[prompt] = without_padding(self.text_encoder.encode([prompt])[0].cpu())
+        if missing and self.offload:
             self.text_encoder.to("cpu")
 
     def of(self, prompts: Sequence[str]) -> Tensor:
         """Embeddings [B, text length, text_dim] on the CPU, in the text encoder's type."""
         self.encode(prompts)
-        length = self.config.model.text_length
-        return torch.stack([F.pad(x, (0, 0, 0, length - len(x))) for x in (self._kept[p] for p in prompts)])
+        return padded([self._kept[prompt] for prompt in prompts], self.length)
 
 
 # ---- What one process, or each of a pipeline's, is made of ----
 
 
-def load_network(config: Config, device: torch.device) -> CausalWanModel:
+def load_network(config: Config, device: torch.device, fall_back: bool = True) -> CausalWanModel:
     """The causal generator that `config.model` names.
+
+    Args:
+        fall_back: see `CausalWanModel.compile_layers`.
 
     Raises:
         UserError: for missing or broken files.
@@ -150,15 +157,17 @@ def load_network(config: Config, device: torch.device) -> CausalWanModel:
     net = directory.load_transformer(CausalWanModel, dtype, weights=weights, use_ema=model.use_ema)
     if model.lora:
         fuse_lora(net, model.lora, model.lora_scale)
-    return prepare_network(net, config, device)
+    return prepare_network(net, config, device, fall_back)
 
 
-def prepare_network(net: CausalWanModel, config: Config, device: torch.device) -> CausalWanModel:
-    """Put a generator on its device and let it run as `config.model` says."""
+def prepare_network(
+    net: CausalWanModel, config: Config, device: torch.device, fall_back: bool = True
+) -> CausalWanModel:
+    """Put a generator on its device and let it run as `config.model` says. The arguments are `load_network`'s."""
     net.to(device).eval().requires_grad_(False)
     choose_attention_backend(net, config.model.attention_backend)
     if config.model.compile:
-        net.compile_layers()
+        net.compile_layers(fall_back)
     return net
 
 

@@ -1,7 +1,8 @@
 """How the ranks of a pipeline hand blocks to each other: torch.distributed, over NCCL or gloo."""
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -11,17 +12,33 @@ from pipeline.profile import Recorder
 from pipeline.rollout import BlockLayout
 from pipeline.schedule import Denoise, Fused, Op, Schedule, WriteThenDenoise
 
-AHEAD = 2  # messages that may be on their way to or from a rank; what bounds its memory
+AHEAD = 2  # messages that may be on their way from a rank to another; what bounds its memory
+PATIENCE = timedelta(days=1)  # of process groups: who is dead is found out by `utils.peers`; who is slow may be
+
+
+def edge_groups() -> list[dist.ProcessGroup]:
+    """Process groups of all ranks, which make them together: one for blocks from even ranks, one for those from odd.
+
+    NCCL does what a rank sends and receives in one group in one order, on one stream: a block would wait to be sent
+    until all that were awaited before it, further blocks included, have come. Blocks go from a rank to the next, so
+    that with these no rank both sends and receives in a group.
+    """
+    return [dist.new_group(timeout=PATIENCE, group_desc=f"blocks from {kind} ranks") for kind in ("even", "odd")]
 
 
 class Mail:
-    """Messages of known shapes in a known order between two ranks, received ahead and sent without waiting."""
+    """Messages of known shapes in a known order between ranks, received ahead and sent without waiting."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, groups: Sequence[dist.ProcessGroup | None] = (None,)):
+        """
+        Args:
+            groups: a message goes by that of its sender's number, modulo how many there are; None is the default group.
+        """
         self.device = device
+        self.groups = groups
         self._expected: Iterator[tuple[int, tuple[int, ...], torch.dtype]] = iter(())
         self._posted: deque[tuple[Tensor, dist.Work]] = deque()
-        self._sent: deque[tuple[Tensor, dist.Work]] = deque()
+        self._sent: dict[int, deque[tuple[Tensor, dist.Work]]] = {}  # by receiver: one may be far behind another
         self._buffers: dict[tuple, list[Tensor]] = {}
 
     def expect(self, messages: Iterable[tuple[int, tuple[int, ...], torch.dtype]]) -> None:
@@ -41,23 +58,28 @@ class Mail:
     def send(self, message: Tensor, to: int) -> None:
         """Send a message, which must not be changed any more; waits only if the receiver is far behind."""
         message = message.contiguous()
-        work = dist.isend(message, to)
+        work = dist.isend(message, to, group=self._group_of(dist.get_rank()))
         assert work is not None
-        self._sent.append((message, work))
-        while len(self._sent) > AHEAD:
-            self._sent.popleft()[1].wait()
+        sent = self._sent.setdefault(to, deque())
+        sent.append((message, work))
+        while len(sent) > AHEAD:
+            sent.popleft()[1].wait()
 
     def finish(self) -> None:
         """Wait until everything that was sent has arrived."""
-        while self._sent:
-            self._sent.popleft()[1].wait()
+        for sent in self._sent.values():
+            while sent:
+                sent.popleft()[1].wait()
+
+    def _group_of(self, sender: int) -> dist.ProcessGroup | None:
+        return self.groups[sender % len(self.groups)]
 
     def _post(self) -> None:
         while len(self._posted) < AHEAD and (message := next(self._expected, None)) is not None:
             sender, shape, dtype = message
             free = self._buffers.get((torch.Size(shape), dtype))
             buffer = free.pop() if free else torch.empty(shape, dtype=dtype, device=self.device)
-            work = dist.irecv(buffer, sender)
+            work = dist.irecv(buffer, sender, group=self._group_of(sender))
             assert work is not None
             self._posted.append((buffer, work))
 

@@ -25,8 +25,10 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from torch._dynamo.exc import TorchDynamoException
 from tqdm import tqdm
 
+from model.causal_wan import compile_failure
 from pipeline.benchmark import (
     Networks,
     Watch,
@@ -210,7 +212,7 @@ def describe_settings(config: Config, flags: list[str]) -> dict[str, str]:
 
 
 def measure(case: Case, args: argparse.Namespace, preset: Preset, device: torch.device, peak: float) -> Figures:
-    """The figures of one row; none if the device's memory is too small for it."""
+    """The figures of one row; none if the device's memory is too small for it, or it cannot be compiled."""
     networks, effort = Networks(case.config, device, preset.random), Effort(args.warmup, args.repeats)
     torch.compiler.reset()  # it compiles a function a few times at most, and then leaves it as it is
     try:
@@ -228,8 +230,11 @@ def measure(case: Case, args: argparse.Namespace, preset: Preset, device: torch.
         around = measure_decoder if case.kind == "decoder" else measure_text_encoder
         return around(networks, effort, peak)
     except torch.OutOfMemoryError:
-        tqdm.write(f"out of memory: {case.kind} {' '.join(case.settings.values())}", file=sys.stderr)
-        return {}
+        why = "out of memory"
+    except TorchDynamoException as error:
+        why = f"cannot be compiled ({compile_failure(error)})"
+    tqdm.write(f"{why}: {case.kind} {' '.join(case.settings.values())}", file=sys.stderr)
+    return {}
 
 
 def compare_with_baseline(results: list[dict[str, Any]]) -> None:

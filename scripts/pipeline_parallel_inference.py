@@ -9,10 +9,10 @@ skipped, so the same command goes on where it stopped. How it works: docs/pipeli
 
 import argparse
 import json
+import os
 import sys
 import time
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -129,18 +129,17 @@ class Request:
 
 def run_together(request: Request, missing: list[str]) -> None:
     """Join the other ranks and make the videos whose stems are `missing`, which rank 0 knows."""
-    import torch
     import torch.distributed as dist
 
     from pipeline.generate import Files, Wanted
     from pipeline.parallel import PipelineRank
     from pipeline.profile import Recorder
-    from utils.device import pick_device
+    from pipeline.transport import PATIENCE
+    from utils.device import pick_own_device
     from utils.peers import Peers, connect
     from utils.process_group import die_with_launcher
 
     args, config = request.args, request.config
-    device = pick_device(config.runtime.device)
     if world_size() > 1:
         die_with_launcher()
     stage: PipelineRank | None = None
@@ -159,14 +158,15 @@ def run_together(request: Request, missing: list[str]) -> None:
         folder = Path(request.folder)
         videos = [Wanted(p, sample, Files(folder, stem)) for p, sample, stem in request.items if stem in wanted]
         if videos:
-            if device.type == "cuda":
-                torch.cuda.set_device(device)
+            device = pick_own_device(config.runtime.device)  # now that whoever has none can tell the others
+            # NCCL's warning that a group's messages are done in one order: `edge_groups` sees to it.
+            os.environ.setdefault("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "false")
             dist.init_process_group(
                 "nccl" if device.type == "cuda" else "gloo",
                 store=dist.PrefixStore("group", store),
                 rank=rank(),
                 world_size=world_size(),
-                timeout=timedelta(days=1),  # who is dead is found out by Peers; who is slow may be
+                timeout=PATIENCE,
                 device_id=device if device.type == "cuda" else None,
             )
             recorder = Recorder(device, enabled=args.profile)

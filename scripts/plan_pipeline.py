@@ -10,12 +10,12 @@ A rank's ops are simulated in the executor's order; a block is there --latency a
 
 import argparse
 import functools
-import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from pipeline.profile import read_profile
 from pipeline.simulate import Times, simulate, table, times_of
 from pipeline.text_to_video import VAE_STRIDE, build_schedule
 from utils.config import load_config
@@ -59,8 +59,7 @@ def main() -> None:
 def read(path: Path) -> list[tuple[str, int, float]]:
     """(name, block, seconds) of a profile's ops."""
     try:
-        spans = json.loads(path.read_text())["spans"]
-        return [(span["name"], span["block"], span["end"] - span["start"]) for span in spans]
+        return [(span.name, span.block, span.end - span.start) for span in read_profile(path)[2]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is no profile of scripts/pipeline_parallel_inference.py ({error})") from None
 

@@ -10,11 +10,14 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_model import write_config, write_model
+
+from utils.video import VideoWriter
 
 ROOT = Path(__file__).resolve().parents[2]
 # Ranks are forked from a process that has imported everything once.
@@ -23,11 +26,18 @@ CONTEXT.set_forkserver_preload(["pipeline.parallel", "scripts.pipeline_parallel_
 
 
 def rank_main(
-    module: str, words: list[str], environment: dict[str, str], log: str, comes_within: float = 45.0, linger: float = 0
+    module: str,
+    words: list[str],
+    environment: dict[str, str],
+    log: str,
+    comes_within: float = 45.0,
+    linger: float = 0,
+    gpus: int = 0,
 ) -> None:
     """One rank: a script's main() with its words, output and errors into a file.
 
     `linger` is how many seconds the writer takes between a video's last frame and its end; it makes LOG.end then.
+    `gpus` is how many torch says that there are.
     """
     import importlib
 
@@ -35,6 +45,7 @@ def rank_main(
     from utils import peers
 
     peers.COMES_WITHIN = comes_within
+    torch.cuda.device_count = lambda: gpus
     finish = VideoOutput._write_sheet_and_record
 
     def late(self, wanted, sheet):
@@ -64,7 +75,7 @@ class Ranks:
         self.processes = []
         for rank, log in enumerate(self.logs):
             environment = {
-                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count),
+                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
                 "MASTER_ADDR": "localhost", "MASTER_PORT": str(port),
             }  # fmt: skip
             arguments = ("scripts.pipeline_parallel_inference", list(map(str, words)), environment, str(log))
@@ -99,6 +110,9 @@ def world(tmp_path_factory) -> Path:
     write_config(folder / "tiny.yaml", model, video={"num_output_frames": 12})
     (folder / "prompts.txt").write_text("a red circle\na blue square\n")
     Image.new("RGB", (32, 32), (200, 40, 40)).save(folder / "start.png")
+    with VideoWriter(folder / "start.mp4") as video:  # two latent frames
+        video.write(np.random.default_rng(0).integers(256, size=(5, 32, 32, 3), dtype=np.uint8))
+    save_file({"latents": torch.randn(2, 16, 4, 4).half()}, folder / "start.safetensors")
     return folder
 
 
@@ -137,6 +151,8 @@ CASES = {
     "hybrid_block0": ("--inference_method", "hybrid_block0"),
     "a short window": ("--window", "6", "--sink", "1"),
     "an image": ("--image", "start.png", "--num_output_frames", "10"),
+    "a clip": ("--video", "start.mp4", "--num_output_frames", "11"),
+    "latents": ("--video", "start.safetensors", "--num_output_frames", "11"),
     "clean context": ("rollout.context=clean",),
     "input context": ("rollout.context=input",),
     "two steps at once": ("rollout.leading_steps=2",),
@@ -144,12 +160,12 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(
-    ("case", "counts"),
-    [(case, (1, 2, 3, 4, 6) if case in ("timestep_first", "hybrid_block0") else (3, 4)) for case in CASES],
-)
+COUNTS = {"timestep_first": (1, 2, 3, 4, 6), "hybrid_block0": (1, 2, 3, 4, 6), "a clip": (2,), "latents": (2,)}
+
+
+@pytest.mark.parametrize(("case", "counts"), [(case, COUNTS.get(case, (3, 4))) for case in CASES])
 def test_any_number_of_ranks_makes_the_same_latents(world, expected, tmp_path, case, counts):
-    words = [str(world / word) if word.endswith(".png") else word for word in CASES[case]]
+    words = [str(world / word) if word.startswith("start.") else word for word in CASES[case]]
     reference = expected(*words)
     assert len(reference) == 2
     for count in counts:
@@ -329,6 +345,19 @@ def test_broken_weights_are_one_line(world, tmp_path):
     ranks = start(world, tmp_path / "out", 2, "--checkpoint_path", tmp_path / "none.pt")
     assert 0 not in ranks.wait(60)
     assert ranks.output.count("error:") == 1 and "none.pt" in ranks.output and "Traceback" not in ranks.output
+
+
+@pytest.mark.parametrize(
+    ("device", "says"),
+    [
+        ("cuda", "2 processes on this machine need a GPU each, but there are 1: start 1, or use --device cpu"),
+        ("cuda:0", "--device cuda:0 is one GPU, and 2 processes on this machine need one each: use --device cuda"),
+    ],
+)
+def test_ranks_that_would_share_a_gpu_are_refused(world, tmp_path, device, says):
+    ranks = start(world, tmp_path / "out", 2, "--device", device, gpus=1)
+    assert ranks.wait(60) == [1, 1]
+    assert ranks.output.splitlines() == [f"error: {says}"]
 
 
 @pytest.mark.parametrize(

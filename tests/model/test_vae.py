@@ -130,6 +130,27 @@ def test_decoding_is_diffusers_decode_of_denormalised_latents(variant, batch):
     torch.testing.assert_close(pixels, expected, **CLOSE)
 
 
+def test_a_later_push_copies_no_numbers_from_the_host(plain, monkeypatch):
+    """On a GPU the host would wait for all that is queued."""
+    stream, piece = plain.stream(), randn(1, 1, 4, 2, 3)
+    stream.push(piece)
+
+    def refuse(*_, **__):
+        raise AssertionError("a tensor was made of numbers")
+
+    for owner, name in ((torch, "tensor"), (torch, "as_tensor"), (Tensor, "new_tensor")):
+        monkeypatch.setattr(owner, name, refuse)
+    stream.push(piece)
+
+
+def test_statistics_have_the_type_of_the_latents(plain):
+    raw = randn(1, 4, 1, 2, 3)
+    expected = normalise(plain.net, raw)
+    assert normalise(plain.net, raw.double()).dtype == torch.float64
+    assert denormalise(plain.net, raw.to("meta")).device.type == "meta"
+    assert torch.equal(normalise(plain.net, raw), expected)
+
+
 def test_streams_do_not_disturb_each_other(plain):
     videos = [randn(1, 4, 4, 2, 3, seed=seed) for seed in (1, 2)]
     alone = [plain.decode(video) for video in videos]

@@ -1,6 +1,7 @@
 """pipeline/measure.py: claims about what its numbers mean."""
 
 import time
+import warnings
 
 import pytest
 import torch
@@ -55,6 +56,30 @@ def test_computing_is_none():
         x[torch.tensor([1, 2])] += 1
         F.scaled_dot_product_attention(x[None], x[None], x[None]).clone().copy_(x)
     assert found == []
+
+
+def test_what_cuda_says_of_its_own_detection_is_no_sync(monkeypatch):
+    """torch's own words; the first are a warning of every process's first `set_sync_debug_mode`."""
+
+    def set_mode(mode):
+        if mode == "warn":
+            warnings.warn(
+                "Synchronization debug mode is a prototype feature and does not yet detect all "
+                "synchronizing operations (Triggered internally at torch/csrc/cuda/Module.cpp:1)",
+                stacklevel=1,
+            )
+
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", set_mode)
+    with host_syncs(torch.device("cuda")) as found:
+        warnings.warn("synchronizing is deprecated", stacklevel=1)
+    assert found == []
+    with host_syncs(torch.device("cuda")) as found:
+        for _ in range(2):
+            warnings.warn(
+                "called a synchronizing CUDA operation (Triggered internally at CUDAFunctions.cpp:1)", stacklevel=1
+            )
+    assert len(found) == 2
 
 
 def test_copies_between_devices_wait_unless_they_are_queued():

@@ -261,6 +261,21 @@ def test_rows_for_which_memory_is_too_small_are_left_empty(bench, monkeypatch):
     assert [bool(row["figures"]) for row in document["results"]] == [False, True] and "| text_encoder |" in out
 
 
+@pytest.mark.parametrize("kind", ["rollout", "baseline"])
+def test_rows_that_cannot_be_compiled_say_so_and_have_no_figures(call, config_file, tmp_path, monkeypatch, kind):
+    def failing(graph, inputs):
+        raise RuntimeError("no compiler here")
+
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **_: compile(function, backend=failing))
+    output = tmp_path / "new.json"
+    words = ["--config_path", config_file, "--what", kind, "--compile", "on", "--repeats", "1", "--warmup", "0"]
+    code, out, err = call(benchmark, *words, "--output", output)
+    [row] = json.loads(output.read_text())["results"]
+    assert code == 0 and row["figures"] == {} and f"| {kind} |" in out
+    assert f"cannot be compiled (RuntimeError: no compiler here): {kind} " in err and "run uncompiled" not in err
+
+
 # ---- Against the clock, and training ----
 
 

@@ -1,0 +1,107 @@
+"""pipeline/text_to_video.py and pipeline/parallel.py: where prompts are encoded, and layers that do not compile."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_model import write_config
+
+from model.text_encoder import TextEncoder
+from pipeline import parallel
+from pipeline.parallel import PipelineRank
+from pipeline.schedule import Schedule
+from pipeline.stages import plan_pipelines
+from pipeline.text_to_video import PromptEmbeddings
+from utils.config import load_config
+
+HOME = torch.device("meta")
+
+
+class RecordingEncoder(TextEncoder):
+    """Notes what is encoded where."""
+
+    def __init__(self) -> None:
+        super().__init__(None, None, length=4)
+        self.place = HOME
+        self.done: list[str] = []
+        self.moves: list[str] = []
+
+    def to(self, device):
+        self.place = torch.device(device)
+        self.moves.append(self.place.type)
+        return self
+
+    def encode(self, prompts):
+        assert self.place == HOME, prompts
+        self.done += prompts
+        return torch.ones(len(prompts), self.length, 2)
+
+
+@pytest.fixture
+def encoder() -> RecordingEncoder:
+    return RecordingEncoder()
+
+
+def test_prompts_known_ahead_move_the_text_encoder_once(encoder):
+    embeddings = PromptEmbeddings(encoder, 4, HOME, offload=True)
+    embeddings.encode(["a", "b", "a"])
+    assert embeddings.of(["b"]).shape == embeddings.of(["a"]).shape == (1, 4, 2)
+    assert encoder.done == ["a", "b"] and encoder.place.type == "cpu" and encoder.moves == ["meta", "cpu"]
+
+
+def test_a_prompt_that_comes_late_is_encoded_on_the_device_too(encoder):
+    embeddings = PromptEmbeddings(encoder, 4, HOME, offload=True)
+    for prompt in ("a", "b", "a"):
+        embeddings.of([prompt])  # the encoder itself refuses to work anywhere else
+    assert encoder.done == ["a", "b"] and encoder.moves == ["meta", "cpu"] * 2
+
+
+def test_a_text_encoder_that_is_not_offloaded_is_never_moved(encoder):
+    embeddings = PromptEmbeddings(encoder, 4, HOME, offload=False)
+    embeddings.of(["a"])
+    embeddings.of(["b"])
+    assert encoder.done == ["a", "b"] and encoder.moves == []
+
+
+@pytest.mark.parametrize(("num_ranks", "offloads"), [(1, True), (4, True), (5, True), (6, False)])
+def test_a_rank_that_only_encodes_keeps_its_text_encoder(monkeypatch, tmp_path, encoder, num_ranks, offloads):
+    config = load_config(str(write_config(tmp_path / "tiny.yaml", tmp_path)))
+    for name, network in (("network", "net"), ("vae", "vae"), ("text_encoder", encoder)):
+        monkeypatch.setattr(parallel, f"load_{name}", lambda config, device, network=network: network)
+    monkeypatch.setattr(parallel, "edge_groups", list)
+    [pipeline] = pipelines = plan_pipelines(num_ranks, Schedule(num_steps=4, num_blocks=3))
+    for changes, expected in (({}, offloads), ({"offload": False}, False)):
+        own = replace(config, model=replace(config.model, **changes))
+        rank = PipelineRank(own, pipelines, pipeline.text, None, HOME)  # type: ignore[arg-type]
+        assert rank.embeddings is not None and rank.embeddings.offload == expected
+        assert rank.embeddings.device == HOME
+
+
+def failing(graph, inputs):
+    raise RuntimeError("no compiler here\nand many more lines")
+
+
+@pytest.fixture
+def broken_compiler(monkeypatch):
+    """torch.compile as it is where Inductor does not work."""
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function: compile(function, backend=failing))
+    yield
+    torch._dynamo.reset()
+
+
+def test_layers_that_do_not_compile_run_as_they_are_and_say_so_once(broken_compiler, make_net, capsys):
+    net = make_net(num_layers=2).requires_grad_(False)
+    arguments = torch.randn(1, 4, 1, 4, 4), torch.tensor([500.0]), torch.randn(1, 5, 24)
+    expected = net(*arguments)
+    net.compile_layers()
+    for _ in range(2):
+        assert torch.equal(net(*arguments), expected)
+    assert capsys.readouterr().err == "note: layers run uncompiled: RuntimeError: no compiler here\n"
+
+
+def test_without_falling_back_the_error_comes_out(broken_compiler, make_net):
+    net = make_net(num_layers=1).requires_grad_(False)
+    net.compile_layers(fall_back=False)
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="no compiler here"):
+        net(torch.randn(1, 4, 1, 4, 4), torch.tensor([500.0]), torch.randn(1, 5, 24))
