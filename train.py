@@ -48,7 +48,7 @@ def main() -> None:
     if not args.logdir:
         raise UserError("say where checkpoints and logs go: --logdir DIR")
     if not config.train.objective:
-        raise UserError(f"{args.config_path} has no train.objective; configs/shapes/ holds those that train")
+        raise UserError(f"{args.config_path} has no train.objective; configs/hiar.yaml and configs/shapes/ have")
 
     # Heavy imports wait until the arguments are known to be good.
     from trainer.objectives import build_objective
@@ -60,9 +60,6 @@ def main() -> None:
     device = pick_device(config.runtime.device)
     with process_group(device):
         resume = None if args.resume == "auto" else Path(args.resume)
-        if resume is not None and not resume.is_dir():
-            raise UserError(f"--resume {resume} is no checkpoint folder such as LOGDIR/checkpoints/00000500, nor auto")
-
         Trainer(config, build_objective(config, device), args.logdir).train(resume)
 
 

@@ -179,7 +179,12 @@ class Rollout:
             self.denoiser.write_context(x, sigma, self.layout.start(op.block), lane)
         elif isinstance(op, Fused):
             assert op.write.level == op.denoise.step, op
-            self._denoise(op.denoise, lane, write=True)
+            if self._wants_graph(op.denoise):  # a context has none: it is written by a pass of its own
+                self._denoise(op.denoise, lane)
+                x, sigma = self._context(op.write)
+                self.denoiser.write_context(x, sigma, self.layout.start(op.block), lane)
+            else:
+                self._denoise(op.denoise, lane, write=True)
         elif isinstance(op, WriteThenDenoise):
             self._denoise(op.denoise, lane, after=op.write)
         else:
@@ -192,8 +197,8 @@ class Rollout:
         assert state.level == op.step, f"block {op.block} is at level {state.level}, not ready for {op}"
         sigma, next_sigma = self.sigmas[op.step : op.step + 2]
         first_frame = self.layout.start(op.block)
-        leaves = op.step == (self.num_steps - 1 if self.exit_step is None else self.exit_step)
-        with torch.set_grad_enabled(leaves and self.with_grad(op.block)):
+        leaves = self._leaves(op)
+        with torch.set_grad_enabled(self._wants_graph(op)):
             if after is None or context is None:
                 result = self.denoiser.denoise(state.x, sigma, first_frame, lane, write)
             else:
@@ -211,6 +216,13 @@ class Rollout:
             x = add_noise(x0, self.noise(op.block, level), next_sigma)
         self.blocks[op.block] = BlockState(level, x, x0, before=state.x)
         self._hand_on(op.block, result if leaves else None)
+
+    def _leaves(self, op: Denoise) -> bool:
+        """Whether this is the Denoise that finishes a block."""
+        return op.step == (self.num_steps - 1 if self.exit_step is None else self.exit_step)
+
+    def _wants_graph(self, op: Denoise) -> bool:
+        return self._leaves(op) and self.with_grad(op.block)
 
     def denoise_again(self, block: int) -> Tensor:
         """x0 of a finished block once more, with its graph: the exit step's Denoise, beside the lane as it was then.

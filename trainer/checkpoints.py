@@ -1,5 +1,6 @@
 """Checkpoints of a run: sharded, written in the background, complete or absent, the last few kept."""
 
+import itertools
 import re
 import shutil
 import warnings
@@ -16,15 +17,19 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from utils.distributed import rank
 from utils.errors import UserError
+from utils.files import write_text
 
+CONFIG = "config.yaml"
+"""In a checkpoint: the configuration of the run that wrote it."""
 _NAME = re.compile(r"\d{8}")
+_RESUMED = "resumed_from"  # beside checkpoints that descend from another: where that was
 
 
 class Checkpoints:
     """The folder `checkpoints/` of a run: a folder per saved iteration, each in torch.distributed.checkpoint's format.
 
-    A folder appears under its name when all of it is on the disk. Tensors that are sharded are written in parts by the
-    processes that hold them, and can be loaded by any number of processes.
+    A folder appears under its name when all of it is on the disk, whatever becomes of the run meanwhile. Tensors that
+    are sharded are written in parts by the processes that hold them, and can be loaded by any number of processes.
     """
 
     def __init__(self, logdir: Path, keep: int):
@@ -38,17 +43,23 @@ class Checkpoints:
         """The complete checkpoints, oldest first."""
         return saved_in(self.folder)
 
-    def save(self, iteration: int, state: Mapping[str, Tensor]) -> None:
-        """Copy the state and write it in the background; waits only for the save before to be done."""
+    def save(self, iteration: int, state: Mapping[str, Tensor], config: str) -> None:
+        """Copy the state and write it, beside the configuration, in the background; waits only for the save before."""
         self.finish()
         # A run that was killed while it saved may have left the very same name.
         partial = self._partial(iteration)
         if rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
-            self.folder.mkdir(exist_ok=True)
+            partial.mkdir(parents=True)
+            write_text(partial / CONFIG, config)
         # What lies on the CPU would be written while training changes it.
         copy = {name: x.detach().clone() if x.device.type == "cpu" else x for name, x in state.items()}
         self._pending = dcp.async_save(copy, checkpoint_id=partial, process_group=self._group), iteration  # type: ignore[assignment]
+
+    def poll(self) -> None:
+        """Give the save that is under way its name if it is done; never waits."""
+        if self._pending is not None and self._pending[0].done():
+            self.finish()
 
     def finish(self) -> None:
         """Wait for the save that is under way, give it its name, and drop those that are too old."""
@@ -66,18 +77,18 @@ class Checkpoints:
             shutil.rmtree(old, ignore_errors=True)
 
     def load(self, state: Mapping[str, Tensor], path: Path | None = None) -> Path | None:
-        """Load the newest checkpoint, or that at `path`, into the tensors of `state`; returns where it was, if any.
+        """Load the newest checkpoint into the tensors of `state`; returns where it was, if there is any.
+
+        Args:
+            path: what a run is to begin with: a checkpoint of another run, in a folder without any, or one of its own,
+                for which later ones are put aside. Once it has, the same path goes on from the newest.
 
         Raises:
-            UserError: if it is of another network or optimizer, or broken.
+            UserError: if `path` is none or cannot be begun with; if it is of another network or optimizer, or broken.
         """
-        saved = self.saved()
-        if rank() == 0 and self.folder.is_dir():
-            for leftover in self.folder.glob(".*.partial"):
-                shutil.rmtree(leftover, ignore_errors=True)
-        if path is None and not saved:
+        source = self._chosen_by_one(path)
+        if source is None:
             return None
-        source = path or saved[-1]
         try:
             dcp.load(dict(state), checkpoint_id=source)
         except (CheckpointException, ValueError, RuntimeError, OSError, KeyError) as error:
@@ -86,7 +97,56 @@ class Checkpoints:
                 f"{source} does not fit this configuration's networks and optimizers, or is broken ({reason}); choose "
                 "another --logdir, or the configuration that it was made with"
             ) from None
+        if rank() == 0 and source == path:
+            self._begin_at(path)
         return source
+
+    def _chosen_by_one(self, path: Path | None) -> Path | None:
+        """What the first process takes for the source: a shared disk may show others something older for a while."""
+        answer: list[Path | UserError | None] = [None]
+        if rank() == 0:
+            try:
+                answer = [self._source(path)]
+            except UserError as error:
+                answer = [error]
+        dist.broadcast_object_list(answer, src=0, group=self._group)
+        [source] = answer
+        if isinstance(source, UserError):
+            raise source
+        return source
+
+    def _source(self, path: Path | None) -> Path | None:
+        """Tidy up behind a run that was killed, and choose."""
+        for partial in self.folder.glob(".*.partial"):
+            final = self.folder / partial.name.removeprefix(".").removesuffix(".partial")
+            if (partial / ".metadata").exists() and not final.exists():  # which is written last
+                partial.rename(final)
+            else:
+                shutil.rmtree(partial, ignore_errors=True)
+        saved = self.saved()
+        if path is None or (saved and self._resumed_from() == str(path.resolve())):
+            return saved[-1] if saved else None
+        if not path.is_dir():
+            raise UserError(f"--resume {path} is no checkpoint folder such as LOGDIR/checkpoints/00000500, nor auto")
+        if saved and path.resolve() not in [folder.resolve() for folder in saved]:
+            raise UserError(
+                f"{self.folder} has checkpoints of its own; leave out --resume to go on from them, or choose another "
+                f"--logdir to begin with {path}"
+            )
+        return path
+
+    def _resumed_from(self) -> str:
+        note = self.folder / _RESUMED
+        return note.read_text() if note.exists() else ""
+
+    def _begin_at(self, path: Path) -> None:
+        """Put later checkpoints aside, and note where this run comes from."""
+        for later in self.saved():
+            if later.name > path.name:
+                aside = (self.folder / f"abandoned-{later.name}-{n}" for n in itertools.count())
+                later.rename(next(name for name in aside if not name.exists()))
+        self.folder.mkdir(exist_ok=True)
+        write_text(self.folder / _RESUMED, str(path.resolve()))
 
     def _partial(self, iteration: int) -> Path:
         return self.folder / f".{iteration:08d}.partial"

@@ -19,15 +19,15 @@ from model.vae import WanVAE
 from model.weights import ModelDirectory
 from pipeline.rollout import BlockLayout, Rollout
 from pipeline.teacher import guided_flow
-from pipeline.text_to_video import VAE_STRIDE, build_schedule, context_frames, rollout_sigmas
+from pipeline.text_to_video import VAE_STRIDE, build_schedule, check_size, context_frames, rollout_sigmas
 from trainer.losses import dmd_gradient, dmd_loss, flow_matching_loss, forward_kl_loss, motion
 from trainer.networks import (
     CaptionEmbeddings,
+    Draws,
     Sampler,
     batch_positions,
     build_transformer,
     compute_in,
-    evenly_drawn,
     export_transformer,
     prepare,
 )
@@ -74,6 +74,11 @@ class ScoreDistillation:
                     f"the ODE pairs in {config.data.path} have {self.pairs.shape[1]} frames, which blocks of "
                     f"{config.rollout.block_frames} do not divide"
                 )
+            if distill.forward_kl_mode == "rollout" and len(self.pairs.sigmas) > len(rollout_sigmas(config.rollout)):
+                raise UserError(
+                    f"the ODE pairs in {config.data.path} have {len(self.pairs.sigmas) - 1} steps, which a rollout of "
+                    "fewer cannot follow; choose another distill.forward_kl_mode, or make pairs of fewer points"
+                )
         if config.data.prompts:
             captions = [prompt.text for prompt in read_prompts(config.data.prompts)]
         elif self.pairs is not None:
@@ -86,6 +91,7 @@ class ScoreDistillation:
         self.orders = {turn: Sampler(len(captions), "prompts", turn, seed) for turn in TURNS}
         self.pair_order = Sampler(len(self.pairs) if self.pairs else 1, "pairs", seed)
 
+        check_size(config, ModelDirectory.open(config.model.base).transformer_config())
         self.generator = build_transformer(config, device)
         directory = ModelDirectory.open(config.model.base)
         self.critic = prepare(directory.load_transformer(CausalWanModel, torch.float32), config, device)
@@ -93,7 +99,7 @@ class ScoreDistillation:
         longer = distill.max_rollout_frames > num_frames
         self.vae = WanVAE(directory.load_vae(DTYPES[config.train.dtype]).to(device)) if longer else None
         self.sigmas = rollout_sigmas(config.rollout)
-        self._sampler: VideoSampler | None = None
+        self.sampler = VideoSampler(config, self.generator, self.text.encoder, captions)
 
     def _load_teacher(self) -> CausalWanModel:
         config = self.config
@@ -128,9 +134,7 @@ class ScoreDistillation:
 
     def sample(self, folder: Path) -> None:
         """Write videos of the first prompts."""
-        if self._sampler is None:
-            self._sampler = VideoSampler(self.config, self.generator, self.text.encoder, self.text.captions)
-        self._sampler.write(folder)
+        self.sampler.write(folder)
 
     # ---- The generator's turn ----
 
@@ -230,8 +234,7 @@ class ScoreDistillation:
     @torch.no_grad()
     def score_difference(self, clip: Tensor, embeddings: Tensor, iteration: int, part: int) -> Tensor:
         """The DMD gradient at a clip, at one noise level per clip."""
-        generator = keyed_generator("score difference", self.config.runtime.seed, iteration, part)
-        sigma, x, _ = self._noised(clip, generator, part)
+        sigma, x, _ = self._noised(clip, Draws(self.config, "score difference", iteration, part))
         negative = self.negative.expand(len(clip), -1, -1)
         with compute_in(self.config, self.device):
             critic = self.critic(x.transpose(1, 2), 1000 * sigma, embeddings).transpose(1, 2)
@@ -264,8 +267,7 @@ class ScoreDistillation:
         embeddings = self._embeddings("critic", iteration, part)
         with torch.no_grad():
             clip, _ = self.training_window(self.roll_out("critic", iteration, part, embeddings, trained=False))
-        generator = keyed_generator("critic", self.config.runtime.seed, iteration, part)
-        sigma, x, noise = self._noised(clip, generator, part)
+        sigma, x, noise = self._noised(clip, Draws(self.config, "critic", iteration, part))
         with compute_in(self.config, self.device):
             flow = self.critic(x.transpose(1, 2), 1000 * sigma, embeddings).transpose(1, 2)
         loss = flow_matching_loss(flow, clip, noise)
@@ -333,9 +335,11 @@ class ScoreDistillation:
         context, sink = context_frames(rollout_config, frames)
         height, width = start.shape[-2:]
         dtype = DTYPES[self.config.train.dtype]
+        # Pairs need not have the levels behind those that the loss reads, but a clean context is written at the last.
+        sigmas = self.pairs.sigmas + [0.0] * (len(self.sigmas) - len(self.pairs.sigmas))
         rollout = Rollout(
             self._denoiser(embeddings, graph=True),
-            self.pairs.sigmas,
+            sigmas,
             lambda block, step: start[:, block * block_frames : (block + 1) * block_frames],
             lambda: self.generator.new_cache(size, height, width, context, block_frames, sink, 0, dtype),
             BlockLayout(block_frames),
@@ -363,11 +367,11 @@ class ScoreDistillation:
         with torch.set_grad_enabled(graph), compute_in(self.config, self.device):
             return Denoiser(self.generator, self.generator.encode_text(embeddings))
 
-    def _noised(self, clip: Tensor, generator: torch.Generator, part: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _noised(self, clip: Tensor, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
         """A noise level for every clip [B], evenly drawn, shifted, clamped; the clips at it; their noise."""
         distill = self.config.distill
-        noise = torch.randn(clip.shape, generator=generator).to(clip)
-        sigma = shift_sigma(evenly_drawn(self.config.train, len(clip), part, generator), distill.timestep_shift)
+        noise = draws.normal(clip.shape[1:]).to(clip)
+        sigma = shift_sigma(draws.even()[:, 0], distill.timestep_shift)
         sigma = sigma.clamp(distill.min_timestep / 1000, distill.max_timestep / 1000).to(self.device)
         return sigma, add_noise(clip, noise, sigma.view(-1, 1, 1, 1, 1)), noise
 

@@ -1,5 +1,6 @@
 """The losses, as pure functions of tensors."""
 
+import torch
 from torch import Tensor
 
 
@@ -14,12 +15,15 @@ def flow_matching_loss(flow: Tensor, x0: Tensor, noise: Tensor, mask: Tensor | N
 
 
 def masked_mse(prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean squared error in float32 over frames, weighted by `mask` [B, F] if there is one; 0 if it masks all."""
+    """Mean over clips of the squared error in float32 of their frames, weighted by `mask` [B, F] if there is one.
+
+    Each clip by itself, so that it counts as much in a large part of a batch as in a small one; 0 where all is masked.
+    """
     error = (prediction.float() - target.float()).square()
     if mask is None:
         return error.mean()
     per_frame = error.flatten(2).mean(dim=2)
-    return (per_frame * mask).sum() / mask.sum().clamp(min=1)
+    return ((per_frame * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)).mean()
 
 
 def kl_to_standard_normal(mean: Tensor, log_variance: Tensor) -> Tensor:
@@ -31,10 +35,11 @@ def dmd_gradient(x0: Tensor, critic_x0: Tensor, teacher_x0: Tensor) -> Tensor:
     """Gradient of the reverse KL at generated clips (DMD, arXiv 2311.18828, equations 7 and 8), [B, F, C, h, w].
 
     The difference of what critic and teacher take a clip to be, over each clip's mean distance to the teacher's: its
-    size does not depend on the noise level that the two were asked at. What is not finite becomes zero.
+    size does not depend on the noise level that the two were asked at. It is zero for a clip that the teacher would not
+    change at all; what a net gets wrong (NaN) is not covered up.
     """
     distance = (x0 - teacher_x0).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
-    return ((critic_x0 - teacher_x0) / distance).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    return torch.where(distance == 0, 0.0, (critic_x0 - teacher_x0) / distance)
 
 
 def dmd_loss(x0: Tensor, gradient: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from model import presets
 from model.causal_wan import CausalWanModel
-from model.text_encoder import TextEncoder
+from model.text_encoder import TextEncoder, padded, without_padding
 from model.weights import ModelDirectory, save_transformer
+from pipeline.text_to_video import choose_attention_backend
 from trainer.sharding import num_parts, shard
 from utils.config import Config, TrainConfig
 from utils.device import DTYPES
@@ -45,16 +45,12 @@ class CaptionEmbeddings:
 
     def encode(self, texts: Sequence[str]) -> Tensor:
         """Embeddings [B, L, text_dim], float32, of any texts."""
-        return torch.stack([F.pad(kept, (0, 0, 0, self.length - len(kept))) for kept in map(self._kept, texts)]).to(
-            self.device, torch.float32
-        )
+        return padded([self._kept(text) for text in texts], self.length).to(self.device, torch.float32)
 
     def _kept(self, text: str) -> Tensor:
         """An embedding without the zeros behind its end."""
         if text not in self._latest:
-            embedding = self.encoder.encode([text])[0].cpu()
-            used = int(embedding.any(dim=1).sum())
-            self._latest[text] = embedding[:used].clone()
+            self._latest[text] = without_padding(self.encoder.encode([text])[0].cpu())
             if len(self._latest) > _KEPT_EMBEDDINGS:
                 self._latest.popitem(last=False)
         self._latest.move_to_end(text)
@@ -62,10 +58,10 @@ class CaptionEmbeddings:
 
 
 def load_caption_encoder(config: Config, device: torch.device) -> TextEncoder:
-    """The text encoder that training reads captions with. Embeddings on the disk are kept apart by its type."""
+    """The text encoder that training reads captions with, on `device`. Its type keeps embeddings on the disk apart."""
     dtype = torch.float32 if device.type == "cpu" else DTYPES[config.model.dtype]
     directory = ModelDirectory.open(config.model.base)
-    return TextEncoder.load(directory, dtype, config.model.text_length, config.model.text_cache)
+    return TextEncoder.load(directory, dtype, config.model.text_length, config.model.text_cache).to(device)
 
 
 _KEPT_EMBEDDINGS = 10_000  # of the miniature some 160 MB; of Wan's own, a prompt of 100 tokens is 0.8 MB
@@ -105,11 +101,39 @@ def batch_positions(train: TrainConfig, number: int, part: int) -> range:
     return range(start, start + train.batch_size)
 
 
-def evenly_drawn(train: TrainConfig, count: int, part: int, generator: torch.Generator) -> Tensor:
-    """Random numbers in [0, 1), [count], one from each of as many equal pieces as the whole batch has clips: all of the
-    range is covered, whatever the chance."""
-    piece = part * count + torch.arange(count) + torch.rand(count, generator=generator)
-    return piece / (num_parts(train) * count)
+class Draws:
+    """The randomness of a part of a batch, clip by clip: how a batch is split into parts changes none of it."""
+
+    def __init__(self, config: Config, purpose: str, iteration: int, part: int, count: int = 0):
+        """
+        Args:
+            count: clips in the part; default: `train.batch_size`.
+        """
+        count = count or config.train.batch_size
+        self._clips = range(part * count, (part + 1) * count)  # of those of the batch
+        self._batch = num_parts(config.train) * count
+        self._key = (purpose, config.runtime.seed, iteration)
+        self._generators = [keyed_generator(*self._key, clip) for clip in self._clips]
+
+    def normal(self, shape: Sequence[int]) -> Tensor:
+        """Standard normal noise [B, *shape]."""
+        return torch.stack([torch.randn(tuple(shape), generator=generator) for generator in self._generators])
+
+    def integers(self, below: int, count: int) -> Tensor:
+        """[B, count] integers from 0 to `below`, exclusive."""
+        return torch.stack([torch.randint(below, (count,), generator=generator) for generator in self._generators])
+
+    def uniform(self) -> Tensor:
+        """Numbers in [0, 1), [B]."""
+        return torch.stack([torch.rand((), generator=generator) for generator in self._generators])
+
+    def even(self, count: int = 1) -> Tensor:
+        """Numbers in [0, 1), [B, count], one from each of as many equal pieces as there are numbers in the whole batch:
+        all of the range is covered, whatever the chance. Which piece a number is from is chance again."""
+        pieces = torch.randperm(self._batch * count, generator=keyed_generator("pieces", *self._key))
+        mine = pieces.view(self._batch, count)[self._clips.start : self._clips.stop]
+        inside = torch.stack([torch.rand(count, generator=generator) for generator in self._generators])
+        return (mine + inside) / (self._batch * count)
 
 
 def build_transformer(config: Config, device: torch.device) -> CausalWanModel:
@@ -131,6 +155,7 @@ def prepare(net: CausalWanModel, config: Config, device: torch.device) -> Causal
         net.to(device)
     net.train()
     net.gradient_checkpointing = train.activation_checkpointing
+    choose_attention_backend(net, config.model.attention_backend)
     if train.compile:
         net.compile_layers()
     shard(net, train, device)

@@ -21,11 +21,11 @@ from trainer.distillation import ScoreDistillation
 from trainer.losses import flow_matching_loss, kl_to_standard_normal, masked_mse
 from trainer.networks import (
     CaptionEmbeddings,
+    Draws,
     Sampler,
     batch_positions,
     build_transformer,
     compute_in,
-    evenly_drawn,
     export_transformer,
     preset,
 )
@@ -37,7 +37,6 @@ from utils.clips import read_clips
 from utils.config import Config
 from utils.errors import UserError
 from utils.ode_pairs import open_ode_pairs
-from utils.rng import keyed_generator
 
 
 class SingleNet:
@@ -141,8 +140,7 @@ class VAEReconstruction(SingleNet):
         pixels = torch.stack([self.clip(i, num_frames) for i in numbers])
         pixels = pixels.to(self.device, memory_format=torch.channels_last_3d)
         mean, log_variance = encode_clip(self.net, pixels)
-        generator = keyed_generator("posterior", self.config.runtime.seed, iteration, part)
-        noise = torch.randn(mean.shape, generator=generator).to(mean)
+        noise = Draws(self.config, "posterior", iteration, part, num_clips).normal(mean.shape[1:]).to(mean)
         latents = mean + noise * (0.5 * log_variance).exp()
         error = decode_clip(self.net, latents) - pixels
         kl = kl_to_standard_normal(mean, log_variance)
@@ -193,12 +191,12 @@ class FlowMatching(SingleNet):
                 "change train.clip_frames or rollout.block_frames"
             )
         self.text = CaptionEmbeddings(config, captions, device)
+        self.sampler = VideoSampler(config, self.net, self.text.encoder, captions)
         self.order = Sampler(len(captions), "clips", config.runtime.seed)
 
     def loss(self, iteration: int, part: int) -> tuple[Tensor, dict[str, float]]:
         """Mean squared error of the flow (Wan2.1, section 4.2)."""
         train = self.config.train
-        generator = keyed_generator("flow matching", self.config.runtime.seed, iteration, part)
         num_clips, num_frames = train.batch_size, self.latents.shape[1]
         if train.clip_frames:
             num_clips, num_pixel_frames = draw_length(self.config, iteration)
@@ -206,12 +204,11 @@ class FlowMatching(SingleNet):
         chosen = self.order.at(batch_positions(train, iteration, part)[:num_clips])
         x0 = self.latents[chosen, :num_frames].to(self.device, torch.float32)
         num_blocks = num_frames // self.block_frames if self.block_frames else 1
-        u = evenly_drawn(train, num_clips * num_blocks, part, generator).view(num_clips, num_blocks)
-        if num_blocks > 1:  # levels of neighbours are independent
-            u = u.flatten()[torch.randperm(u.numel(), generator=generator)].view_as(u)
-        sigma = shift_sigma(u, train.timestep_shift).to(self.device).repeat_interleave(num_frames // num_blocks, dim=1)
-        noise = torch.randn(x0.shape, generator=generator).to(self.device)
-        dropped = torch.rand(num_clips, generator=generator) < train.text_dropout
+        draws = Draws(self.config, "flow matching", iteration, part, num_clips)
+        u = draws.even(num_blocks).repeat_interleave(num_frames // num_blocks, dim=1)
+        sigma = shift_sigma(u, train.timestep_shift).to(self.device)
+        noise = draws.normal(x0.shape[1:]).to(self.device)
+        dropped = draws.uniform() < train.text_dropout
         x = add_noise(x0, noise, sigma.view(*sigma.shape, 1, 1, 1))
         with compute_in(self.config, self.device):
             flow = self._flow(x0, x, sigma, self.text.of(chosen, dropped))
@@ -229,6 +226,11 @@ class FlowMatching(SingleNet):
         if beside_clean:
             x, sigma = torch.cat([x0, x], dim=1), torch.cat([torch.zeros_like(sigma), sigma], dim=1)
         return self.net(x.transpose(1, 2), 1000 * sigma, text, causal=causal).transpose(1, 2)[:, -frames:]
+
+    def sample(self, folder: Path) -> None:
+        """Write videos of the first prompts, if the net is causal."""
+        if self.block_frames:
+            self.sampler.write(folder)
 
     def export(self, folder: Path, weights: dict[str, Tensor]) -> None:
         """Write the transformer to `folder`."""
@@ -258,17 +260,16 @@ class ODERegression(SingleNet):
             )
         self.text = CaptionEmbeddings(config, self.pairs.prompts, device)
         self.order = Sampler(len(self.pairs), "pairs", config.runtime.seed)
-        self._sampler: VideoSampler | None = None
+        self.sampler = VideoSampler(config, self.net, self.text.encoder, self.pairs.prompts)
 
     def loss(self, iteration: int, part: int) -> tuple[Tensor, dict[str, float]]:
         """Mean squared error of x0 over the frames that are not clean already."""
         train, rollout = self.config.train, self.config.rollout
-        generator = keyed_generator("ode regression", self.config.runtime.seed, iteration, part)
         chosen = self.order.at(batch_positions(train, iteration, part))
         points = self.pairs.read(chosen.tolist()).to(self.device, torch.float32)  # [B, S + 1, F, C, h, w]
         num_frames = points.shape[2]
         num_blocks = num_frames // rollout.block_frames
-        levels = torch.randint(len(self.sigmas), (train.batch_size, num_blocks), generator=generator)
+        levels = Draws(self.config, "ode regression", iteration, part).integers(len(self.sigmas), num_blocks)
         levels = levels.repeat_interleave(rollout.block_frames, dim=1).to(self.device)  # [B, F]
         x = points.gather(1, levels[:, None, :, None, None, None].expand(-1, 1, -1, *points.shape[3:]))[:, 0]
         sigma = self.sigmas.to(self.device)[levels]
@@ -281,9 +282,7 @@ class ODERegression(SingleNet):
 
     def sample(self, folder: Path) -> None:
         """Write videos of the first prompts."""
-        if self._sampler is None:
-            self._sampler = VideoSampler(self.config, self.net, self.text.encoder, self.pairs.prompts)
-        self._sampler.write(folder)
+        self.sampler.write(folder)
 
     def export(self, folder: Path, weights: dict[str, Tensor]) -> None:
         """Write the transformer to `folder`."""

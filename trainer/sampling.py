@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from copy import deepcopy
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -32,24 +33,28 @@ class VideoSampler:
         Args:
             captions: prompts to choose from where `train.sample_prompts` names none.
         """
+        self.net, self.encoder, self.captions = net, encoder, captions
         self.config = deepcopy(config)
         # Latents of the training's length; keys and values in the type that the net computes in.
         self.config.video.num_output_frames = config.data.num_frames
         self.config.model.dtype = config.train.dtype
         self.config.model.offload = False
-        directory = ModelDirectory.open(config.model.base)
-        self.vae = WanVAE(directory.load_vae(DTYPES[config.train.dtype]).to(net.device))
-        self.pipeline = TextToVideo(self.config, net, encoder, self.vae)
-        self.captions = read_captions(config.train.sample_prompts) or list(dict.fromkeys(captions))[:_SAMPLES]
+
+    @cached_property
+    def pipeline(self) -> TextToVideo:
+        """The net and what it takes to make videos, loaded when the first are wanted."""
+        directory = ModelDirectory.open(self.config.model.base)
+        vae = WanVAE(directory.load_vae(DTYPES[self.config.train.dtype]).to(self.net.device))
+        return TextToVideo(self.config, self.net, self.encoder, vae)
 
     def write(self, folder: Path) -> None:
         """Write a video of every prompt to `folder`.
 
         All processes run equally many forwards, since those of a sharded net are a common work: one without a prompt of
-        its own makes one again. What goes wrong with a file is printed and no process waits for it.
+        its own makes one again. What goes wrong with decoding or a file is printed and no process waits for it.
         """
-        writable_folder(folder)
-        prompts = [Prompt(index, text, text) for index, text in enumerate(self.captions)]
+        captions = read_captions(self.config.train.sample_prompts) or list(dict.fromkeys(self.captions))[:_SAMPLES]
+        prompts = [Prompt(index, text, text) for index, text in enumerate(captions)]
         stems = unique_stems(prompts, 1)
         rounds = -(-len(prompts) // world_size())
         for number in range(rounds):
@@ -62,9 +67,10 @@ class VideoSampler:
 
     def _write(self, path: Path, latents: Tensor) -> None:
         try:
+            writable_folder(path.parent)
             with VideoWriter(path, fps=self.config.video.fps) as video:
-                video.write(self.vae.decode(latents)[0])
-        except (OSError, UserError) as error:  # training can do without
+                video.write(self.pipeline.vae.decode(latents)[0])
+        except (OSError, RuntimeError, UserError) as error:  # memory included: training can do without
             print(f"note: {path} was not written: {type(error).__name__}: {error}", flush=True)
 
 

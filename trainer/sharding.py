@@ -1,5 +1,6 @@
 """How processes share networks, gradients and batches: copies that are summed, or FSDP2 shards."""
 
+import math
 import warnings
 from collections.abc import Iterable, Mapping
 
@@ -75,8 +76,8 @@ def sum_gradients(net: nn.Module, metrics: Mapping[str, float], device: torch.de
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], largest: float) -> float:
-    """Scale gradients down to a norm of `largest` over all processes; returns the norm that they had."""
-    norm = nn.utils.clip_grad_norm_(parameters, largest)
+    """Scale gradients down to a norm of `largest` (0: any) over all processes; returns the norm that they had."""
+    norm = nn.utils.clip_grad_norm_(parameters, largest or math.inf)
     return whole(norm).item()
 
 

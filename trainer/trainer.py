@@ -3,11 +3,14 @@
 import contextlib
 import json
 import math
+import secrets
 import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,10 +18,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from trainer.checkpoints import Checkpoints
+from trainer.checkpoints import CONFIG, Checkpoints
 from trainer.muon import Muon
+from trainer.sampling import read_captions
 from trainer.sharding import clip_gradients, loss_scale, my_parts, num_parts, settle, sum_gradients, whole
-from utils.config import Config, TrainConfig
+from utils.config import Config, TrainConfig, load_config
 from utils.distributed import rank
 from utils.errors import UserError
 from utils.files import only_user, writable_folder, write_text
@@ -46,8 +50,8 @@ class Objective(Protocol):
         The last pass of the `last` part of this process is the one in which a sharded net's gradients are reduced
         (`sync_gradients`).
 
-        All randomness is a pure function of (seed, iteration, part), so that a resumed run goes on exactly, and any
-        number of processes trains on the same batches.
+        All randomness is a pure function of (seed, iteration, clip of the batch), so that a resumed run goes on
+        exactly, and neither the number of processes nor that of parts changes what is trained on.
         """
         ...
 
@@ -69,8 +73,8 @@ class Trainer:
         self.objective = objective
         self.logdir = writable_folder(logdir)
         self.iteration = 0
-        self.parts = my_parts(self.train_config)
-        self.num_parts = num_parts(self.train_config)
+        if self.train_config.sample_every:
+            read_captions(self.train_config.sample_prompts)  # what is wrong with them is said now, and not hours later
         self.optimizers = {
             name: build_optimizers(net, self.train_config, objective.learning_rate(name))
             for name, net in objective.nets.items()
@@ -82,7 +86,11 @@ class Trainer:
         self.stopping = False  # by common knowledge of all processes: with the iteration that is under way
 
     def train(self, resume: Path | None = None) -> None:
-        """Resume if there is a checkpoint, train to the last iteration, export the EMA weights."""
+        """Resume if there is a checkpoint, train to the last iteration, export the EMA weights.
+
+        Args:
+            resume: what to begin with, see `Checkpoints.load`.
+        """
         with only_user(self.logdir, "training in") if rank() == 0 else contextlib.nullcontext():
             self.resume(resume)
             self._train()
@@ -90,13 +98,14 @@ class Trainer:
     def _train(self) -> None:
         config = self.train_config
         if rank() == 0:
-            write_text(self.logdir / "config.yaml", self.config.to_yaml())
+            write_text(self.logdir / CONFIG, self.config_text())
         with MetricsLog(self.logdir, config, self.config, self.iteration) as log, self.notice:
             try:
                 while self.iteration < config.max_iterations and not self.stopping:
                     metrics = self.step()
                     self.iteration += 1
                     log.write(self.iteration, metrics)
+                    self.checkpoints.poll()
                     last = self.stopping or self.iteration == config.max_iterations
                     if self.iteration % config.checkpoint_every == 0 or last:
                         self.save()
@@ -115,6 +124,11 @@ class Trainer:
             if rank() == 0:
                 self.objective.export(Path(config.output), weights)
                 print(f"wrote {config.output}")
+
+    @property
+    def num_parts(self) -> int:
+        """In how many parts of `batch_size` a batch is computed, over all processes."""
+        return num_parts(self.train_config)
 
     def step(self) -> dict[str, float]:
         """One iteration: an update of every net whose turn it is; returns what to log."""
@@ -146,8 +160,9 @@ class Trainer:
         net = self.objective.nets[name]
         scale = loss_scale(net, self.num_parts)
         sums: dict[str, float] = {}
-        for part in self.parts:
-            last = part == self.parts[-1]
+        parts = my_parts(self.train_config)
+        for part in parts:
+            last = part == parts[-1]
             for key, value in self.objective.backward(name, self.iteration, part, scale, last).items():
                 sums[key] = sums.get(key, 0.0) + value / self.num_parts
         sums["told to stop"] = float(self.notice.given)
@@ -164,7 +179,8 @@ class Trainer:
         config = self.train_config
         bad = [f"{key} is {value:.4g}" for key, value in metrics.items() if not math.isfinite(value)]
         if not math.isfinite(norm) or norm > config.stop_grad_norm:
-            bad.append(f"the gradient norm of the {name} is {norm:.4g}")
+            shares = [f"{key} {value:.4g}" for key, value in metrics.items() if key.endswith("_output_gradient")]
+            bad.append(f"the gradient norm of the {name} is {norm:.4g}" + f" ({', '.join(shares)})" * bool(shares))
         if not bad:
             return
         self.checkpoints.finish()
@@ -174,9 +190,15 @@ class Trainer:
 
     @torch.no_grad()
     def update_ema(self) -> None:
-        """Move the EMA towards the weights; early on its memory is no longer than a tenth of the run so far."""
-        since = self.iteration - self.train_config.ema_start
-        decay = min(self.train_config.ema_decay, (1 + since) / (10 + since)) if since >= 0 else 0.0
+        """Move the EMA towards the weights.
+
+        Until `ema_start` it is the weights. One that starts with random weights has, early on, no longer a memory than
+        a tenth of the run so far.
+        """
+        config = self.train_config
+        decay = config.ema_decay if self.iteration > config.ema_start else 0.0
+        if not config.ema_start:
+            decay = min(config.ema_decay, (1 + self.iteration) / (10 + self.iteration))
         for name, value in self.net.state_dict().items():
             if value.is_floating_point():
                 self.ema[name].lerp_(value, 1 - decay)
@@ -200,7 +222,7 @@ class Trainer:
     def state(self) -> dict[str, Tensor]:
         """Every tensor that decides how the run goes on, by name; they are the run's own, not copies.
 
-        Where in the data a run is follows from its iteration.
+        Where in the data a run is follows from its iteration and the size of its batches.
         """
         state = {"iteration": torch.tensor(self.iteration)}
         for name, net in self.objective.nets.items():
@@ -216,17 +238,35 @@ class Trainer:
         """Write a checkpoint in the background; a kill in between leaves the one before."""
         if not self.train_config.save:
             return
-        self.checkpoints.save(self.iteration, self.state())
+        self.checkpoints.save(self.iteration, self.state(), self.config_text())
+
+    def config_text(self) -> str:
+        """The configuration as YAML, with the size of the batches, which may follow from the number of processes."""
+        config = deepcopy(self.config)
+        config.train.total_batch_size = self.num_parts * config.train.batch_size
+        return config.to_yaml()
 
     def resume(self, path: Path | None = None) -> None:
-        """Load the newest checkpoint of this logdir, or the one at `path`."""
+        """Load the newest checkpoint of this logdir, or begin with the one at `path`; say what is no longer as it was.
+
+        Batches stay as large as they were on any number of processes, unless the configuration says a size.
+        """
         state = self.state()
         source = self.checkpoints.load(state, path)
         if source is None:
             return
         self.iteration = int(state["iteration"])
+        if (source / CONFIG).exists():
+            before = load_config(str(source / CONFIG))
+            if not self.train_config.total_batch_size:
+                self.train_config.total_batch_size = before.train.total_batch_size
+            changes = changed_keys(before, self.config)
+        else:
+            changes = []
         if rank() == 0:
             print(f"resumed from {source} at iteration {self.iteration}")
+            for change in changes:
+                print(f"note: {change}")
 
 
 class Notice:
@@ -254,6 +294,26 @@ class Notice:
             raise KeyboardInterrupt
         self.given = True
         print("stopping after this iteration; Ctrl-C again stops at once", file=sys.stderr, flush=True)
+
+
+_FREE = {
+    *("train.max_iterations", "train.output", "train.save", "train.checkpoint_every", "train.keep_checkpoints"),
+    *("train.sample_every", "train.sample_prompts", "train.log_every", "train.wandb", "train.wandb_dir"),
+    *("train.project", "train.stop_grad_norm", "model.text_cache", "runtime.device"),
+}
+"""What a run may change without becoming another."""
+
+
+def changed_keys(before: Config, now: Config) -> list[str]:
+    """What a run that goes on does differently: a line for each key that decides about its weights."""
+    lines = []
+    for section in fields(Config):
+        old, new = getattr(before, section.name), getattr(now, section.name)
+        for key in fields(old):
+            name, was, now_is = f"{section.name}.{key.name}", getattr(old, key.name), getattr(new, key.name)
+            if was != now_is and name not in _FREE:
+                lines.append(f"{name} was {was!r} and is {now_is!r} from here on")
+    return lines
 
 
 def learning_rate_scale(iteration: int, config: TrainConfig) -> float:
@@ -314,6 +374,14 @@ def check_wandb(mode: str) -> None:
             )
 
 
+def run_id(logdir: Path) -> str:
+    """W&B's name for the run, kept in its folder, so that a run that goes on is one run there too."""
+    file = logdir / "wandb_id"
+    if not file.exists():
+        write_text(file, secrets.token_hex(8))
+    return file.read_text()
+
+
 class MetricsLog:
     """Means of the metrics since the last line: on the console, in logdir/metrics.jsonl, and to W&B if asked."""
 
@@ -339,6 +407,8 @@ class MetricsLog:
                 self.wandb = wandb.init(
                     project=train.project,
                     name=logdir.name,
+                    id=run_id(logdir),
+                    resume="allow",
                     dir=writable_folder(train.wandb_dir or logdir),
                     mode=train.wandb,
                     config={"yaml": config.to_yaml()},

@@ -98,7 +98,7 @@ class TeacherConfig:
     """The bidirectional network, and how it is sampled."""
 
     base: str = ""
-    """Model directory that its size is read from, for a teacher of another size than the base. Empty: model.base."""
+    """Score distillation's teacher, where it is of another size than the base: a model directory. Empty: model.base."""
     path: str = ""
     """Its weights: folder or checkpoint. Empty: the transformer of its base."""
     guidance_scale: float = 6.0
@@ -172,11 +172,11 @@ class TrainConfig:
     decay: Literal["cosine", "constant"] = "cosine"
     """What rates do after it: fall to a twentieth along a cosine, or stay."""
     grad_clip: float = 1.0
-    """Largest gradient norm; larger gradients are scaled down to it."""
+    """Largest gradient norm; larger gradients are scaled down to it. 0: none is."""
     stop_grad_norm: float = 1.0e4
     """Gradient norm beyond which a run stops instead of taking the step."""
     ema_decay: float = 0.999
-    """Decay of the exponential moving average of the weights, shortened early in the run."""
+    """Decay of the exponential moving average of the weights; shortened early in a run that averages from the start."""
     ema_start: int = 0
     """Iteration from which on the average is taken; before it, it is the weights."""
     text_dropout: float = 0.1
@@ -399,6 +399,10 @@ def check_config(config: Config) -> None:
     needs_lengths = train.objective == "vae_reconstruction" and not train.clip_frames
     if needs_lengths or any(frames < 1 or frames % 4 != 1 for frames in train.clip_frames):
         raise UserError(f"train.clip_frames must be numbers of the form 4n+1, not {train.clip_frames}")
+    if train.dtype == "float16":
+        raise UserError("train.dtype=float16 would lose these losses' gradients; take bfloat16 or float32")
+    if train.grad_clip < 0:
+        raise UserError(f"train.grad_clip must not be negative, not {train.grad_clip}")
     if config.runtime.seed < 0:
         raise UserError(f"runtime.seed must not be negative, not {config.runtime.seed}")
     steps = rollout.denoising_step_list

@@ -17,7 +17,9 @@ from model.text_encoder import TextEncoder
 from model.weights import ModelDirectory
 from pipeline.text_to_video import TextToVideo
 from scripts import create_lmdb, encode_prompts, export_generator, generate_ode_pairs, plot_metrics
+from trainer.objectives import FlowMatching
 from trainer.planner import plan
+from utils.clips import read_clips, write_shard
 from utils.config import load_config
 from utils.ode_pairs import open_ode_pairs, pair_file, write_ode_pair, write_sigmas
 
@@ -96,8 +98,8 @@ def test_a_causal_initialisation_can_be_exported(world, tmp_path, call):
         results[name] = samples(world, tmp_path / name, *half)
     assert all(torch.equal(results[name], results["g.pt"]) for name in ("g.safetensors", "folder"))
     torch.testing.assert_close(results["finished"], results["g.pt"], atol=0.05, rtol=0.05)  # it is in bfloat16
-    config = (run / "config.yaml").read_text()
-    (run / "config.yaml").write_text(config.replace("ode_regression", "text_attributes"))
+    for file in run.glob("checkpoints/*/config.yaml"):  # what it was trained with, whatever it goes on with
+        file.write_text(file.read_text().replace("ode_regression", "text_attributes"))
     code, _, err = call(export_generator, "--logdir", run, "--output", tmp_path / "none.pt")
     assert code == 2 and "a run of text_attributes, which trains no generator" in err
 
@@ -126,7 +128,8 @@ def test_prompts_encoded_ahead_are_all_that_training_needs(world, tmp_path, call
     cache = f"model.text_cache={tmp_path / 'cache'}"
     config = world / "config.yaml"
     words = ("--config_path", config, "--data_path", tmp_path / "prompts.txt", cache)
-    assert call(encode_prompts, *words)[0] == 0
+    code, _, err = call(encode_prompts, *words)
+    assert code == 0 and "note" not in err  # it is what fills the cache
     files = {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").iterdir()}
     assert len(files) == 3  # and the empty prompt
     assert call(encode_prompts, *words)[0] == 0
@@ -150,15 +153,65 @@ def test_without_a_place_for_embeddings_it_says_so(world, call):
 
 
 @pytest.mark.parametrize("shards", [1, 2])
-def test_an_lmdb_holds_the_pairs_of_the_folder(world, tmp_path, call, shards):
+def test_an_lmdb_holds_the_pairs_of_the_folder_in_their_order(world, tmp_path, call, shards):
     target = tmp_path / "lmdb"
     assert call(create_lmdb, "--data_path", world / "pairs", "--lmdb_path", target, "--shards", shards)[0] == 0
     one, other = (open_ode_pairs(str(folder), [], 5) for folder in (world / "pairs", target))
-    order = [i for shard in range(shards) for i in range(shard, 5, shards)]
-    assert other.prompts == [one.prompts[i] for i in order] and other.sigmas == one.sigmas
-    assert torch.equal(other.read(range(5)), one.read(order).half())
+    assert other.prompts == one.prompts and other.sigmas == one.sigmas
+    assert torch.equal(other.read(range(5)), one.read(range(5)).half())
     code, _, err = call(create_lmdb, "--data_path", world / "pairs", "--lmdb_path", target)
     assert code == 2 and "is there already" in err
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory) -> Path:
+    """Seven encoded clips in three shards."""
+    folder = tmp_path_factory.mktemp("clips")
+    latents = torch.randn(7, 6, 16, 4, 4, generator=torch.Generator().manual_seed(0))
+    for start, end in ((0, 3), (3, 6), (6, 7)):
+        write_shard(folder / f"{start:06d}.safetensors", latents[start:end], [f"clip {i}" for i in range(start, end)])
+    return folder
+
+
+@pytest.mark.parametrize("shards", [1, 3, 7])
+def test_an_lmdb_holds_the_clips_of_the_folder_in_their_order(clips, tmp_path, call, shards):
+    target = tmp_path / "lmdb"
+    code, out, _ = call(create_lmdb, "--data_path", clips, "--lmdb_path", target, "--shards", shards)
+    assert code == 0 and "7 clips" in out
+    assert len(list(target.glob("**/data.mdb"))) == shards and [path.name for path in tmp_path.iterdir()] == ["lmdb"]
+    (latents, captions), (others, other_captions) = read_clips(str(clips)), read_clips(str(target))
+    assert torch.equal(latents, others) and latents.dtype == others.dtype and captions == other_captions
+
+
+def test_flow_matching_learns_the_same_from_an_lmdb(world, clips, tmp_path, call):
+    assert call(create_lmdb, "--data_path", clips, "--lmdb_path", tmp_path / "lmdb", "--shards", 2)[0] == 0
+    losses = []
+    for path in (clips, tmp_path / "lmdb"):
+        words = ["train.objective=flow_matching", f"data.path={path}", "train.batch_size=2"]
+        objective = FlowMatching(load_config(str(world / "config.yaml"), words), torch.device("cpu"))
+        losses.append(objective.loss(0, 0)[0].item())
+    assert losses[0] == losses[1] > 0
+
+
+def test_what_cannot_be_packed_is_said(world, clips, tmp_path, call):
+    (tmp_path / "mixed").mkdir()
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "empty").mkdir()
+    shard = (clips / "000000.safetensors").read_bytes()
+    (tmp_path / "mixed/0.safetensors").write_bytes(shard)
+    (tmp_path / "mixed/0.pt").write_bytes((world / "pairs/00000.pt").read_bytes())
+    (tmp_path / "cut/0.safetensors").write_bytes(shard[:-10])
+    for folder, shards, says in [
+        (tmp_path / "mixed", 1, "holds both clips"),
+        (tmp_path / "cut", 1, "0.safetensors is no shard of clips"),
+        (tmp_path / "empty", 1, "no ODE pairs in"),
+        (clips, 8, "--shards must be at most 7, the number of clips, not 8"),
+        (world / "pairs", 6, "--shards must be at most 5, the number of pairs, not 6"),
+    ]:
+        words = ("--data_path", folder, "--lmdb_path", tmp_path / "lmdb", "--shards", shards)
+        code, _, err = call(create_lmdb, *words)
+        assert code == 2 and says in err and err.count("\n") == 1, err
+    assert {path.name for path in tmp_path.iterdir()} == {"mixed", "cut", "empty"}
 
 
 def test_an_lmdb_that_fails_leaves_nothing(world, tmp_path, call):

@@ -5,6 +5,8 @@ longer than the training window; what is drawn is shared by all parts; teacher a
 turn changes its own net only; each way of the forward KL sees what it should; an interrupted run goes on bit for bit.
 """
 
+from pathlib import Path
+
 import pytest
 import torch
 from test_trainer import Stop, assert_same, state_of
@@ -13,16 +15,17 @@ from model.flow import flow_to_x0
 from trainer.distillation import ScoreDistillation
 from trainer.trainer import Trainer
 from utils.errors import UserError
+from utils.ode_pairs import write_ode_pair, write_sigmas
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture
 def make(make_config, pairs, tiny_presets, model):
-    """make(schedule, **changes to the distill section): the objective on clips of six latent frames of 4x4."""
+    """make(schedule, pairs, **changes to the distill section): the objective on clips of six latent frames of 4x4."""
 
-    def make(schedule: str = "timestep_first", **distill) -> ScoreDistillation:
-        config = make_config(pairs, objective="score_distillation", init=str(model / "transformer"))
+    def make(schedule: str = "timestep_first", path: Path = pairs, **distill) -> ScoreDistillation:
+        config = make_config(path, objective="score_distillation", init=str(model / "transformer"))
         config.rollout.schedule = schedule
         config.video.height = config.video.width = 32
         config.data.num_frames = 6
@@ -164,6 +167,35 @@ def forward_kl_of(objective: ScoreDistillation) -> dict[str, torch.Tensor]:
     return gradients(objective.generator)
 
 
+@pytest.mark.parametrize("schedule", ["timestep_first", "block_first"])
+def test_a_rollout_needs_only_the_points_that_the_loss_reads(make, pairs, tmp_path, schedule):
+    """Pairs of as few points as are made by default give what whole trajectories give."""
+    for file in pairs.glob("*.pt"):
+        [(prompt, points)] = torch.load(file).items()
+        write_ode_pair(tmp_path / file.name, prompt, points[0, :2])
+    write_sigmas(tmp_path, [1.0, 0.9375])
+    found = []
+    for folder in (pairs, tmp_path):
+        objective = make(schedule, folder, forward_kl_mode="rollout")
+        assert objective._forward_kl(0, 0, 1.0, True)["forward_kl"] > 0
+        found.append(gradients(objective.generator))
+    assert_same(*found)
+
+
+def test_a_context_of_inputs_can_be_checkpointed(make):
+    """One pass that denoises and writes cannot be run again for its graph, so the write is a pass of its own."""
+    found = []
+    for checkpointing in (False, True):
+        objective = make(forward_kl_mode="rollout", context="input")
+        objective.generator.gradient_checkpointing = checkpointing
+        found.append(forward_kl_of(objective))
+        objective.config.distill.block_backward = False
+        objective.backward("generator", 0, 0, 1.0, True)
+        found[-1] |= {f"{name} of DMD": g for name, g in gradients(objective.generator).items()}
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, atol=1e-6, rtol=1e-4, msg=name)
+
+
 def test_its_ways_are_different_and_a_rollout_of_inputs_is_the_causal_one(make):
     """A rollout whose context is each block's own input sees, at the first step, just what one causal forward sees."""
     found = {
@@ -243,6 +275,31 @@ def test_an_interrupted_run_goes_on_bit_for_bit(make, tmp_path, stop):
     assert lines == (tmp_path / "parts/metrics.jsonl").read_text()
     for key in ("dmd_output_gradient", "forward_kl_output_gradient", "motion", "motion_bidirectional", "critic"):
         assert f'"{key}"' in lines
+
+
+def test_a_teacher_that_fails_is_noticed(make, tmp_path):
+    objective = make()
+    with torch.no_grad():
+        objective.teacher.proj_out.weight.fill_(float("nan"))
+    with pytest.raises(UserError, match=r"iteration 0: .*dmd_gradient is nan"):
+        Trainer(objective.config, objective, str(tmp_path)).train()
+
+
+def test_a_batch_in_parts_is_the_whole_batch(make):
+    """Both turns, with DMD and forward KL: four clips as one part, two or four."""
+    found = []
+    for size in (4, 2, 1):
+        objective = make(guidance_scale=3.0, max_rollout_frames=9)
+        objective.config.train.batch_size, objective.config.train.total_batch_size = size, 4
+        for part in range(4 // size):
+            for turn in ("generator", "critic"):
+                objective.backward(turn, 5, part, size / 4, True)
+        found.append(
+            {**gradients(objective.generator), **{f"critic {k}": g for k, g in gradients(objective.critic).items()}}
+        )
+    for other in found[1:]:
+        for name, gradient in found[0].items():
+            torch.testing.assert_close(other[name], gradient, atol=1e-6, rtol=1e-3, msg=name)
 
 
 def test_a_loss_that_is_not_finite_is_named(make, tmp_path):

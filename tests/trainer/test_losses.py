@@ -74,8 +74,8 @@ def test_the_dmd_loss_has_the_dmd_gradient():
         x0.grad = None
         dmd_loss(x0, gradient, weights).backward()
         counted = torch.ones(2, 3) if weights is None else weights
-        elements = counted.sum() * 16
-        torch.testing.assert_close(x0.grad, gradient * counted[:, :, None, None, None] / elements)
+        elements = 2 * counted.sum(1) * 16  # each of the two clips counts as much
+        torch.testing.assert_close(x0.grad, gradient * (counted / elements[:, None])[:, :, None, None, None])
 
 
 def test_descending_the_dmd_gradient_leads_from_the_critics_clip_to_the_teachers():

@@ -89,6 +89,26 @@ def test_two_processes_train_as_one_does(config, tmp_path, reference, sharding):
         assert one == pytest.approx(other, rel=2e-2, abs=1e-4)
 
 
+def test_a_batch_is_the_same_in_larger_parts(config, tmp_path, reference):
+    assert_close(run(config, tmp_path, 2, "train.batch_size=2"), reference[1])
+
+
+def test_a_sample_video_that_fails_on_one_process_stops_neither(config, tmp_path, reference):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\na blue square\na green triangle\n")  # three for two
+    in_the_way = tmp_path / "log/samples/00000004/a blue square-0.mp4/file"
+    in_the_way.parent.mkdir(parents=True)
+    in_the_way.touch()
+    sampling = ("train.sharding=shard", "train.sample_every=4", f"train.sample_prompts={prompts}")
+    assert_close(run(config, tmp_path / "log", 2, *sampling), reference[1])
+    names = {
+        folder.name: sorted(path.stem for path in folder.glob("*.mp4") if path.is_file())
+        for folder in (tmp_path / "log/samples").iterdir()
+    }
+    written = ["a green triangle-0", "a red circle-0"]
+    assert names == {"00000004": written, "00000008": ["a blue square-0", *written]}
+
+
 @pytest.mark.parametrize(("before", "after"), [("shard", "replicate"), ("replicate", "shard")])
 def test_a_run_goes_on_with_another_number_of_processes(config, tmp_path, reference, before, after):
     run(config, tmp_path, 2, f"train.sharding={before}", "train.max_iterations=4", "train.decay=constant")

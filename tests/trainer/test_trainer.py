@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import signal
 from pathlib import Path
 
@@ -173,6 +174,85 @@ def test_a_checkpoint_is_of_the_moment_it_was_asked_for(tmp_path, toy, make_conf
     assert_same(read_tensors(run.checkpoints.saved()[-1], ""), expected)
 
 
+def test_a_checkpoint_has_its_name_as_soon_as_it_is_written(tmp_path, toy, make_config):
+    """A kill long before the next save loses nothing of this one."""
+    run = Trainer(make_config(max_iterations=9, checkpoint_every=4), toy(), str(tmp_path))
+    loss, seen = run.objective.loss, []
+
+    def slow_loss(number: int, part: int):
+        if number == 5:  # saved after 4; meanwhile the background thread gets done
+            run.checkpoints._pending[0].result()
+        seen.append([path.name for path in run.checkpoints.saved()])
+        return loss(number, part)
+
+    run.objective.loss = slow_loss
+    run.train()
+    assert seen[6] == ["00000004"]
+
+
+def test_a_complete_checkpoint_without_its_name_is_found(tmp_path, toy, make_config):
+    """As a kill leaves it between the last byte and the renaming; an incomplete one is none."""
+    Trainer(make_config(max_iterations=4), toy(), str(tmp_path)).train()
+    folder = tmp_path / "checkpoints"
+    (folder / "00000004").rename(folder / ".00000004.partial")
+    shutil.copytree(folder / "00000002", folder / ".00000006.partial", ignore=shutil.ignore_patterns(".metadata"))
+    again = Trainer(make_config(), toy(), str(tmp_path))
+    again.train()
+    assert again.objective.iterations == [4, 5]
+    assert not list(folder.glob(".*.partial"))
+
+
+def test_a_run_begun_elsewhere_goes_on_by_the_same_command(tmp_path, toy, make_config):
+    other = Trainer(make_config(keep_checkpoints=9), toy(), str(tmp_path / "other"))
+    other.train()
+    start = other.checkpoints.saved()[0]
+    first = Trainer(make_config(), toy(), str(tmp_path / "log"))
+    stop_at(first.objective, 5, Stop())
+    with pytest.raises(Stop):
+        first.train(resume=start)
+    shutil.rmtree(start)  # its first run may have dropped it by then
+    second = Trainer(make_config(), toy(), str(tmp_path / "log"))
+    second.train(resume=start)
+    assert second.objective.iterations == [4, 5]
+    with pytest.raises(UserError, match="has checkpoints of its own; leave out --resume"):
+        Trainer(make_config(), toy(), str(tmp_path / "log")).train(resume=other.checkpoints.saved()[0])
+    with pytest.raises(UserError, match="is no checkpoint folder"):
+        Trainer(make_config(), toy(), str(tmp_path / "new")).train(resume=start)
+
+
+def test_a_run_that_goes_back_keeps_what_it_makes(tmp_path, toy, make_config):
+    config = make_config(keep_checkpoints=3)
+    Trainer(config, toy(), str(tmp_path)).train()
+    back = tmp_path / "checkpoints/00000002"
+    first = Trainer(make_config(keep_checkpoints=1), toy(), str(tmp_path))
+    stop_at(first.objective, 4, Stop())
+    with pytest.raises(Stop):
+        first.train(resume=back)
+    assert first.objective.iterations == [2, 3]
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {
+        *("00000004", "abandoned-00000004-0", "abandoned-00000006-0", "resumed_from")
+    }
+    second = Trainer(config, toy(), str(tmp_path))
+    second.train(resume=back)
+    assert second.objective.iterations == [4, 5]
+
+
+def test_what_a_resumed_run_does_differently_is_said(tmp_path, toy, make_config, capsys):
+    Trainer(make_config(max_iterations=2), toy(), str(tmp_path)).train()
+    Trainer(make_config(max_iterations=4), toy(), str(tmp_path)).train()
+    assert "note:" not in capsys.readouterr().out
+    Trainer(make_config(learning_rate=0.5, sample_every=0), toy(), str(tmp_path)).train()
+    assert "note: train.learning_rate was 0.001 and is 0.5 from here on\n" in capsys.readouterr().out
+
+
+def test_batches_stay_as_large_on_another_number_of_processes(tmp_path, toy, make_config, monkeypatch):
+    config = make_config(max_iterations=2, total_batch_size=8)
+    Trainer(config, toy(), str(tmp_path)).train()
+    again = Trainer(make_config(max_iterations=3), toy(), str(tmp_path))  # no size: two clips for the one process
+    again.train()
+    assert again.num_parts == 4 and again.objective.iterations == [2] * 4
+
+
 def test_a_given_checkpoint_can_be_resumed_from(tmp_path, toy, make_config):
     whole = Trainer(make_config(keep_checkpoints=9), toy(), str(tmp_path / "one"))
     whole.train()
@@ -290,6 +370,19 @@ def test_a_gradient_out_of_all_proportion_ends_the_run(tmp_path, toy, make_confi
         run.train()
 
 
+def test_a_bad_gradient_norm_comes_with_its_shares(tmp_path, toy, make_config):
+    run = Trainer(make_config(stop_grad_norm=1e-9), toy(), str(tmp_path))
+    loss = run.objective.loss
+    run.objective.loss = lambda *words: (loss(*words)[0], {"one_output_gradient": 2.0, "other_output_gradient": 3.0})
+    with pytest.raises(UserError, match=r"norm of the net is .* \(one_output_gradient 2, other_output_gradient 3\);"):
+        run.train()
+
+
+def test_missing_sample_prompts_are_noticed_at_once(tmp_path, toy, make_config):
+    with pytest.raises(UserError, match="nowhere"):
+        Trainer(make_config(sample_every=500, sample_prompts=str(tmp_path / "nowhere.txt")), toy(), str(tmp_path))
+
+
 def test_a_checkpoint_of_another_network_or_optimizer_is_refused(tmp_path, toy, make_config):
     Trainer(make_config(), toy(), str(tmp_path)).train()
     with pytest.raises(UserError, match=r"does not fit this configuration.*choose another --logdir"):
@@ -367,12 +460,32 @@ def test_ema_follows_by_hand(tmp_path, toy, make_config):
     assert run.ema["3.calls"] == 3  # what is no average is copied
 
 
+def test_ema_that_starts_later_is_the_weights_and_then_has_its_decay(tmp_path, toy, make_config):
+    run = Trainer(make_config(ema_decay=0.9, ema_start=2), toy(), str(tmp_path))
+    expected = torch.empty(0)
+    for iteration in range(5):
+        run.step()
+        run.iteration += 1
+        weight = run.objective.net[0].weight.detach()
+        expected = weight.clone() if iteration <= 2 else 0.9 * expected + 0.1 * weight
+        torch.testing.assert_close(run.ema["0.weight"], expected)
+
+
 def test_metrics_are_means_since_the_last_line(tmp_path, toy, make_config):
     Trainer(make_config(log_every=4), toy(), str(tmp_path)).train()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["iteration"] for line in lines] == [4, 6]
     assert [line["twice"] for line in lines] == [2 * (0 + 1 + 2 + 3) / 4, 2 * (4 + 5) / 2]
     assert {"loss", "grad_norm", "rate_scale"} <= lines[0].keys()
+
+
+def test_without_a_limit_it_is_not(tmp_path, toy, make_config):
+    run = Trainer(make_config(grad_clip=0.0), toy(), str(tmp_path))
+    seen = []
+    run.optimizers["net"][0].register_step_pre_hook(
+        lambda *_: seen.append(torch.stack([p.grad.norm() for p in run.objective.net.parameters()]).norm().item())
+    )
+    assert run.step()["grad_norm"] == pytest.approx(seen[0]) and seen[0] > 0
 
 
 def test_the_gradient_is_clipped(tmp_path, toy, make_config):
