@@ -50,7 +50,7 @@ DOWNLOADS = {
     "causvid": Download("tianweiy/CausVid", "ckpts/causvid.pt", _UNKNOWN, "autoregressive_checkpoint/model.pt"),
     # Guides disagree on whether the prompts are in a subfolder, so the file is found by its name.
     "prompts": Download(
-        "gdhe17/Self-Forcing", "data/vidprom_filtered_extended.txt", _SELF_FORCING, "*vidprom_filtered_extended.txt"
+        "gdhe17/Self-Forcing", "prompts/vidprom_filtered_extended.txt", _SELF_FORCING, "*vidprom_filtered_extended.txt"
     ),
 }
 MODEL_FILES = ["*.json", "*.safetensors", "*.pth", "*.model", "*.txt", "LICENSE*"]

@@ -8,8 +8,6 @@ python scripts/evaluate_vbench.py outputs/suite --suite
 A folder holds X.mp4 with X.json beside it, as inference.py writes them. Prints a table and writes <mode>.json (scores,
 and every video's with its seed) and <mode>.csv to --output. Each dimension is kept as soon as it is scored: the same
 command again goes on where it stopped. Needs requirements-vbench.txt, in an environment of its own: docs/vbench.md.
-
-Tested against a stub of VBench 0.1.5's interface; has not been run with VBench's models here.
 """
 
 import argparse
