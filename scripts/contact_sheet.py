@@ -1,6 +1,6 @@
 """One picture of a folder of videos: a row of frames for each.
 
-python scripts/contact_sheet.py outputs/demo [--output outputs/demo/contact_sheet.png] [--columns 8]
+python scripts/contact_sheet.py outputs/demo [--output outputs/demo/contact_sheet.png] [--columns 8] [--videos 10]
 """
 
 import argparse
@@ -21,6 +21,7 @@ def main() -> None:
     parser.add_argument("folder", help="folder of mp4 files")
     parser.add_argument("--output", help="default: contact_sheet.png in the folder")
     parser.add_argument("--columns", type=int, default=8, help="frames per video")
+    parser.add_argument("--videos", type=int, help="take so many of them, evenly spread by name; default: all")
     args = parser.parse_args()
     folder = Path(args.folder)
     videos = sorted(path for path in folder.glob("*.mp4") if not path.name.startswith("."))
@@ -28,6 +29,10 @@ def main() -> None:
         raise UserError(f"no mp4 files in {folder}; make some with inference.py")
     if args.columns < 2:
         raise UserError(f"--columns must be at least 2, not {args.columns}")
+    if args.videos is not None and args.videos < 1:
+        raise UserError(f"--videos must be at least 1, not {args.videos}")
+    if args.videos is not None and args.videos < len(videos):
+        videos = [videos[(2 * i + 1) * len(videos) // (2 * args.videos)] for i in range(args.videos)]
     output = Path(args.output or folder / "contact_sheet.png")
     save_contact_sheet(output, [strip(video, args.columns) for video in videos], columns=args.columns)
     print(f"wrote {output}: {len(videos)} videos")

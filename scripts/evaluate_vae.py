@@ -59,7 +59,7 @@ def main() -> None:
     print("by quarter: " + ", ".join(f"{psnr(part):.2f}" for part in np.array_split(squared, QUARTERS, axis=1)) + " dB")
     for name, rows in errors.items():
         quarters = np.mean(rows, axis=0)
-        change = quarters[-1] / quarters[0] - 1
+        change = quarters[-1] / quarters[0] - 1 if quarters[0] else 0.0
         print(f"{name} by quarter: {', '.join(f'{q:.2f}' for q in quarters)} of 255; last against first {change:+.1%}")
 
 

@@ -5,6 +5,8 @@ import fcntl
 import json
 import os
 import shutil
+import socket
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,14 +15,15 @@ from utils.errors import UserError
 
 _UMASK = os.umask(0)  # read once, while there is one thread: reading it means setting it for all of them
 os.umask(_UMASK)
+_MACHINE = zlib.crc32(socket.gethostname().encode())
 
 
 def partial_path(path: Path) -> Path:
-    """The name beside `path` under which this process writes it.
+    """The name beside `path` under which this process, and no other of any machine on the same disk, writes it.
 
     It keeps the suffix, so that writers which choose a format by suffix still do.
     """
-    return path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    return path.with_name(f".{path.stem}.{_MACHINE}{os.getpid()}.partial{path.suffix}")
 
 
 def _share(path: Path) -> None:

@@ -7,6 +7,7 @@ import shlex
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -22,6 +23,7 @@ from trainer.objectives import VAEReconstruction
 from utils import shapes
 from utils.clips import read_clips
 from utils.config import load_config
+from utils.contact_sheet import save_contact_sheet
 from utils.rng import keyed_noise
 from utils.video import VideoWriter, read_video
 
@@ -260,6 +262,12 @@ def test_a_contact_sheet_of_a_folder(tmp_path, call):
     small = Image.open(tmp_path / "contact_sheet.png").size
     assert call(contact_sheet, tmp_path, "--output", tmp_path / "wide.png")[0] == 0
     wide = Image.open(tmp_path / "wide.png").size
+    code, out, _ = call(contact_sheet, tmp_path, "--columns", 4, "--videos", 1, "--output", tmp_path / "one.png")
+    one = np.asarray(Image.open(tmp_path / "one.png"))
+    assert code == 0 and "1 videos" in out and one.shape[0] < small[1] / 2
+    strips = [contact_sheet.strip(tmp_path / f"{number}.mp4", 4) for number in range(3)]
+    save_contact_sheet(tmp_path / "middle.png", [strips[1]], columns=4)
+    assert np.array_equal(one, np.asarray(Image.open(tmp_path / "middle.png")))
     assert wide[0] > 1.5 * small[0] and small[0] >= 4 * 128 and small[1] >= 3 * 128
 
 
@@ -286,6 +294,7 @@ def test_a_contact_sheet_of_a_folder(tmp_path, call):
         (contact_sheet, "{0}/none", "no mp4 files"),
         (contact_sheet, "{0} --columns 0", "no mp4 files"),
         (contact_sheet, "{0}/videos --columns 1", "--columns must be at least 2"),
+        (contact_sheet, "{0}/videos --videos 0", "--videos must be at least 1"),
         (contact_sheet, "{0}/videos", "cannot read video"),
     ],
 )
