@@ -155,6 +155,8 @@ class ScoreDistillation:
         }
         if self.pairs is not None:
             metrics |= self._forward_kl(iteration, part, scale, last)
+        if "motion_bidirectional" not in metrics:
+            metrics["motion_bidirectional"] = self._bidirectional_motion(generated, embeddings)
         return metrics
 
     def roll_out(
@@ -297,7 +299,7 @@ class ScoreDistillation:
             if distill.forward_kl_mode == "rollout":
                 point, flow = self._roll_out_from(points[:, 0], step, embeddings)
             else:
-                flow = self._flow_of_clip(point, sigma, embeddings)
+                flow = self._flow_of_clip(point, sigma, embeddings, distill.forward_kl_mode == "bidirectional")
         leaf = flow.detach().requires_grad_()
         loss = forward_kl_loss(leaf, point, next_point, sigma, next_sigma, distill.forward_kl_form)
         weight = distill.forward_kl_weight
@@ -310,10 +312,20 @@ class ScoreDistillation:
             f"motion_{distill.forward_kl_mode}": motion(flow_to_x0(point, flow.detach(), sigma)).item(),
         }
 
-    def _flow_of_clip(self, point: Tensor, sigma: float, embeddings: Tensor) -> Tensor:
+    @torch.no_grad()
+    def _bidirectional_motion(self, generated: Generated, embeddings: Tensor) -> float:
+        """Motion of what the generator, attending bidirectionally, takes a rollout's noise to be. Causal rollouts can
+        come to stand still while this still moves (HiAR, arXiv 2603.08703, section 3.3)."""
+        length = self.config.data.num_frames // self.config.rollout.block_frames
+        noise = torch.cat([generated.rollout.noise(block, 0) for block in sorted(generated.blocks)[-length:]], dim=1)
+        with compute_in(self.config, self.device):
+            flow = self._flow_of_clip(noise, self.sigmas[0], embeddings, bidirectional=True)
+        return motion(flow_to_x0(noise, flow, self.sigmas[0])).item()
+
+    def _flow_of_clip(self, point: Tensor, sigma: float, embeddings: Tensor, bidirectional: bool) -> Tensor:
         """The generator's flow of whole clips at once: bidirectionally, or block-causally as rollouts see them."""
         x, rollout = point.transpose(1, 2), self.config.rollout
-        if self.config.distill.forward_kl_mode == "bidirectional":
+        if bidirectional:
             timestep = torch.full((len(point),), 1000 * sigma, device=self.device)
             return self.generator(x, timestep, embeddings).transpose(1, 2)
         frames = point.shape[1]

@@ -32,9 +32,8 @@ def make(make_config, pairs, tiny_presets, model):
         config.distill.max_rollout_frames = 6
         config.teacher.negative_prompt = ""
         for key, value in distill.items():
-            section = config.distill if hasattr(config.distill, key) else config.rollout
-            assert hasattr(section, key), key
-            setattr(section, key, value)
+            sections = (config.distill, config.rollout, config.data, config.video, config.model)
+            setattr(next(section for section in sections if hasattr(section, key)), key, value)
         return ScoreDistillation(config, CPU)
 
     return make
@@ -275,6 +274,27 @@ def test_an_interrupted_run_goes_on_bit_for_bit(make, tmp_path, stop):
     assert lines == (tmp_path / "parts/metrics.jsonl").read_text()
     for key in ("dmd_output_gradient", "forward_kl_output_gradient", "motion", "motion_bidirectional", "critic"):
         assert f'"{key}"' in lines
+
+
+@pytest.mark.parametrize("words", [{"forward_kl_weight": 0.0}, {"forward_kl_mode": "block_causal"}])
+def test_motion_beside_bidirectional_attention_is_logged_whatever_the_losses(make, tmp_path, words):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\na blue square\n")
+    objective = make(prompts=str(prompts), **words)
+    found = objective.backward("generator", 0, 0, 1.0, True)["motion_bidirectional"]
+    text = objective._embeddings("generator", 0, 0)
+    rollout = objective.roll_out("generator", 0, 0, text).rollout
+    noise = torch.cat([rollout.noise(0, 0), rollout.noise(1, 0)], dim=1)
+    with torch.no_grad():
+        x0 = noise - objective.generator(noise.transpose(1, 2), torch.full((2,), 1000.0), text).transpose(1, 2)
+    assert found == pytest.approx((x0[:, 1:] - x0[:, :-1]).abs().mean().item(), rel=1e-4)
+
+
+def test_what_does_not_fit_is_said_before_weights_are_loaded(make):
+    with pytest.raises(UserError, match="--height 36 is not a multiple of 16"):
+        make(height=36)
+    with pytest.raises(UserError, match="attention_backend=nonsense"):
+        make(attention_backend="nonsense")
 
 
 def test_a_teacher_that_fails_is_noticed(make, tmp_path):

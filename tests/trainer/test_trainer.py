@@ -301,6 +301,21 @@ def test_wandb_offline_holds_every_metric_and_sample(tmp_path, toy, make_config,
     assert next(run.glob("run-*.wandb")).stat().st_size > 0
 
 
+def test_a_run_that_goes_on_is_one_run_to_wandb(tmp_path, toy, make_config, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    asked = []
+
+    def init(**words):
+        asked.append((words["id"], words["resume"]))
+        raise wandb.Error("no network")
+
+    monkeypatch.setattr(wandb, "init", init)
+    for name in ("one", "one", "other"):
+        with pytest.raises(UserError):
+            Trainer(make_config(wandb="online"), toy(), str(tmp_path / name)).train()
+    assert asked[0] == asked[1] != asked[2] and asked[0][1] == "allow"
+
+
 def test_wandb_that_cannot_start_is_one_line(tmp_path, toy, make_config, monkeypatch):
     wandb = pytest.importorskip("wandb")
 

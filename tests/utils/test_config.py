@@ -142,6 +142,8 @@ def test_every_key_is_documented():
         ("video: 3", "VideoConfig"),
         ("train: {batch_size: 0}", "train.batch_size"),
         ("train: {wandb: maybe}", "train.wandb"),
+        ("train: {dtype: float16}", "train.dtype"),
+        ("train: {grad_clip: -1}", "train.grad_clip"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_the_key(tmp_path, text, words):
