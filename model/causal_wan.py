@@ -350,9 +350,9 @@ class CausalWanModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
             return write_then_attend
         # A lane that has gone past this block already is read as it was before it.
         before = min(first_frame, cache.num_frames)
-        # A checkpointed layer reads its context again in the backward pass, when the lane has moved on.
+        # A checkpointed layer reads its context again in the backward pass, when an open lane has moved on.
         past = None
-        if checkpointing:
+        if checkpointing and not cache.closed:
             past = [tuple(x.clone() for x in cache.read(layer, before)) for layer in range(len(self.layers))]
         return cached
 

@@ -46,6 +46,7 @@ class KVCache:
         self.sink_frames = sink_frames
         self.history_frames = history_frames
         self.num_frames = 0  # ever appended; the next block starts at this frame if it appends to this lane
+        self.closed = False  # to further blocks, so that who reads it again later finds what was there
         tokens = (context_frames + history_frames + block_frames) * tokens_per_frame
         shape = (num_layers, batch_size, tokens, num_heads, head_dim)
         self._k = torch.empty(shape, dtype=dtype, device=device)
@@ -111,6 +112,7 @@ class KVCache:
     @torch.no_grad()
     def append(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Put a block's k, v [B, tokens, heads, head_dim] of one layer into the lane; `commit` follows them all."""
+        assert not self.closed
         for slot, frame, count in self._placement(k.shape[1] // self.tokens_per_frame):
             to = slice(slot * self.tokens_per_frame, (slot + count) * self.tokens_per_frame)
             of = slice(frame * self.tokens_per_frame, (frame + count) * self.tokens_per_frame)
@@ -150,7 +152,11 @@ class KVCache:
 
     def reset(self) -> None:
         """Forget everything; the memory stays."""
-        self.num_frames = 0
+        self.num_frames, self.closed = 0, False
+
+    def close(self) -> None:
+        """Take no further blocks."""
+        self.closed = True
 
     def _placement(self, num_frames: int) -> Iterator[tuple[int, int, int]]:
         """Runs (first slot, first of the new frames, frames) that put the next `num_frames` frames into their slots.

@@ -225,12 +225,14 @@ class Rollout:
         return self._leaves(op) and self.with_grad(op.block)
 
     def denoise_again(self, block: int) -> Tensor:
-        """x0 of a finished block once more, with its graph: the exit step's Denoise, beside the lane as it was then.
+        """x0 of a block once more when all are finished, with its graph: the exit step's Denoise beside the lane as it
+        was then.
 
         Given the gradient at the output, blocks do not depend on each other, so that their graphs need not exist at the
         same time. The lane's history must reach back to the block.
         """
         exit = self.exits[block]
+        exit.lane.close()
         with torch.enable_grad():
             return self.denoiser.denoise(exit.x, exit.sigma, exit.first_frame, exit.lane)
 

@@ -117,9 +117,11 @@ def of_rollouts(config: Config, student: dict) -> Rows:
     if kl_rolls_out(config):
         own, _ = context_frames(config.rollout, frames)
         rows.append((f"KV cache of the forward KL's rollout, {own} frames", layers * (own + block) * frame))
-    if train.activation_checkpointing:  # all layers' context is copied, and put beside the block in one at a time
-        name = f"context that checkpointed blocks see, {sum(seen)} frames copied"
-        rows.append((name, (layers * sum(seen) + max(seen) + block) * frame))
+    if train.activation_checkpointing:  # one layer at a time has its context beside the block
+        # A lane that goes on while graphs exist is copied for all layers.
+        copied = sum(seen) if kl_rolls_out(config) or not distill.block_backward else 0
+        name = "context that checkpointed blocks see" + (f", {copied} frames copied" if copied else "")
+        rows.append((name, (layers * copied + max(seen) + block) * frame))
     else:
         name = f"keys and values of context and block in every layer, {sum(seen) + len(seen) * block} frames"
         rows.append((name, layers * (sum(seen) + len(seen) * block) * frame))

@@ -172,3 +172,14 @@ def test_a_lane_can_be_read_as_it_was(size, history, blocks, autograd):
 def test_a_frame_that_has_not_come_cannot_be_read_before():
     with pytest.raises(ValueError, match="does not hold"):
         make(4).read(0, before=1)
+
+
+def test_a_closed_one_takes_no_more_until_it_is_reset():
+    cache = make(6)
+    append(cache, 3)
+    cache.close()
+    with pytest.raises(AssertionError):
+        append(cache, 3)
+    assert tokens(cache.read(0)[0]) == expected_tokens([0, 1, 2], 0)
+    cache.reset()
+    append(cache, 3)
