@@ -47,14 +47,19 @@ class VideoSampler:
         vae = WanVAE(directory.load_vae(DTYPES[self.config.train.dtype]).to(self.net.device))
         return TextToVideo(self.config, self.net, self.encoder, vae)
 
+    @cached_property
+    def prompts(self) -> list[Prompt]:
+        """What to make videos of, read once for all samplings."""
+        captions = read_captions(self.config.train.sample_prompts) or list(dict.fromkeys(self.captions))[:_SAMPLES]
+        return [Prompt(index, text, text) for index, text in enumerate(captions)]
+
     def write(self, folder: Path) -> None:
         """Write a video of every prompt to `folder`.
 
         All processes run equally many forwards, since those of a sharded net are a common work: one without a prompt of
         its own makes one again. What goes wrong with decoding or a file is printed and no process waits for it.
         """
-        captions = read_captions(self.config.train.sample_prompts) or list(dict.fromkeys(self.captions))[:_SAMPLES]
-        prompts = [Prompt(index, text, text) for index, text in enumerate(captions)]
+        prompts = self.prompts
         stems = unique_stems(prompts, 1)
         rounds = -(-len(prompts) // world_size())
         for number in range(rounds):

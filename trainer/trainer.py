@@ -196,8 +196,9 @@ class Trainer:
         a tenth of the run so far.
         """
         config = self.train_config
-        decay = config.ema_decay if self.iteration > config.ema_start else 0.0
-        if not config.ema_start:
+        if config.ema_start:
+            decay = config.ema_decay if self.iteration > config.ema_start else 0.0
+        else:
             decay = min(config.ema_decay, (1 + self.iteration) / (10 + self.iteration))
         for name, value in self.net.state_dict().items():
             if value.is_floating_point():
