@@ -138,7 +138,7 @@ FIGURES = (
     Figure("color_drift", "shape's colour, last quarter against first", "of 255", 1.0, 1, COLOR_CURVES, distance),
     Figure("background_drift", "background, last quarter against first", "of 255", 1.0, 1, BACKGROUND_CURVES, distance),
     Figure("presence_drift", "presence, last quarter minus first", of=("presence",), take=change),
-    Figure("motion_drift", "speed_ratio, last quarter minus first", "x", 1.0, 2, ("speed_ratio",), change),
+    Figure("speed_drift", "speed_ratio, last quarter minus first", "x", 1.0, 2, ("speed_ratio",), change),
     Figure("seam", "step that departs from the usual, at block borders", "pixels", 1.0, 2),
     Figure("inside", "the same between latent frames inside blocks", "pixels", 1.0, 2),
 )

@@ -20,7 +20,7 @@ TRUTH = {
     "presence": (1, 0), "shape": (1, 0), "color": (1, 0), "direction": (1, 0), "speed": (1, 0), "background": (1, 0),
     "grading": (1, 0),
     "speed_ratio": (1, 0.02), "overlap": (1, 0.02), "color_error": (0, 1), "background_error": (0, 1), "moving": (1, 0),
-    "color_drift": (0, 0.5), "background_drift": (0, 1.5), "presence_drift": (0, 0), "motion_drift": (0, 0.05),
+    "color_drift": (0, 0.5), "background_drift": (0, 1.5), "presence_drift": (0, 0), "speed_drift": (0, 0.05),
     "seam": (0, 0.3), "inside": (0, 0.3),
 }  # fmt: skip
 
