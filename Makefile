@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
+# Processes that run tests.
+WORKERS ?= 2
 
 .PHONY: demo test quick-test lint clean
 
@@ -11,10 +13,10 @@ demo: $(VENV)/installed  ## generate ten videos of the miniature world and a con
 	$(RUN) scripts/contact_sheet.py outputs/demo
 
 test: $(VENV)/installed-dev  ## the whole test suite, on the CPU, without network
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n $(WORKERS) --dist worksteal
 
 quick-test: $(VENV)/installed-dev  ## without the slow tests
-	$(RUN) -m pytest -m "not slow"
+	$(RUN) -m pytest -n $(WORKERS) --dist worksteal -m "not slow"
 
 lint: $(VENV)/installed-dev  ## style and types
 	$(RUN) -m ruff check .
