@@ -2,7 +2,7 @@
 
 import hashlib
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from model.weights import ModelDirectory
-from utils.files import atomic_path, writable_folder
+from utils.files import atomic_path, fingerprint, writable_folder
 from utils.prompts import clean_prompt
 
 
@@ -26,21 +26,6 @@ def without_padding(embedding: Tensor) -> Tensor:
 def padded(kept: Sequence[Tensor], length: int) -> Tensor:
     """Embeddings [B, length, text_dim] of what `without_padding` has left of each."""
     return torch.stack([F.pad(x, (0, 0, 0, length - len(x))) for x in kept])
-
-
-def fingerprint(folder: Path, patterns: Iterable[str]) -> str:
-    """What tells the files in a folder that match `patterns` from others, wherever the folder lies: their names, sizes,
-    and the first and last 64 KiB of each, which for weights is a moment's work."""
-    digest, end = hashlib.sha256(), 1 << 16
-    for path in sorted(path for pattern in patterns for path in folder.glob(pattern)):
-        if path.is_file() and not path.name.startswith("."):
-            size = path.stat().st_size
-            digest.update(f"{path.relative_to(folder).as_posix()} {size}\0".encode())
-            with path.open("rb") as file:
-                digest.update(file.read(end))
-                file.seek(max(0, size - end))
-                digest.update(file.read(end))
-    return digest.hexdigest()
 
 
 class TextEncoder:

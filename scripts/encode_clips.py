@@ -2,8 +2,8 @@
 
 python scripts/encode_clips.py --base data/shapes-wan --output runs/shapes/clips --num_clips 2048 --num_frames 21
 
-Several processes share the work under torchrun. Shards that hold these clips already are kept, so the same command goes
-on where it stopped.
+Several processes share the work under torchrun. Shards that hold these clips already, encoded by this VAE, are kept, so
+the same command goes on where it stopped.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from utils.clips import holds_clips, write_shard
 from utils.device import pick_device
 from utils.distributed import rank, world_size
 from utils.errors import UserError, command
-from utils.files import writable_folder
+from utils.files import fingerprint, writable_folder
 
 SHARD = 64  # clips in a file
 BATCH = 8  # clips encoded at once
@@ -41,7 +41,9 @@ def main() -> None:
     if args.num_clips <= 0 or args.num_frames <= 0:
         raise UserError("--num_clips and --num_frames must be positive")
     device = pick_device(args.device)
-    vae = ModelDirectory.open(args.base).load_vae(torch.float32).to(device)
+    directory = ModelDirectory.open(args.base)
+    vae = directory.load_vae(torch.float32).to(device)
+    name = fingerprint(directory.path, ["vae/*"])
     channels_last_(vae)
     folder = writable_folder(args.output)
     starts = range(0, args.num_clips, SHARD)[rank() :: world_size()]
@@ -49,7 +51,7 @@ def main() -> None:
         file = folder / f"{start:06d}.safetensors"
         clips = [shapes.sample_clip(args.seed, i) for i in range(start, min(start + SHARD, args.num_clips))]
         captions = [clip.scene.caption for clip in clips]
-        if holds_clips(file, args.num_frames, captions):
+        if holds_clips(file, args.num_frames, captions, name):
             continue
         latents = []
         for i in range(0, len(clips), BATCH):
@@ -58,7 +60,7 @@ def main() -> None:
             pixels = pixels.to(device, memory_format=torch.channels_last_3d)
             with torch.no_grad():
                 latents.append(normalise(vae, encode_clip(vae, pixels)[0]).transpose(1, 2).cpu())
-        write_shard(file, torch.cat(latents), captions)
+        write_shard(file, torch.cat(latents), captions, name)
 
 
 if __name__ == "__main__":

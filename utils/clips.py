@@ -17,18 +17,19 @@ from utils.files import atomic_path
 from utils.ode_pairs import open_latents
 
 
-def write_shard(path: Path, latents: Tensor, captions: Sequence[str]) -> None:
-    """Write clips [N, F, C, h, w], as float16, with their N captions; atomic."""
+def write_shard(path: Path, latents: Tensor, captions: Sequence[str], vae: str = "") -> None:
+    """Write clips [N, F, C, h, w], as float16, with their N captions and what tells their VAE from others; atomic."""
     with atomic_path(path) as temporary:
-        save_file({"latents": latents.half().contiguous()}, temporary, {"captions": json.dumps(list(captions))})
+        named = {"captions": json.dumps(list(captions)), "vae": vae}
+        save_file({"latents": latents.half().contiguous()}, temporary, named)
 
 
-def holds_clips(path: Path, num_frames: int, captions: Sequence[str]) -> bool:
-    """Whether a shard is there and holds clips of `num_frames` latent frames with exactly these captions."""
+def holds_clips(path: Path, num_frames: int, captions: Sequence[str], vae: str) -> bool:
+    """Whether a shard holds clips of `num_frames` latent frames by this VAE with exactly these captions."""
     try:
         with safe_open(path, framework="pt") as shard:
-            frames = shard.get_slice("latents").get_shape()[1]
-            return frames == num_frames and json.loads(shard.metadata()["captions"]) == list(captions)
+            frames, named = shard.get_slice("latents").get_shape()[1], shard.metadata()
+            return frames == num_frames and named["vae"] == vae and json.loads(named["captions"]) == list(captions)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):
         return False
 

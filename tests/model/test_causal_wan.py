@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import init_empty_weights
 from diffusers import WanTransformer3DModel
+from diffusers.models.attention_dispatch import attention_backend
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig
@@ -422,7 +423,8 @@ def test_lora_adapters(net):
 
 def test_attention_backends_agree(net, text):
     other = copy.deepcopy(net)
-    other.set_attention_backend("_native_math")
+    with attention_backend():  # or it would be everybody's from here on, and is not safe in threads
+        other.set_attention_backend("_native_math")
     for how in (dict(), dict(causal=BlockCausal((2, 2))), dict(cache=filled_cache(net, text), first_frame=4)):
         x = clip(2 if "cache" in how else 4)
         steps = torch.full((1, x.shape[2]), 500.0)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import ByT5Tokenizer, UMT5Config, UMT5EncoderModel
 
-from model.text_encoder import TextEncoder, fingerprint
+from model.text_encoder import TextEncoder
 from model.weights import ModelDirectory
 
 LENGTH = 12
@@ -199,20 +199,6 @@ def test_another_encoder_tokenizer_or_type_does_not_find_them(folder):
     changed = json.loads(settings.read_text()) | {"extra": 1}
     settings.write_text(json.dumps(changed))
     assert has_to_load(folder)
-
-
-def test_of_large_files_both_ends_are_read(tmp_path):
-    big = tmp_path / "text_encoder/big.bin"
-    big.parent.mkdir()
-    big.write_bytes(bytes(300_000))
-    before = fingerprint(tmp_path, ["text_encoder/*"])
-    for position in (0, 65_535, -65_536, -1):
-        flip(big, position)
-        assert fingerprint(tmp_path, ["text_encoder/*"]) != before
-        flip(big, position)
-    assert fingerprint(tmp_path, ["text_encoder/*"]) == before
-    big.rename(big.with_name("other.bin"))
-    assert fingerprint(tmp_path, ["text_encoder/*"]) != before
 
 
 def test_weights_that_a_cache_could_have_spared_are_said_once(folder, capsys):

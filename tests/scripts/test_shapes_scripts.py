@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tiny_model import ROOT, TEXT_ENCODER, TRANSFORMER, VAE, write_config, write_model
 
 from model import presets
@@ -78,6 +80,19 @@ def test_encoded_clips_are_the_vaes_latents(tmp_path, call, model, monkeypatch):
     assert {file: file.read_bytes() for file in tmp_path.iterdir()} == {file: old[1] for file, old in before.items()}
     first = tmp_path / "000000.safetensors"
     assert first.stat().st_mtime_ns == before[first][0]
+
+
+def test_clips_of_another_vae_are_encoded_again(tmp_path, call, model):
+    other, clips = tmp_path / "model", tmp_path / "clips"
+    shutil.copytree(model, other)
+    words = ("--base", other, "--output", clips, "--num_clips", 1, "--num_frames", 2, "--device", "cpu")
+    assert call(encode_clips, *words)[0] == 0
+    before, _ = read_clips(str(clips))
+    [weights] = (other / "vae").glob("*.safetensors")
+    save_file({name: 1.1 * tensor for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})
+    assert call(encode_clips, *words)[0] == 0
+    after, _ = read_clips(str(clips))
+    assert (after != before).any()
 
 
 # ---- generate_ode_pairs ----

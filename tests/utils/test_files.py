@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from utils.errors import UserError, command
-from utils.files import atomic_path, only_user, writable_folder
+from utils.files import atomic_path, fingerprint, only_user, writable_folder
 
 
 def names(folder: Path) -> list[str]:
@@ -146,3 +146,20 @@ def test_a_folder_has_one_user_at_a_time(tmp_path):
         pass
     with only_user(tmp_path, "training in"):
         pass
+
+
+def test_a_fingerprint_reads_both_ends_of_large_files_and_names(tmp_path):
+    content = bytearray(300_000)
+    big = tmp_path / "vae/big.bin"
+    big.parent.mkdir()
+    big.write_bytes(content)
+    before = fingerprint(tmp_path, ["vae/*"])
+    for position in (0, 65_535, -65_536, -1):
+        changed = content.copy()
+        changed[position] = 1
+        big.write_bytes(changed)
+        assert fingerprint(tmp_path, ["vae/*"]) != before
+    big.write_bytes(content)
+    assert fingerprint(tmp_path, ["vae/*"]) == before
+    big.rename(big.with_name("other.bin"))
+    assert fingerprint(tmp_path, ["vae/*"]) != before
