@@ -92,6 +92,7 @@ TRANSFORMER_FILE = "diffusion_pytorch_model.safetensors"
 NATIVE_TEXT_ENCODER = "models_t5_umt5-xxl-enc-bf16.pth"
 NATIVE_TOKENIZER = "google/umt5-xxl"
 NATIVE_VAE = "Wan2.1_VAE.pth"
+VAE_FILES = ("vae/*", NATIVE_VAE)  # all that a VAE depends on, in either layout of a model directory
 
 # Wan's own config.json -> diffusers' words, and what it leaves out.
 NATIVE_CONFIG = {

@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from model.vae import channels_last_, encode_clip, normalise
-from model.weights import ModelDirectory
+from model.weights import VAE_FILES, ModelDirectory
 from utils import shapes
 from utils.clips import holds_clips, write_shard
 from utils.device import pick_device
@@ -43,7 +43,7 @@ def main() -> None:
     device = pick_device(args.device)
     directory = ModelDirectory.open(args.base)
     vae = directory.load_vae(torch.float32).to(device)
-    name = fingerprint(directory.path, ["vae/*"])
+    encoded_by = fingerprint(directory.path, VAE_FILES)
     channels_last_(vae)
     folder = writable_folder(args.output)
     starts = range(0, args.num_clips, SHARD)[rank() :: world_size()]
@@ -51,7 +51,7 @@ def main() -> None:
         file = folder / f"{start:06d}.safetensors"
         clips = [shapes.sample_clip(args.seed, i) for i in range(start, min(start + SHARD, args.num_clips))]
         captions = [clip.scene.caption for clip in clips]
-        if holds_clips(file, args.num_frames, captions, name):
+        if holds_clips(file, args.num_frames, captions, encoded_by):
             continue
         latents = []
         for i in range(0, len(clips), BATCH):
@@ -60,7 +60,7 @@ def main() -> None:
             pixels = pixels.to(device, memory_format=torch.channels_last_3d)
             with torch.no_grad():
                 latents.append(normalise(vae, encode_clip(vae, pixels)[0]).transpose(1, 2).cpu())
-        write_shard(file, torch.cat(latents), captions, name)
+        write_shard(file, torch.cat(latents), captions, encoded_by)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from model.weights import (
     NATIVE_VAE,
     TRANSFORMER_FILE,
     UMT5_NAMES,
+    VAE_FILES,
     WRAPPERS,
     ModelDirectory,
     State,
@@ -33,6 +35,7 @@ from model.weights import (
     umt5_config,
 )
 from utils.errors import UserError
+from utils.files import fingerprint
 
 CONFIG = dict(
     patch_size=(1, 2, 2),
@@ -521,6 +524,17 @@ def test_vae_of_a_folder(model):
     assert_same(vae.state_dict(), tiny_vae().state_dict())
     assert vae.config.base_dim == 4 and len(vae.config.latents_mean) == 16
     assert {parameter.dtype for parameter in model.load_vae(torch.bfloat16).parameters()} == {torch.bfloat16}
+
+
+def test_the_vaes_files_tell_it_from_others(model, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(model.path, folder)
+    before = fingerprint(folder, VAE_FILES)
+    weights = folder / ("vae/diffusion_pytorch_model.safetensors" if model.layout == "diffusers" else NATIVE_VAE)
+    changed = bytearray(weights.read_bytes())
+    changed[-1] ^= 1
+    weights.write_bytes(changed)
+    assert fingerprint(folder, VAE_FILES) != before
 
 
 def test_a_broken_native_folder(tmp_path, native_folder):
