@@ -20,7 +20,8 @@ from utils.ode_pairs import open_latents
 def write_shard(path: Path, latents: Tensor, captions: Sequence[str], vae: str = "") -> None:
     """Write clips [N, F, C, h, w], as float16, with their N captions and what tells their VAE from others; atomic."""
     with atomic_path(path) as temporary:
-        named = {"captions": json.dumps(list(captions)), "vae": vae}
+        # One entry: safetensors writes several in an order of chance, and the same clips should be the same bytes.
+        named = {"clips": json.dumps({"captions": list(captions), "vae": vae})}
         save_file({"latents": latents.half().contiguous()}, temporary, named)
 
 
@@ -28,8 +29,8 @@ def holds_clips(path: Path, num_frames: int, captions: Sequence[str], vae: str) 
     """Whether a shard holds clips of `num_frames` latent frames by this VAE with exactly these captions."""
     try:
         with safe_open(path, framework="pt") as shard:
-            frames, named = shard.get_slice("latents").get_shape()[1], shard.metadata()
-            return frames == num_frames and named["vae"] == vae and json.loads(named["captions"]) == list(captions)
+            frames, named = shard.get_slice("latents").get_shape()[1], json.loads(shard.metadata()["clips"])
+            return frames == num_frames and named == {"captions": list(captions), "vae": vae}
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):
         return False
 
@@ -79,7 +80,7 @@ class Shards:
         for file in self.files:
             with _reading(file) as shard:
                 count, *shape = shard.get_slice("latents").get_shape()
-                captions = json.loads(shard.metadata()["captions"])
+                captions = json.loads(shard.metadata()["clips"])["captions"]
                 if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
                     raise TypeError("its captions are no list of texts")
             self.shape = self.shape or tuple(shape)

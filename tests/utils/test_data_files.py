@@ -46,6 +46,12 @@ def test_shards_come_back_in_the_order_of_their_names(tmp_path):
     assert read == captions
 
 
+def test_the_same_clips_are_the_same_bytes(tmp_path):
+    for copy in range(16):
+        write_shard(tmp_path / f"{copy}.safetensors", randn(1, 2, 4, 3, 3), ["a"], "a VAE")
+    assert len({file.read_bytes() for file in tmp_path.iterdir()}) == 1
+
+
 @pytest.mark.parametrize("folder", ["", "/nowhere"])
 def test_without_clips_it_says_how_to_make_them(folder):
     with pytest.raises(UserError, match="encode_clips"):
@@ -54,19 +60,23 @@ def test_without_clips_it_says_how_to_make_them(folder):
 
 def broken_shards() -> dict[str, bytes | tuple]:
     clips = dict(latents=torch.zeros(2, 2, 4, 3, 3))
-    two = json.dumps(["a", "b"])
+
+    def named(captions: object) -> dict[str, str]:
+        return {"clips": json.dumps({"captions": captions, "vae": ""})}
+
     return {
         "empty": b"",
         "no safetensors": b"hello",
         "no captions": (clips, None),
-        "captions are no list": (clips, {"captions": "3"}),
-        "captions are a text": (clips, {"captions": '"ab"'}),
-        "captions are no texts": (clips, {"captions": "[1, 2]"}),
-        "captions are no JSON": (clips, {"captions": "[a"}),
-        "too few captions": (clips, {"captions": json.dumps(["a"])}),
-        "no latents": (dict(other=torch.zeros(2)), {"captions": two}),
-        "other size": (dict(latents=torch.zeros(2, 2, 4, 3, 9)), {"captions": two}),
-        "a single clip": (dict(latents=torch.zeros(2, 4, 3, 3)), {"captions": two}),
+        "captions without a name": (clips, {"clips": '["a", "b"]'}),
+        "captions are no list": (clips, named(3)),
+        "captions are a text": (clips, named("ab")),
+        "captions are no texts": (clips, named([1, 2])),
+        "captions are no JSON": (clips, {"clips": "{a"}),
+        "too few captions": (clips, named(["a"])),
+        "no latents": (dict(other=torch.zeros(2)), named(["a", "b"])),
+        "other size": (dict(latents=torch.zeros(2, 2, 4, 3, 9)), named(["a", "b"])),
+        "a single clip": (dict(latents=torch.zeros(2, 4, 3, 3)), named(["a", "b"])),
     }
 
 
