@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from model.weights import ModelDirectory
+from model.weights import TEXT_ENCODER_FILES, ModelDirectory
 from utils.files import atomic_path, fingerprint, writable_folder
 from utils.prompts import clean_prompt
 
@@ -57,7 +57,7 @@ class TextEncoder:
 
         With a cache, the weights are loaded when the first embedding is missing.
         """
-        name = f"{fingerprint(directory.path, _FILES)} {dtype}" if cache else ""
+        name = f"{fingerprint(directory.path, TEXT_ENCODER_FILES)} {dtype}" if cache else ""
         text_encoder = cls(None, None, length, cache, name)
         text_encoder._open = lambda: directory.load_text_encoder(dtype)
         if not cache:  # what is wrong with it should be said at once
@@ -131,10 +131,3 @@ class TextEncoder:
             return None
         key = hashlib.sha256("\0".join([self.name, str(self.length), prompt]).encode()).hexdigest()
         return self.cache / f"{key[:32]}.safetensors"
-
-
-# All that an embedding depends on, in either layout of a model directory.
-_FILES = (
-    *("text_encoder/*", "tokenizer/*.json", "tokenizer/*.model"),
-    *("models_t5*", "google/umt5-xxl/*.json", "google/umt5-xxl/*.model"),
-)

@@ -92,7 +92,12 @@ TRANSFORMER_FILE = "diffusion_pytorch_model.safetensors"
 NATIVE_TEXT_ENCODER = "models_t5_umt5-xxl-enc-bf16.pth"
 NATIVE_TOKENIZER = "google/umt5-xxl"
 NATIVE_VAE = "Wan2.1_VAE.pth"
-VAE_FILES = ("vae/*", NATIVE_VAE)  # all that a VAE depends on, in either layout of a model directory
+# All that a VAE, or an embedding, depends on, in either layout of a model directory.
+VAE_FILES = ("vae/*", NATIVE_VAE)
+TEXT_ENCODER_FILES = (
+    *("text_encoder/*", "tokenizer/*.json", "tokenizer/*.model"),
+    *(NATIVE_TEXT_ENCODER, f"{NATIVE_TOKENIZER}/*.json", f"{NATIVE_TOKENIZER}/*.model"),
+)
 
 # Wan's own config.json -> diffusers' words, and what it leaves out.
 NATIVE_CONFIG = {
