@@ -20,6 +20,7 @@ from model.weights import (
     NATIVE_TEXT_ENCODER,
     NATIVE_TOKENIZER,
     NATIVE_VAE,
+    TEXT_ENCODER_FILES,
     TRANSFORMER_FILE,
     UMT5_NAMES,
     VAE_FILES,
@@ -526,15 +527,20 @@ def test_vae_of_a_folder(model):
     assert {parameter.dtype for parameter in model.load_vae(torch.bfloat16).parameters()} == {torch.bfloat16}
 
 
-def test_the_vaes_files_tell_it_from_others(model, tmp_path):
-    folder = tmp_path / "model"
+@pytest.mark.parametrize("kind", ["VAE", "text encoder", "tokenizer"])
+def test_files_tell_one_model_from_another(model, tmp_path, kind):
+    folder, native = tmp_path / "model", model.layout != "diffusers"
     shutil.copytree(model.path, folder)
-    before = fingerprint(folder, VAE_FILES)
-    weights = folder / ("vae/diffusion_pytorch_model.safetensors" if model.layout == "diffusers" else NATIVE_VAE)
-    changed = bytearray(weights.read_bytes())
-    changed[-1] ^= 1
-    weights.write_bytes(changed)
-    assert fingerprint(folder, VAE_FILES) != before
+    patterns, changed = {
+        "VAE": (VAE_FILES, NATIVE_VAE if native else "vae/diffusion_pytorch_model.safetensors"),
+        "text encoder": (TEXT_ENCODER_FILES, NATIVE_TEXT_ENCODER if native else "text_encoder/model.safetensors"),
+        "tokenizer": (TEXT_ENCODER_FILES, f"{NATIVE_TOKENIZER if native else 'tokenizer'}/tokenizer_config.json"),
+    }[kind]
+    before = fingerprint(folder, patterns)
+    content = bytearray((folder / changed).read_bytes())
+    content[-1] ^= 1
+    (folder / changed).write_bytes(content)
+    assert fingerprint(folder, patterns) != before
 
 
 def test_a_broken_native_folder(tmp_path, native_folder):
