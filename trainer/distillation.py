@@ -297,11 +297,12 @@ class ScoreDistillation:
         sync_gradients(self.generator, last)
         with compute_in(config, self.device):
             if distill.forward_kl_mode == "rollout":
-                point, flow = self._roll_out_from(points[:, 0], step, embeddings)
+                seen, flow = self._roll_out_from(points[:, 0], step, embeddings)
             else:
+                seen = point
                 flow = self._flow_of_clip(point, sigma, embeddings, distill.forward_kl_mode == "bidirectional")
         leaf = flow.detach().requires_grad_()
-        loss = forward_kl_loss(leaf, point, next_point, sigma, next_sigma, distill.forward_kl_form)
+        loss = forward_kl_loss(leaf, point, next_point, sigma, next_sigma, distill.forward_kl_form, seen)
         weight = distill.forward_kl_weight
         [at_flow] = torch.autograd.grad(weight * loss, leaf)
         flow.backward(scale * at_flow)
@@ -309,7 +310,7 @@ class ScoreDistillation:
             "forward_kl": loss.item(),
             # By x0, as DMD's: a change of x0 is -sigma times one of the flow.
             "forward_kl_output_gradient": (at_flow / sigma).norm().item(),
-            f"motion_{distill.forward_kl_mode}": motion(flow_to_x0(point, flow.detach(), sigma)).item(),
+            f"motion_{distill.forward_kl_mode}": motion(flow_to_x0(seen, flow.detach(), sigma)).item(),
         }
 
     @torch.no_grad()

@@ -61,7 +61,13 @@ def chord_flow(point: Tensor, next_point: Tensor, sigma: float, next_sigma: floa
 
 
 def forward_kl_loss(
-    flow: Tensor, point: Tensor, next_point: Tensor, sigma: float, next_sigma: float, form: str = "x0"
+    flow: Tensor,
+    point: Tensor,
+    next_point: Tensor,
+    sigma: float,
+    next_sigma: float,
+    form: str = "x0",
+    seen: Tensor | None = None,
 ) -> Tensor:
     """Forward KL as regression onto a teacher trajectory (HiAR, arXiv 2603.08703, section 3.3).
 
@@ -69,13 +75,19 @@ def forward_kl_loss(
     target.
 
     Args:
-        flow: the student's at `point`, [B, F, C, h, w].
+        flow: the student's, [B, F, C, h, w].
         point, next_point: the teacher's trajectory at sigma and next_sigma.
-        form: compare x0 (the flow's error times sigma), flow, or endpoint (of the Euler step to next_sigma).
+        form: compare x0, flow, or endpoint (of the Euler step to next_sigma). At the teacher's own point x0's error is
+            the flow's times sigma, and the endpoint's the flow's times the step.
+        seen: what the student's flow is at, if that is not `point` but where its own rollout came to; at sigma too.
     """
-    error = (flow.float() - chord_flow(point, next_point, sigma, next_sigma)).square().mean()
-    scale = {"x0": sigma, "flow": 1.0, "endpoint": next_sigma - sigma}[form]
-    return scale**2 * error
+    error = flow.float() - chord_flow(point, next_point, sigma, next_sigma)
+    if form == "flow":
+        return error.square().mean()
+    error = {"x0": -sigma, "endpoint": next_sigma - sigma}[form] * error
+    if seen is not None:
+        error = error + (seen.float() - point.float())
+    return error.square().mean()
 
 
 def motion(clip: Tensor) -> Tensor:

@@ -225,17 +225,32 @@ def test_the_student_is_told_the_teachers_levels_at_every_step(make, mode):
     assert len(steps) == 3
 
 
-def test_the_target_lies_on_the_teachers_chord(make):
-    objective = make(forward_kl_mode="bidirectional")
+@pytest.mark.parametrize("mode", ["bidirectional", "block_causal", "rollout"])
+def test_the_target_lies_on_the_teachers_chord(make, mode):
+    """At every step; in a rollout it is not where the student has come to that the chord begins at."""
+    objective = make(forward_kl_mode=mode, forward_kl_steps=3)
     chosen = objective.pair_order.at(objective._positions("generator", 0, 0)).tolist()
     points = objective.pairs.read(chosen)
-    sigma, next_sigma = objective.pairs.sigmas[:2]
-    x0 = points[:, 0] - sigma * (points[:, 1] - points[:, 0]) / (next_sigma - sigma)
     text = objective.text.encode([objective.pairs.prompts[i] for i in chosen])
-    with torch.no_grad():
-        flow = objective.generator(points[:, 0].transpose(1, 2), torch.full((2,), 1000 * sigma), text).transpose(1, 2)
-    expected = (flow_to_x0(points[:, 0], flow, sigma) - x0).square().mean().item()
-    assert objective._forward_kl(0, 0, 1.0, True)["forward_kl"] == pytest.approx(expected, rel=1e-4)
+    expected = []
+    for step in range(3):
+        start, end = objective.pairs.sigmas[step : step + 2]
+        target = points[:, step] - start * (points[:, step + 1] - points[:, step]) / (end - start)
+        with torch.no_grad():
+            if mode == "rollout":
+                point, flow = objective._roll_out_from(points[:, 0], step, text)
+                assert step == 0 or not torch.allclose(point, points[:, step])
+            else:
+                point = points[:, step]
+                flow = objective._flow_of_clip(point, start, text, mode == "bidirectional")
+        expected.append((flow_to_x0(point, flow, start) - target).square().mean().item())
+    seen = set()
+    objective._positions = lambda turn, iteration, part: range(2)  # the same pairs at every iteration
+    for iteration in range(12):
+        loss = objective._forward_kl(iteration, 0, 1.0, True)["forward_kl"]
+        [step] = [step for step in range(3) if loss == pytest.approx(expected[step], rel=1e-4)]
+        seen.add(step)
+    assert seen == {0, 1, 2}
 
 
 def test_without_it_prompts_are_needed(make, tmp_path):

@@ -95,21 +95,24 @@ def test_a_clip_that_is_the_teachers_already_gets_no_gradient():
     assert torch.equal(dmd_gradient(teacher, teacher + 1, teacher), torch.zeros_like(teacher))
 
 
-def test_forward_kl_against_a_closed_form():
-    """On a straight trajectory x0 + sigma (noise - x0) the target of the first form is x0 itself."""
+@pytest.mark.parametrize("own", [False, True], ids=["the teacher's point", "a point of its own"])
+def test_forward_kl_against_a_closed_form(own):
+    """On a straight trajectory x0 + sigma (noise - x0) the target of the first form is x0, wherever the student is."""
     x0, noise, flow = clips(0), clips(1), clips(2)
     sigma, next_sigma = 0.96, 0.8889
     point, next_point = ((1 - s) * x0 + s * noise for s in (sigma, next_sigma))
+    seen = point + 0.3 * clips(3) if own else point
     torch.testing.assert_close(chord_flow(point, next_point, sigma, next_sigma), noise - x0, atol=1e-4, rtol=1e-4)
     forms = {
-        "x0": ((point - sigma * flow) - x0).square().mean(),
+        "x0": ((seen - sigma * flow) - x0).square().mean(),
         "flow": (flow - (noise - x0)).square().mean(),
-        "endpoint": ((point + (next_sigma - sigma) * flow) - next_point).square().mean(),
+        "endpoint": ((seen + (next_sigma - sigma) * flow) - next_point).square().mean(),
     }
+    perfect = {"x0": (seen - x0) / sigma, "flow": noise - x0, "endpoint": (seen - next_point) / (sigma - next_sigma)}
     for form, expected in forms.items():
-        loss = forward_kl_loss(flow, point, next_point, sigma, next_sigma, form)
-        torch.testing.assert_close(loss, expected, rtol=2e-4, atol=1e-5, msg=form)
-        assert forward_kl_loss(noise - x0, point, next_point, sigma, next_sigma, form) < 1e-8
+        words = (point, next_point, sigma, next_sigma, form, seen if own else None)
+        torch.testing.assert_close(forward_kl_loss(flow, *words), expected, rtol=2e-4, atol=1e-5, msg=form)
+        assert forward_kl_loss(perfect[form], *words) < 1e-8
 
 
 def test_forward_kl_is_computed_in_float32():
