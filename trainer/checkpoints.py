@@ -46,11 +46,9 @@ class Checkpoints:
     def save(self, iteration: int, state: Mapping[str, Tensor], config: str) -> None:
         """Copy the state and write it, beside the configuration, in the background; waits only for the save before."""
         self.finish()
-        # A run that was killed while it saved may have left the very same name.
         partial = self._partial(iteration)
         if rank() == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
+            partial.mkdir(parents=True, exist_ok=True)  # another process may have begun to write
             write_text(partial / CONFIG, config)
         # What lies on the CPU would be written while training changes it.
         copy = {name: x.detach().clone() if x.device.type == "cpu" else x for name, x in state.items()}
