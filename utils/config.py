@@ -175,6 +175,8 @@ class TrainConfig:
     """Largest gradient norm; larger gradients are scaled down to it. 0: none is."""
     stop_grad_norm: float = 1.0e4
     """Gradient norm beyond which a run stops instead of taking the step."""
+    stop_loss_growth: float = 1000.0
+    """A loss so many times its median over the last hundred iterations stops a run as well."""
     ema_decay: float = 0.999
     """Decay of the exponential moving average of the weights; shortened early in a run that averages from the start."""
     ema_start: int = 0
@@ -306,8 +308,9 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Config), *map(_off_is_a_word, [*files, changes]))
         config = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        key = f" (key {error.full_key})" if error.full_key else ""
+    except (OmegaConfBaseException, TypeError) as error:
+        name = getattr(error, "full_key", "")
+        key = f" (key {name})" if name else ""
         raise UserError(f"in {path} or the overrides: {str(error).splitlines()[0]}{key}") from None
     assert isinstance(config, Config)
     check_config(config)
@@ -316,8 +319,9 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
 
 def _off_is_a_word(given: Any) -> Any:
     """W&B's mode as it was written: YAML takes an unquoted off for false."""
-    if OmegaConf.select(given, "train.wandb") is False:
-        given.train.wandb = "off"
+    train = OmegaConf.select(given, "train")
+    if isinstance(train, DictConfig) and train.get("wandb") is False:
+        train.wandb = "off"
     return given
 
 
@@ -359,74 +363,61 @@ def parse_record(path: str) -> dict[str, Any] | None:
     return record
 
 
+_POSITIVE = (
+    *("rollout.block_frames", "rollout.timestep_shift", "video.height", "video.width", "video.fps"),
+    *("video.num_output_frames", "model.text_length", "teacher.num_inference_steps", "teacher.timestep_shift"),
+    *("data.num_frames", "train.timestep_shift", "train.max_iterations", "train.batch_size", "train.log_every"),
+    *("train.checkpoint_every", "train.keep_checkpoints", "distill.generator_every", "distill.timestep_shift"),
+    *("distill.forward_kl_steps", "distill.max_rollout_frames"),
+)
+_NOT_NEGATIVE = (
+    *("rollout.leading_blocks", "rollout.leading_steps", "rollout.window", "rollout.sink", "runtime.seed"),
+    *("train.learning_rate", "train.muon_learning_rate", "train.weight_decay", "train.grad_clip", "train.warmup"),
+    *("train.ema_start", "train.total_batch_size", "train.first_frame_weight", "train.kl_weight"),
+    *("train.sample_every", "distill.critic_learning_rate", "distill.forward_kl_weight"),
+)
+_FINITE = ("model.lora_scale", "teacher.guidance_scale", "distill.guidance_scale")
+
+
 def check_config(config: Config) -> None:
     """Check what types cannot say.
 
     Raises:
         UserError: naming the key and the values that would do.
     """
-    rollout, video = config.rollout, config.video
-    positive = {
-        "rollout.block_frames": rollout.block_frames,
-        "rollout.timestep_shift": rollout.timestep_shift,
-        "video.height": video.height,
-        "video.width": video.width,
-        "video.fps": video.fps,
-        "video.num_output_frames": video.num_output_frames,
-        "model.text_length": config.model.text_length,
-        "teacher.num_inference_steps": config.teacher.num_inference_steps,
-        "teacher.timestep_shift": config.teacher.timestep_shift,
-        "data.num_frames": config.data.num_frames,
-        "train.timestep_shift": config.train.timestep_shift,
-        "train.max_iterations": config.train.max_iterations,
-        "train.batch_size": config.train.batch_size,
-        "train.log_every": config.train.log_every,
-        "train.checkpoint_every": config.train.checkpoint_every,
-        "train.keep_checkpoints": config.train.keep_checkpoints,
-        "distill.generator_every": config.distill.generator_every,
-        "distill.timestep_shift": config.distill.timestep_shift,
-        "distill.forward_kl_steps": config.distill.forward_kl_steps,
-    }
-    for key, value in positive.items():
-        if not 0 < value < math.inf:  # NaN included
-            raise UserError(f"{key} must be positive, not {value}")
-    for key in ("leading_blocks", "leading_steps", "window", "sink"):
-        if getattr(rollout, key) < 0:
-            raise UserError(f"rollout.{key} must not be negative, not {getattr(rollout, key)}")
-    train = config.train
-    if len(train.betas) != 2 or not all(0 <= beta < 1 for beta in train.betas):
-        raise UserError(f"train.betas must be two numbers from 0 to below 1, not {train.betas}")
-    needs_lengths = train.objective == "vae_reconstruction" and not train.clip_frames
-    if needs_lengths or any(frames < 1 or frames % 4 != 1 for frames in train.clip_frames):
-        raise UserError(f"train.clip_frames must be numbers of the form 4n+1, not {train.clip_frames}")
-    if train.dtype == "float16":
-        raise UserError("train.dtype=float16 would lose these losses' gradients; take bfloat16 or float32")
-    if train.grad_clip < 0:
-        raise UserError(f"train.grad_clip must not be negative, not {train.grad_clip}")
-    if config.runtime.seed < 0:
-        raise UserError(f"runtime.seed must not be negative, not {config.runtime.seed}")
+    for keys, fits, word in (
+        (_POSITIVE, lambda value: 0 < value < math.inf, "positive"),
+        (_NOT_NEGATIVE, lambda value: 0 <= value < math.inf, "0 or more"),
+        (_FINITE, math.isfinite, "a finite number"),
+    ):
+        for key in keys:
+            section, name = key.split(".")
+            value = getattr(getattr(config, section), name)
+            if not fits(value):  # NaN included
+                raise UserError(f"{key} must be {word}, not {value}")
+    _check_rollout(config.rollout)
+    _check_train(config.train)
+    _check_distill(config)
+    sigmas = config.data.sigmas
+    if sigmas and not (sigmas[0] <= 1 and sigmas[-1] >= 0 and falls(sigmas)):
+        raise UserError(f"data.sigmas must fall from at most 1 to at least 0, not {sigmas}")
+
+
+def falls(levels: Sequence[float]) -> bool:
+    """Whether every one of these is smaller than the one before; false with a NaN."""
+    return all(a > b for a, b in itertools.pairwise(levels)) and all(map(math.isfinite, levels))
+
+
+def _steps(rollout: RolloutConfig) -> list[float]:
     steps = rollout.denoising_step_list
-    if steps and steps[-1] == 0:
-        steps = steps[:-1]
-    falling = all(a > b for a, b in itertools.pairwise([*steps, 0]))  # false with a NaN
-    if not steps or not falling or not steps[0] <= 1000:
+    return steps[:-1] if steps and steps[-1] == 0 else steps
+
+
+def _check_rollout(rollout: RolloutConfig) -> None:
+    steps = _steps(rollout)
+    if not steps or not falls([*steps, 0]) or not steps[0] <= 1000:
         raise UserError(
             f"rollout.denoising_step_list must fall from at most 1000 towards 0, not {rollout.denoising_step_list}"
-        )
-    distill = config.distill
-    if not 0 <= distill.min_exit_step < len(steps):
-        raise UserError(f"distill.min_exit_step must be 0 to {len(steps) - 1}, not {distill.min_exit_step}")
-    if distill.forward_kl_steps > len(steps):
-        raise UserError(f"distill.forward_kl_steps must be 1 to {len(steps)}, not {distill.forward_kl_steps}")
-    if not 0 < distill.min_timestep < distill.max_timestep <= 1000:
-        raise UserError(
-            "distill.min_timestep and max_timestep must rise within 0 and 1000, not "
-            f"{distill.min_timestep} and {distill.max_timestep}"
-        )
-    if train.objective == "score_distillation" and distill.max_rollout_frames < config.data.num_frames:
-        raise UserError(
-            f"distill.max_rollout_frames {distill.max_rollout_frames} must be at least "
-            f"data.num_frames {config.data.num_frames}"
         )
     if rollout.leading_steps > len(steps):
         raise UserError(f"rollout.leading_steps is {rollout.leading_steps}, but there are only {len(steps)} steps")
@@ -434,4 +425,39 @@ def check_config(config: Config) -> None:
         raise UserError(
             f"rollout.window {rollout.window} must hold a block ({rollout.block_frames}) and the sink "
             f"({rollout.sink}), or be 0 for the whole video"
+        )
+
+
+def _check_train(train: TrainConfig) -> None:
+    if len(train.betas) != 2 or not all(0 <= beta < 1 for beta in train.betas):
+        raise UserError(f"train.betas must be two numbers from 0 to below 1, not {train.betas}")
+    if not 0 <= train.ema_decay < 1:
+        raise UserError(f"train.ema_decay must be from 0 to below 1, not {train.ema_decay}")
+    if not 0 <= train.text_dropout <= 1:
+        raise UserError(f"train.text_dropout must be from 0 to 1, not {train.text_dropout}")
+    for key, limit in ("stop_grad_norm", train.stop_grad_norm), ("stop_loss_growth", train.stop_loss_growth):
+        if not limit > 0:
+            raise UserError(f"train.{key} must be positive, not {limit}; .inf never stops")
+    needs_lengths = train.objective == "vae_reconstruction" and not train.clip_frames
+    if needs_lengths or any(frames < 1 or frames % 4 != 1 for frames in train.clip_frames):
+        raise UserError(f"train.clip_frames must be numbers of the form 4n+1, not {train.clip_frames}")
+    if train.dtype == "float16":
+        raise UserError("train.dtype=float16 would lose these losses' gradients; take bfloat16 or float32")
+
+
+def _check_distill(config: Config) -> None:
+    distill, steps = config.distill, _steps(config.rollout)
+    if not 0 <= distill.min_exit_step < len(steps):
+        raise UserError(f"distill.min_exit_step must be 0 to {len(steps) - 1}, not {distill.min_exit_step}")
+    if distill.forward_kl_steps > len(steps):
+        raise UserError(f"distill.forward_kl_steps must be 1 to {len(steps)}, not {distill.forward_kl_steps}")
+    if not 0 < distill.min_timestep < distill.max_timestep <= 1000:
+        raise UserError(
+            "distill.min_timestep and distill.max_timestep must rise within 0 and 1000, not "
+            f"{distill.min_timestep} and {distill.max_timestep}"
+        )
+    if config.train.objective == "score_distillation" and distill.max_rollout_frames < config.data.num_frames:
+        raise UserError(
+            f"distill.max_rollout_frames {distill.max_rollout_frames} must be at least "
+            f"data.num_frames {config.data.num_frames}"
         )

@@ -6,6 +6,7 @@ the record beside a video is a configuration too.
 """
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import asdict, fields, is_dataclass
@@ -278,3 +279,36 @@ def test_what_cannot_be_inherited_is_said(tmp_path, parent, message):
     (tmp_path / "child.yaml").write_text(f"inherit: {parent}\n")
     with pytest.raises(UserError, match=message):
         load_config(str(tmp_path / "child.yaml"))
+
+
+def numbers(kind: type) -> list[str]:
+    """The keys that are of this kind."""
+    sections = {section.name: section.default_factory for section in fields(Config)}
+    return [f"{name}.{key.name}" for name, make in sections.items() for key in fields(make) if key.type is kind]
+
+
+@pytest.mark.parametrize("key", [*numbers(float), "data.sigmas", "train.betas", "rollout.denoising_step_list"])
+def test_no_number_may_be_nan(empty, key):
+    value = "nan" if key in numbers(float) else "[.nan, 0.5]"
+    with pytest.raises(UserError, match=re.escape(key)):
+        load_config(empty, [f"{key}={value}"])
+
+
+@pytest.mark.parametrize("key", numbers(int))
+def test_no_count_may_be_negative(empty, key):
+    with pytest.raises(UserError, match=re.escape(key)):
+        load_config(empty, [f"{key}=-1"])
+
+
+@pytest.mark.parametrize(
+    "word", ["train.ema_decay=1.5", "train.text_dropout=2", "train.learning_rate=.inf", "data.sigmas=[2,1]",
+             "data.sigmas=[0.5,0.9]", "train.betas.0=0.5", "train=[1]"]
+)  # fmt: skip
+def test_values_that_cannot_be_meant(empty, word):
+    with pytest.raises(UserError):
+        load_config(empty, [word])
+
+
+def test_no_limit_may_be_wanted(empty):
+    config = load_config(empty, ["train.stop_grad_norm=.inf", "train.stop_loss_growth=.inf"])
+    assert config.train.stop_grad_norm == config.train.stop_loss_growth == float("inf")
