@@ -284,12 +284,13 @@ def load_into(net: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
     net.load_state_dict(dict(state), assign=on_meta)
 
 
-def _build(
-    make: Callable[[], Net], state: State, source: Path, dtype: torch.dtype | None, fp32: Collection[str]
+def build(
+    make: Callable[[], Net], state: State, source: Path | str, dtype: torch.dtype | None, fp32: Collection[str] = ()
 ) -> Net:
     """Make a net that takes no memory and load `state` into it, in evaluation mode as `from_pretrained` does.
 
-    Weights become `dtype` (None: as stored), those of modules named in `fp32` float32.
+    Weights become `dtype` (None: as stored), those of modules named in `fp32` float32. `source` is where `state` came
+    from, for messages.
     """
     with no_init_weights(), init_empty_weights():
         net = make()
@@ -438,7 +439,7 @@ class ModelDirectory:
         source = Path(weights or (self.path / subfolder if self.layout == "diffusers" else self.path))
         state = read_checkpoint(source, use_ema)
         fp32 = getattr(net_class, "_keep_in_fp32_modules", None) or ()
-        return _build(lambda: net_class.from_config(config), state, source, dtype, fp32)  # type: ignore[attr-defined]
+        return build(lambda: net_class.from_config(config), state, source, dtype, fp32)  # type: ignore[attr-defined]
 
     def load_text_encoder(self, dtype: torch.dtype | None = None) -> tuple[UMT5EncoderModel, PreTrainedTokenizerBase]:
         """The text encoder and its tokenizer, of whichever kind its tokenizer_config.json names."""
@@ -454,7 +455,7 @@ class ModelDirectory:
             state |= {"shared.weight": shared, "encoder.embed_tokens.weight": shared}
         # As in transformers: `wo` overflows in float16, and only then is it kept in float32.
         fp32 = ("wo",) if dtype == torch.float16 else ()
-        encoder = _build(lambda: UMT5EncoderModel(config), state, source, dtype, fp32)
+        encoder = build(lambda: UMT5EncoderModel(config), state, source, dtype, fp32)
         encoder.set_input_embeddings(encoder.shared)
         try:
             return encoder, AutoTokenizer.from_pretrained(tokens, local_files_only=True)
@@ -470,7 +471,7 @@ class ModelDirectory:
             source = self.path / NATIVE_VAE
             state = convert_wan_vae_to_diffusers(_read_state(source))
             config = {"base_dim": len(state["encoder.conv_in.bias"])} if "encoder.conv_in.bias" in state else {}
-        return _build(lambda: AutoencoderKLWan.from_config(config), state, source, dtype, ())
+        return build(lambda: AutoencoderKLWan.from_config(config), state, source, dtype, ())
 
 
 # ---- Writing ----

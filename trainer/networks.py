@@ -15,10 +15,11 @@ from model.causal_wan import CausalWanModel
 from model.text_encoder import TextEncoder, padded, without_padding
 from model.weights import ModelDirectory, save_transformer
 from pipeline.text_to_video import choose_attention_backend
-from trainer.sharding import num_parts, shard
+from trainer.sharding import num_parts, shard, shard_text_encoder
 from utils.config import Config, TrainConfig
 from utils.device import DTYPES
 from utils.errors import UserError
+from utils.process_group import largest_of_processes
 from utils.rng import keyed_generator
 
 
@@ -34,6 +35,7 @@ class CaptionEmbeddings:
         self.device = device
         self.length = config.model.text_length
         self.encoder = load_caption_encoder(config, device)
+        self.together = shards_caption_encoder(config)  # a pass is a common work of all processes
         self._latest: OrderedDict[str, Tensor] = OrderedDict()
 
     def of(self, clips: Sequence[int] | Tensor, dropped: Tensor | None = None) -> Tensor:
@@ -44,24 +46,35 @@ class CaptionEmbeddings:
         return self.encode(texts)
 
     def encode(self, texts: Sequence[str]) -> Tensor:
-        """Embeddings [B, L, text_dim], float32, of any texts."""
-        return padded([self._kept(text) for text in texts], self.length).to(self.device, torch.float32)
-
-    def _kept(self, text: str) -> Tensor:
-        """An embedding without the zeros behind its end."""
-        if text not in self._latest:
+        """Embeddings [B, L, text_dim], float32, of any texts. All processes ask as often, if not for the same."""
+        missing = [text for text in dict.fromkeys(texts) if text not in self._latest]
+        passes = largest_of_processes(len(missing), self.device) if self.together else len(missing)
+        for number in range(passes):
+            text = missing[number] if number < len(missing) else ""
             self._latest[text] = without_padding(self.encoder.encode([text])[0].cpu())
-            if len(self._latest) > _KEPT_EMBEDDINGS:
-                self._latest.popitem(last=False)
-        self._latest.move_to_end(text)
-        return self._latest[text]
+        for text in texts:
+            self._latest.move_to_end(text)
+        embeddings = padded([self._latest[text] for text in texts], self.length).to(self.device, torch.float32)
+        while len(self._latest) > _KEPT_EMBEDDINGS:
+            self._latest.popitem(last=False)
+        return embeddings
+
+
+def shards_caption_encoder(config: Config) -> bool:
+    """Whether processes share out the text encoder's weights; nobody needs it where embeddings come from the disk."""
+    return config.train.sharding != "replicate" and not config.model.text_cache
 
 
 def load_caption_encoder(config: Config, device: torch.device) -> TextEncoder:
     """The text encoder that training reads captions with, on `device`. Its type keeps embeddings on the disk apart."""
-    dtype = torch.float32 if device.type == "cpu" else DTYPES[config.model.dtype]
-    directory = ModelDirectory.open(config.model.base)
-    return TextEncoder.load(directory, dtype, config.model.text_length, config.model.text_cache).to(device)
+    model = config.model
+    dtype = torch.float32 if device.type == "cpu" else DTYPES[model.dtype]
+    directory = ModelDirectory.open(model.base)
+    if not shards_caption_encoder(config):
+        return TextEncoder.load(directory, dtype, model.text_length, model.text_cache).to(device)
+    encoder, tokenizer = directory.load_text_encoder(dtype)
+    shard_text_encoder(encoder, config.train, device)
+    return TextEncoder(encoder, tokenizer, model.text_length)
 
 
 _KEPT_EMBEDDINGS = 10_000  # of the miniature some 160 MB; of Wan's own, a prompt of 100 tokens is 0.8 MB

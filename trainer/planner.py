@@ -76,7 +76,10 @@ def taken(config: Config, nets: list[Net], processes: int) -> Rows:
     # Not at the same time as a rollout's, but memory that was freed is not always whole.
     whose = " (critic, forward KL)" if distilled else ""
     rows.append((f"activations of {frames} frames{whose}", activations(config, student, frames)))
-    return rows + around(config, student)
+    if shards > 1 and makes_videos(config):
+        size = DTYPES[config.train.dtype].itemsize * nets[0].num_parameters
+        rows.append((f"{nets[0].name}: whole, for sample videos ({config.train.dtype})", size))
+    return rows + around(config, student, shards)
 
 
 def states(config: Config, net: Net, averaged: bool, shards: int) -> Rows:
@@ -166,7 +169,14 @@ def activations(config: Config, net: dict, frames: int) -> float:
     return net["num_layers"] * tokens * width(net) * element + layer
 
 
-def around(config: Config, student: dict) -> Rows:
+def makes_videos(config: Config) -> bool:
+    """Whether there are sample videos on the way."""
+    train = config.train
+    causal = train.objective in ("score_distillation", "ode_regression") or train.forcing != "none"
+    return train.sample_every > 0 and causal
+
+
+def around(config: Config, student: dict, shards: int = 1) -> Rows:
     """Weights of the text encoder, if it is not spared by `model.text_cache`, and of a VAE each for rollouts that are
     cut and for sample videos."""
     rows: Rows = []
@@ -174,12 +184,16 @@ def around(config: Config, student: dict) -> Rows:
     if not config.model.text_cache:
         sizes = part_config(folder / "text_encoder") or preset_of_width(student["text_dim"], folder)
         dtype = "float32" if config.runtime.device == "cpu" else config.model.dtype
-        count = num_parameters(lambda: UMT5EncoderModel(UMT5Config.from_dict(sizes)))
-        rows.append((f"text encoder: weights ({dtype})", DTYPES[dtype].itemsize * count))
+        with torch.device("meta"):
+            encoder = UMT5EncoderModel(UMT5Config.from_dict(sizes))
+        element, count = DTYPES[dtype].itemsize, sum(p.numel() for p in encoder.parameters())
+        rows.append((f"text encoder: weights ({dtype})", element * count / shards))
+        if shards > 1:  # the table of tokens stands outside of the layers
+            gathered = encoder.shared.weight.numel() + 2 * sum(p.numel() for p in encoder.encoder.block[0].parameters())
+            rows.append(("text encoder: tokens and two layers gathered", element * gathered))
     distilled = train.objective == "score_distillation"
     cut = distilled and config.distill.max_rollout_frames > config.data.num_frames
-    causal = distilled or train.objective == "ode_regression" or train.forcing != "none"
-    sampled = train.sample_every > 0 and causal
+    sampled = makes_videos(config)
     if cut or sampled:
         vae = part_config(folder / "vae") or presets.VAES["wan"]
         size = DTYPES[train.dtype].itemsize * num_parameters(lambda: AutoencoderKLWan.from_config(vae))

@@ -6,7 +6,6 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from model.causal_wan import CausalWanModel
 from model.text_encoder import TextEncoder
@@ -14,10 +13,10 @@ from model.vae import WanVAE
 from model.weights import ModelDirectory
 from pipeline.text_to_video import TextToVideo
 from trainer.networks import compute_in
+from trainer.sharding import whole_copy
 from utils.config import Config
 from utils.device import DTYPES
 from utils.distributed import rank, world_size
-from utils.errors import UserError
 from utils.files import writable_folder
 from utils.prompts import Prompt, read_prompts, unique_stems
 from utils.video import VideoWriter
@@ -41,11 +40,10 @@ class VideoSampler:
         self.config.model.offload = False
 
     @cached_property
-    def pipeline(self) -> TextToVideo:
-        """The net and what it takes to make videos, loaded when the first are wanted."""
+    def vae(self) -> WanVAE:
+        """The VAE, loaded when the first videos are wanted."""
         directory = ModelDirectory.open(self.config.model.base)
-        vae = WanVAE(directory.load_vae(DTYPES[self.config.train.dtype]).to(self.net.device))
-        return TextToVideo(self.config, self.net, self.encoder, vae)
+        return WanVAE(directory.load_vae(DTYPES[self.config.train.dtype]).to(self.net.device))
 
     @cached_property
     def prompts(self) -> list[Prompt]:
@@ -56,27 +54,25 @@ class VideoSampler:
     def write(self, folder: Path) -> None:
         """Write a video of every prompt to `folder`.
 
-        All processes run equally many forwards, since those of a sharded net are a common work: one without a prompt of
-        its own makes one again. What goes wrong with decoding or a file is printed and no process waits for it.
+        What processes do together, to copy a sharded net and to encode the prompts, comes first. After that none waits
+        for another: what goes wrong with a video is printed, and training goes on without it.
         """
+        sharded, dtype = self.config.train.sharding != "replicate", DTYPES[self.config.train.dtype]
+        net = whole_copy(self.net, dtype) if sharded else self.net
+        pipeline = TextToVideo(self.config, net, self.encoder, self.vae)
         prompts = self.prompts
+        pipeline.embeddings.encode([prompt.text for prompt in prompts])
         stems = unique_stems(prompts, 1)
-        rounds = -(-len(prompts) // world_size())
-        for number in range(rounds):
-            index = number * world_size() + rank()
-            prompt = prompts[index % len(prompts)]
-            with torch.no_grad(), compute_in(self.config, self.pipeline.net.device):
-                latents = torch.cat(list(self.pipeline.generate([prompt.text], [0])), dim=1)
-            if index < len(prompts):
-                self._write(folder / f"{stems[prompt.index][0]}.mp4", latents)
-
-    def _write(self, path: Path, latents: Tensor) -> None:
-        try:
-            writable_folder(path.parent)
-            with VideoWriter(path, fps=self.config.video.fps) as video:
-                video.write(self.pipeline.vae.decode(latents)[0])
-        except (OSError, RuntimeError, UserError) as error:  # memory included: training can do without
-            print(f"note: {path} was not written: {type(error).__name__}: {error}", flush=True)
+        for prompt in prompts[rank() :: world_size()]:
+            path = folder / f"{stems[prompt.index][0]}.mp4"
+            try:
+                with torch.no_grad(), compute_in(self.config, net.device):
+                    latents = torch.cat(list(pipeline.generate([prompt.text], [0])), dim=1)
+                writable_folder(path.parent)
+                with VideoWriter(path, fps=self.config.video.fps) as video:
+                    video.write(self.vae.decode(latents)[0])
+            except Exception as error:  # memory included
+                print(f"note: {path} was not written: {type(error).__name__}: {error}", flush=True)
 
 
 def read_captions(path: str) -> list[str]:

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
+from transformers import UMT5EncoderModel
 
 from model.causal_wan import CausalWanModel
+from model.weights import build
 from utils.config import TrainConfig
 from utils.device import DTYPES
 from utils.distributed import local_world_size, rank, world_size
@@ -38,6 +40,14 @@ def shard(net: CausalWanModel, config: TrainConfig, device: torch.device) -> Non
             register_fsdp_forward_method(layer, method)
     fully_shard(net, mesh=mesh, mp_policy=policy)
     register_fsdp_forward_method(net, "encode_text")
+
+
+def shard_text_encoder(encoder: UMT5EncoderModel, config: TrainConfig, device: torch.device) -> None:
+    """Share a text encoder's weights out as a DiT's, to be gathered for each pass; all in the type that they have."""
+    mesh = device_mesh(config, device)
+    for block in encoder.requires_grad_(False).encoder.block:
+        fully_shard(block, mesh=mesh)
+    fully_shard(encoder, mesh=mesh, reshard_after_forward=True)
 
 
 def device_mesh(config: TrainConfig, device: torch.device) -> DeviceMesh:
@@ -84,6 +94,20 @@ def clip_gradients(parameters: Iterable[nn.Parameter], largest: float) -> float:
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor, whichever part of it this process holds."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this process holds."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_copy(net: CausalWanModel, dtype: torch.dtype) -> CausalWanModel:
+    """A sharded net's copy that is no common work: all processes make it at once, and each does with it what it likes.
+
+    It takes the memory of the whole net in `dtype`.
+    """
+    state = {name: whole(tensor).to(dtype) for name, tensor in net.state_dict().items()}
+    return build(lambda: CausalWanModel.from_config(net.config), state, "a copy", dtype).to(net.device)
 
 
 def num_parts(config: TrainConfig) -> int:

@@ -58,3 +58,12 @@ def sum_over_processes(tensors: Sequence[Tensor]) -> None:
     dist.all_reduce(flat)
     for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
         tensor.copy_(total.view_as(tensor))
+
+
+def largest_of_processes(number: int, device: torch.device) -> int:
+    """The largest of the numbers that all processes come with."""
+    if world_size() == 1:
+        return number
+    largest = torch.tensor(number, device=device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest)

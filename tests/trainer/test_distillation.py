@@ -7,6 +7,7 @@ turn changes its own net only; each way of the forward KL sees what it should; a
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from test_trainer import Stop, assert_same, state_of
@@ -16,13 +17,14 @@ from trainer.distillation import ScoreDistillation
 from trainer.trainer import Trainer
 from utils.errors import UserError
 from utils.ode_pairs import write_ode_pair, write_sigmas
+from utils.video import read_video
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture
 def make(make_config, pairs, tiny_presets, model):
-    """make(schedule, pairs, **changes to the distill section): the objective on clips of six latent frames of 4x4."""
+    """make(schedule, pairs, **changes to keys of any section): the objective on clips of six latent frames of 4x4."""
 
     def make(schedule: str = "timestep_first", path: Path = pairs, **distill) -> ScoreDistillation:
         config = make_config(path, objective="score_distillation", init=str(model / "transformer"))
@@ -32,7 +34,7 @@ def make(make_config, pairs, tiny_presets, model):
         config.distill.max_rollout_frames = 6
         config.teacher.negative_prompt = ""
         for key, value in distill.items():
-            sections = (config.distill, config.rollout, config.data, config.video, config.model)
+            sections = (config.distill, config.rollout, config.data, config.video, config.model, config.train)
             setattr(next(section for section in sections if hasattr(section, key)), key, value)
         return ScoreDistillation(config, CPU)
 
@@ -373,3 +375,17 @@ def test_sample_videos_are_the_averages_and_change_nothing(make, tmp_path):
     videos = {path.parent.name: path.stem for path in (tmp_path / "sampled/samples").glob("*/*.mp4") if path.is_file()}
     assert videos.keys() == {"00000002", "00000004"}
     assert_same(state_of(sampled), state_of(plain))
+
+
+def test_sample_videos_of_a_sharded_net_are_those_of_a_whole_one(make, tmp_path):
+    videos = []
+    for sharding in ("replicate", "shard"):
+        objective = make(sharding=sharding)
+        objective.sample(tmp_path / sharding)
+        videos.append({file.name: read_video(file)[0] for file in (tmp_path / sharding).iterdir()})
+        objective.backward("generator", 0, 0, 1.0, True)  # it can still be trained
+        assert len(gradients(objective.generator)) > 10
+    one, other = videos
+    assert one.keys() == other.keys() and len(one) > 1
+    for name, frames in one.items():
+        assert frames.std() > 1 and np.array_equal(frames, other[name])

@@ -198,6 +198,21 @@ def test_the_miniatures_text_encoder_is_as_large_as_it_is_loaded():
         assert size(around(config, SHAPES), TEXT) == sum(p.nbytes for p in encoder.parameters())
 
 
+def test_sharded_text_encoders_are_gathered_layer_by_layer():
+    wan = presets.TRANSFORMERS["wan-1.3b"]
+    rows = around(published(), wan, shards=8)
+    assert size(rows, f"{TEXT} (bfloat16)") == 2 * 5_680_910_336 / 8
+    tokens, layer = 256_384 * 4096, 4 * 4096**2 + 3 * 4096 * 10_240 + 2 * 4096 + 32 * 64
+    assert size(rows, "text encoder: tokens and two layers gathered") == 2 * (tokens + 2 * layer)
+
+
+def test_a_sharded_net_is_copied_for_sample_videos():
+    name = "generator: whole, for sample videos"
+    for words, expected in ([], None), (["train.sample_every=5"], 2 * 1_418_996_800):
+        config = published("train.sharding=shard", *words)
+        assert size(taken(config, networks(config), 8), name) == expected
+
+
 def test_the_text_encoder_of_an_unknown_width_cannot_be_planned(tmp_path):
     with pytest.raises(UserError, match=r"no text_encoder/config\.json"):
         around(miniature(f"model.base={tmp_path}"), SHAPES | {"text_dim": 65})
@@ -220,5 +235,5 @@ def test_the_table_shows_every_row_and_their_sum():
     rows = taken(config, networks(config), 2)
     first, *lines, last = plan(config, 2).splitlines()
     assert "sharding shard (2 shards)" in first
-    assert lines == [f"# {size / 1e9:8.2f} GB  {name}" for name, size in rows] and len(rows) == 15
+    assert lines == [f"# {size / 1e9:8.2f} GB  {name}" for name, size in rows] and len(rows) == 17
     assert last == f"# {sum(size for _, size in rows) / 1e9:8.2f} GB  in all; fits in 80 GB"
