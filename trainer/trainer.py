@@ -5,14 +5,16 @@ import json
 import math
 import secrets
 import signal
+import statistics
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 import torch.distributed as dist
@@ -21,11 +23,15 @@ from torch import Tensor, nn
 from trainer.checkpoints import CONFIG, Checkpoints
 from trainer.muon import Muon
 from trainer.sampling import read_captions
-from trainer.sharding import clip_gradients, loss_scale, my_parts, num_parts, settle, sum_gradients, whole
+from trainer.sharding import clip_gradients, local, loss_scale, my_parts, num_parts, settle, sum_gradients, whole
 from utils.config import Config, TrainConfig, load_config
 from utils.distributed import rank
 from utils.errors import UserError
 from utils.files import only_user, writable_folder, write_text
+from utils.process_group import largest_of_processes
+
+LOSSES = ("loss", "critic", "forward_kl")
+"""Metrics that stop a run when they grow beyond all proportion."""
 
 
 class Objective(Protocol):
@@ -73,6 +79,8 @@ class Trainer:
         self.objective = objective
         self.logdir = writable_folder(logdir)
         self.iteration = 0
+        if self.train_config.output and rank() == 0:
+            writable_folder(self.train_config.output)
         if self.train_config.sample_every:
             read_captions(self.train_config.sample_prompts)  # what is wrong with them is said now, and not hours later
         self.optimizers = {
@@ -83,6 +91,7 @@ class Trainer:
         self.ema = {name: tensor.detach().clone() for name, tensor in self.net.state_dict().items()}
         self.checkpoints = Checkpoints(self.logdir, self.train_config.keep_checkpoints)
         self.notice = Notice()
+        self.recent: dict[str, deque[float]] = {name: deque(maxlen=100) for name in LOSSES}
         self.stopping = False  # by common knowledge of all processes: with the iteration that is under way
 
     def train(self, resume: Path | None = None) -> None:
@@ -120,10 +129,18 @@ class Trainer:
         if self.stopping:
             raise KeyboardInterrupt
         if config.output:
-            weights = {name: whole(tensor) for name, tensor in self.ema.items()}
+            self.export(Path(config.output))
+
+    def export(self, folder: Path) -> None:
+        """Write the EMA weights, which the first process gathers one by one."""
+        weights = {}
+        for name, tensor in self.ema.items():
+            gathered = whole(tensor)
             if rank() == 0:
-                self.objective.export(Path(config.output), weights)
-                print(f"wrote {config.output}")
+                weights[name] = gathered.cpu()
+        if rank() == 0:
+            self.objective.export(folder, weights)
+            print(f"wrote {folder}")
 
     @property
     def num_parts(self) -> int:
@@ -143,6 +160,7 @@ class Trainer:
         """One optimizer update of one net, on the whole batch."""
         config, net = self.train_config, self.objective.nets[name]
         metrics = self.accumulate(name)
+        settle(net)  # gradients belong to its shards
         norm = clip_gradients(net.parameters(), config.grad_clip)
         self.refuse_bad(metrics, name, norm)
         for optimizer in self.optimizers[name]:
@@ -177,16 +195,34 @@ class Trainer:
             UserError: if a loss or the gradient is not finite or out of all proportion; it says which.
         """
         config = self.train_config
+        losses = {key: metrics[key] for key in LOSSES if key in metrics}
         bad = [f"{key} is {value:.4g}" for key, value in metrics.items() if not math.isfinite(value)]
+        for key, value in losses.items():
+            usual = self.usual(key)
+            if usual is not None and value > config.stop_loss_growth * usual:
+                bad.append(f"{key} is {value:.4g} where {usual:.4g} is usual")
         if not math.isfinite(norm) or norm > config.stop_grad_norm:
             shares = [f"{key} {value:.4g}" for key, value in metrics.items() if key.endswith("_output_gradient")]
             bad.append(f"the gradient norm of the {name} is {norm:.4g}" + f" ({', '.join(shares)})" * bool(shares))
-        if not bad:
-            return
+        if bad:
+            self.stop(", ".join(bad))
+        for key, value in losses.items():
+            self.recent[key].append(value)
+
+    def usual(self, loss: str) -> float | None:
+        """The median of a loss's latest values; None before there are enough of them to say."""
+        return statistics.median(self.recent[loss]) or None if len(self.recent[loss]) >= 20 else None
+
+    def stop(self, reason: str) -> NoReturn:
+        """End a run that cannot go on, saying which state is left.
+
+        Raises:
+            UserError: always.
+        """
         self.checkpoints.finish()
         saved = self.checkpoints.saved()
         good = f"the last good state is {saved[-1]}" if saved else "nothing was saved yet"
-        raise UserError(f"iteration {self.iteration}: {', '.join(bad)}; {good}, go on with a lower learning rate")
+        raise UserError(f"iteration {self.iteration}: {reason}; {good}, go on with a lower learning rate")
 
     @torch.no_grad()
     def update_ema(self) -> None:
@@ -239,7 +275,19 @@ class Trainer:
         """Write a checkpoint in the background; a kill in between leaves the one before."""
         if not self.train_config.save:
             return
-        self.checkpoints.save(self.iteration, self.state(), self.config_text())
+        state = self.state()
+        self.refuse_ruined(state)
+        self.checkpoints.save(self.iteration, state, self.config_text())
+
+    def refuse_ruined(self, state: Mapping[str, Tensor]) -> None:
+        """Stop before a state with what is not finite takes the place of a good one.
+
+        Raises:
+            UserError: naming the first of it.
+        """
+        ruined = [name for name, tensor in state.items() if not local(tensor).isfinite().all()]
+        if largest_of_processes(len(ruined), next(self.net.parameters()).device):
+            self.stop(f"{ruined[0] if ruined else 'what another process holds'} is not finite")
 
     def config_text(self) -> str:
         """The configuration as YAML, with the size of the batches, which may follow from the number of processes."""
@@ -259,6 +307,11 @@ class Trainer:
         self.iteration = int(state["iteration"])
         if (source / CONFIG).exists():
             before = load_config(str(source / CONFIG))
+            if before.train.objective != self.train_config.objective:
+                raise UserError(
+                    f"{source} is of a run with train.objective={before.train.objective}, not "
+                    f"{self.train_config.objective}; choose another --logdir"
+                )
             if not self.train_config.total_batch_size:
                 self.train_config.total_batch_size = before.train.total_batch_size
             changes = changed_keys(before, self.config)
@@ -266,6 +319,8 @@ class Trainer:
             changes = []
         if rank() == 0:
             print(f"resumed from {source} at iteration {self.iteration}")
+            if self.iteration > self.train_config.max_iterations:
+                print(f"note: that is beyond train.max_iterations={self.train_config.max_iterations}")
             for change in changes:
                 print(f"note: {change}")
 
@@ -298,22 +353,26 @@ class Notice:
 
 
 _FREE = {
-    *("train.max_iterations", "train.output", "train.save", "train.checkpoint_every", "train.keep_checkpoints"),
+    *("train.output", "train.save", "train.checkpoint_every", "train.keep_checkpoints"),
     *("train.sample_every", "train.sample_prompts", "train.log_every", "train.wandb", "train.wandb_dir"),
-    *("train.project", "train.stop_grad_norm", "model.text_cache", "runtime.device"),
+    *("train.project", "train.stop_grad_norm", "train.stop_loss_growth", "model.text_cache", "runtime.device"),
 }
 """What a run may change without becoming another."""
+_PLACE = {"train.total_batch_size", "distill.generator_every"}
+"""From which, with the iteration, follows where in its data a run is."""
 
 
 def changed_keys(before: Config, now: Config) -> list[str]:
     """What a run that goes on does differently: a line for each key that decides about its weights."""
+    free = _FREE | ({"train.max_iterations"} if now.train.decay == "constant" else set())
     lines = []
     for section in fields(Config):
         old, new = getattr(before, section.name), getattr(now, section.name)
         for key in fields(old):
             name, was, now_is = f"{section.name}.{key.name}", getattr(old, key.name), getattr(new, key.name)
-            if was != now_is and name not in _FREE:
-                lines.append(f"{name} was {was!r} and is {now_is!r} from here on")
+            if was != now_is and name not in free:
+                where = ", and the place in the data with it" if name in _PLACE else ""
+                lines.append(f"{name} was {was!r} and is {now_is!r} from here on{where}")
     return lines
 
 

@@ -238,11 +238,35 @@ def test_a_run_that_goes_back_keeps_what_it_makes(tmp_path, toy, make_config):
 
 
 def test_what_a_resumed_run_does_differently_is_said(tmp_path, toy, make_config, capsys):
+    def notes(**changes) -> list[str]:
+        Trainer(make_config(**changes), toy(), str(tmp_path)).train()
+        return [line for line in capsys.readouterr().out.splitlines() if line.startswith("note:")]
+
+    assert notes(max_iterations=2, decay="constant") == []
+    assert notes(max_iterations=4, decay="constant", sample_every=0) == []  # just so much more of the same
+    assert notes(max_iterations=3, decay="constant") == ["note: that is beyond train.max_iterations=3"]
+    assert notes(max_iterations=4, learning_rate=0.5, decay="constant") == [
+        "note: train.learning_rate was 0.001 and is 0.5 from here on"
+    ]
+    shutil.rmtree(tmp_path / "checkpoints")
+    assert notes(max_iterations=2, total_batch_size=2) == []
+    assert notes(max_iterations=4, total_batch_size=4) == [  # a cosine is another one if it ends elsewhere
+        "note: train.max_iterations was 2 and is 4 from here on",
+        "note: train.total_batch_size was 2 and is 4 from here on, and the place in the data with it",
+    ]
+
+
+def test_another_objective_does_not_go_on(tmp_path, toy, make_config):
     Trainer(make_config(max_iterations=2), toy(), str(tmp_path)).train()
-    Trainer(make_config(max_iterations=4), toy(), str(tmp_path)).train()
-    assert "note:" not in capsys.readouterr().out
-    Trainer(make_config(learning_rate=0.5, sample_every=0), toy(), str(tmp_path)).train()
-    assert "note: train.learning_rate was 0.001 and is 0.5 from here on\n" in capsys.readouterr().out
+    other = make_config(max_iterations=4, objective="flow_matching")
+    with pytest.raises(UserError, match=r"train\.objective=.*not flow_matching; choose another --logdir"):
+        Trainer(other, toy(), str(tmp_path)).train()
+
+
+def test_a_folder_that_cannot_be_exported_to_is_noticed_at_once(tmp_path, toy, make_config):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file"):
+        Trainer(make_config(output=str(tmp_path / "file")), toy(), str(tmp_path / "log"))
 
 
 def test_batches_stay_as_large_on_another_number_of_processes(tmp_path, toy, make_config, monkeypatch):
@@ -382,6 +406,42 @@ def test_a_gradient_out_of_all_proportion_ends_the_run(tmp_path, toy, make_confi
     loss = run.objective.loss
     run.objective.loss = lambda number, part: (loss(number, part)[0] * (1e6 if number == 2 else 1), {})
     with pytest.raises(UserError, match=r"iteration 2: the gradient norm of the net is .*; the last good state is"):
+        run.train()
+
+
+def test_a_loss_out_of_all_proportion_ends_the_run(tmp_path, toy, make_config):
+    """However small its gradient."""
+
+    def run(factor: float) -> Trainer:
+        result = Trainer(make_config(max_iterations=30, log_every=30), toy(), str(tmp_path / str(factor)))
+        loss = result.objective.loss
+
+        def growing(number: int, part: int):
+            value = loss(number, part)[0]
+            return value + value.detach() * (factor - 1 if number == 25 else 0), {}
+
+        result.objective.loss = growing
+        return result
+
+    run(900.0).train()
+    bad = run(1e5)
+    with pytest.raises(
+        UserError, match=r"iteration 25: loss is .* where .* is usual; the last good state is .*00000024"
+    ):
+        bad.train()
+
+
+def test_a_ruined_state_takes_no_good_ones_place(tmp_path, toy, make_config):
+    run = Trainer(make_config(), toy(), str(tmp_path))
+    loss = run.objective.loss
+
+    def ruining(number: int, part: int):
+        if number == 3:
+            run.ema["0.bias"][1] = math.nan
+        return loss(number, part)
+
+    run.objective.loss = ruining
+    with pytest.raises(UserError, match=r"iteration 4: ema/0\.bias is not finite; the last good state is .*00000002"):
         run.train()
 
 
