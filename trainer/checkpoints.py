@@ -1,6 +1,7 @@
 """Checkpoints of a run: sharded, written in the background, complete or absent, the last few kept."""
 
 import itertools
+import pickle
 import re
 import shutil
 import warnings
@@ -88,12 +89,14 @@ class Checkpoints:
         if source is None:
             return None
         try:
+            dcp.FileSystemReader(source).read_metadata()  # torch would print a traceback of what is wrong with it
             dcp.load(dict(state), checkpoint_id=source)
-        except (CheckpointException, ValueError, RuntimeError, OSError, KeyError) as error:
-            reason = str(error).splitlines()[-1][:200] if str(error) else type(error).__name__
+        except _UNREADABLE as error:
+            earlier = _before(source)
             raise UserError(
-                f"{source} does not fit this configuration's networks and optimizers, or is broken ({reason}); choose "
-                "another --logdir, or the configuration that it was made with"
+                f"{source} does not fit this configuration's networks and optimizers, or is broken ({_reason(error)}); "
+                "choose another --logdir, or the configuration that it was made with"
+                + (f", or go on from the one before it by --resume {earlier}" if earlier else "")
             ) from None
         if rank() == 0 and source == path:
             self._begin_at(path)
@@ -124,7 +127,7 @@ class Checkpoints:
         saved = self.saved()
         if path is None or (saved and self._resumed_from() == str(path.resolve())):
             return saved[-1] if saved else None
-        if not path.is_dir():
+        if not (path / ".metadata").is_file():
             raise UserError(f"--resume {path} is no checkpoint folder such as LOGDIR/checkpoints/00000500, nor auto")
         if saved and path.resolve() not in [folder.resolve() for folder in saved]:
             raise UserError(
@@ -178,20 +181,42 @@ def read_tensors(checkpoint: Path, prefix: str) -> dict[str, Tensor]:
     """The whole tensors of a checkpoint whose names begin with `prefix`, without it, by a single process.
 
     Raises:
-        UserError: if it is no checkpoint, or holds none.
+        UserError: if it is no checkpoint, broken, or holds none.
     """
     try:
         entries = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
-    except (OSError, CheckpointException) as error:
-        raise UserError(f"{checkpoint} is no checkpoint of train.py ({type(error).__name__})") from None
-    tensors = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in entries.items()
-        if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
-    }
-    if not tensors:
-        raise UserError(f"{checkpoint} holds no {prefix.rstrip('/')}")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that it is a single process, which is what we want
-        dcp.load(tensors, checkpoint_id=checkpoint, no_dist=True)
+        tensors = {
+            name: torch.empty(entry.size, dtype=entry.properties.dtype)
+            for name, entry in entries.items()
+            if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
+        }
+        if not tensors:
+            raise UserError(f"{checkpoint} holds no {prefix.rstrip('/')}")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that it is a single process, which is what we want
+            dcp.load(tensors, checkpoint_id=checkpoint, no_dist=True)
+    except _UNREADABLE as error:
+        earlier = _before(checkpoint)
+        raise UserError(
+            f"{checkpoint} is no checkpoint of train.py, or broken ({_reason(error)})"
+            + (f"; the one before it is {earlier}" if earlier else "")
+        ) from None
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+
+
+_UNREADABLE = (
+    *(CheckpointException, pickle.UnpicklingError, EOFError, OSError, RuntimeError, AssertionError),
+    *(ValueError, TypeError, LookupError, AttributeError),
+)
+"""What torch reports a broken checkpoint by, or one of something else."""
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, CheckpointException):  # of all processes; one will do
+        error = next((failure for failure, _ in error.failures.values()), error)
+    return f"{type(error).__name__}: {error}".splitlines()[0].removesuffix(": ")[:100]
+
+
+def _before(checkpoint: Path) -> Path | None:
+    """The complete checkpoint before one of the same run."""
+    return next((path for path in reversed(saved_in(checkpoint.parent)) if path.name < checkpoint.name), None)

@@ -301,7 +301,8 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
         if "=" not in word or word.startswith("-"):
             raise UserError(f"cannot read {word!r}: options are --name value, config overrides are section.key=value")
     try:
-        changes = OmegaConf.from_dotlist(list(overrides))
+        # Nothing behind the sign is the empty word; YAML takes it for null.
+        changes = OmegaConf.from_dotlist([f"{word}''" if word.endswith("=") else word for word in overrides])
     except yaml.YAMLError as error:
         reason = " ".join(str(error).split())
         raise UserError(f"cannot read a value in {' '.join(overrides)}: it is not valid YAML ({reason})") from None

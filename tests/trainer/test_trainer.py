@@ -277,6 +277,33 @@ def test_batches_stay_as_large_on_another_number_of_processes(tmp_path, toy, mak
     assert again.num_parts == 4 and again.objective.iterations == [2] * 4
 
 
+@pytest.mark.parametrize("broken", ["a part cut off", "a part overwritten", "the index"])
+def test_a_broken_checkpoint_names_the_one_before_it(tmp_path, toy, make_config, broken):
+    Trainer(make_config(max_iterations=4, decay="constant"), toy(), str(tmp_path)).train()
+    first, last = (tmp_path / "checkpoints/00000002", tmp_path / "checkpoints/00000004")
+    [part] = last.glob("*.distcp")
+    if broken == "the index":
+        (last / ".metadata").write_bytes(b"garbage")
+    else:
+        content = part.read_bytes()
+        part.write_bytes(content[:100] if broken == "a part cut off" else b"\xff" * len(content))
+    with pytest.raises(UserError, match=f"00000004 is no checkpoint of train.py, or broken .*{first}"):
+        read_tensors(last, "nets/")
+    again = make_config(decay="constant")
+    with pytest.raises(UserError, match=f"or go on from the one before it by --resume {first}"):
+        Trainer(again, toy(), str(tmp_path)).train()
+    run = Trainer(again, toy(), str(tmp_path))
+    run.train(resume=first)
+    assert run.objective.iterations == [2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("folder", ["", "checkpoints"])
+def test_a_folder_of_checkpoints_is_none(tmp_path, toy, make_config, folder):
+    Trainer(make_config(max_iterations=2), toy(), str(tmp_path)).train()
+    with pytest.raises(UserError, match="is no checkpoint folder such as"):
+        Trainer(make_config(), toy(), str(tmp_path / "other")).train(resume=tmp_path / folder)
+
+
 def test_a_given_checkpoint_can_be_resumed_from(tmp_path, toy, make_config):
     whole = Trainer(make_config(keep_checkpoints=9), toy(), str(tmp_path / "one"))
     whole.train()

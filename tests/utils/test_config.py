@@ -309,6 +309,12 @@ def test_values_that_cannot_be_meant(empty, word):
         load_config(empty, [word])
 
 
+def test_nothing_is_the_empty_word(empty):
+    assert load_config(empty, ["train.output="]).train.output == ""
+    with pytest.raises(UserError, match="batch_size"):
+        load_config(empty, ["train.batch_size="])
+
+
 def test_no_limit_may_be_wanted(empty):
     config = load_config(empty, ["train.stop_grad_norm=.inf", "train.stop_loss_growth=.inf"])
     assert config.train.stop_grad_norm == config.train.stop_loss_growth == float("inf")
