@@ -18,7 +18,7 @@ from tqdm import tqdm
 from model.vae import channels_last_, encode_clip, normalise
 from model.weights import VAE_FILES, ModelDirectory
 from utils import shapes
-from utils.clips import holds_clips, write_shard
+from utils.clips import holds_clips, shard_files, write_shard
 from utils.device import pick_device
 from utils.distributed import rank, world_size
 from utils.errors import UserError, command
@@ -40,15 +40,22 @@ def main() -> None:
     args = parser.parse_args()
     if args.num_clips <= 0 or args.num_frames <= 0:
         raise UserError("--num_clips and --num_frames must be positive")
+    if args.seed < 0:
+        raise UserError(f"--seed must not be negative, not {args.seed}")
+    folder = writable_folder(args.output)
+    names = {start: f"{start:06d}.safetensors" for start in range(0, args.num_clips, SHARD)}
+    if others := [file.name for file in shard_files(folder) if file.name not in names.values()]:
+        raise UserError(
+            f"{folder} holds more than {args.num_clips} clips, and training would read them too: delete "
+            f"{', '.join(others[:3])}{' ...' if len(others) > 3 else ''}, or choose another --output"
+        )
     device = pick_device(args.device)
     directory = ModelDirectory.open(args.base)
     vae = directory.load_vae(torch.float32).to(device)
     encoded_by = fingerprint(directory.path, VAE_FILES)
     channels_last_(vae)
-    folder = writable_folder(args.output)
-    starts = range(0, args.num_clips, SHARD)[rank() :: world_size()]
-    for start in tqdm(starts, unit="shard", disable=rank() > 0):
-        file = folder / f"{start:06d}.safetensors"
+    for start in tqdm(list(names)[rank() :: world_size()], unit="shard", disable=rank() > 0):
+        file = folder / names[start]
         clips = [shapes.sample_clip(args.seed, i) for i in range(start, min(start + SHARD, args.num_clips))]
         captions = [clip.scene.caption for clip in clips]
         if holds_clips(file, args.num_frames, captions, encoded_by):

@@ -68,7 +68,7 @@ class Shards:
     """The shards of a folder behind each other; clips are read when they are needed.
 
     Raises:
-        UserError: if there is none, one is broken, or they are not of one size.
+        UserError: if there is none, one is broken, they are not of one size, or not of one VAE.
     """
 
     def __init__(self, folder: Path):
@@ -77,15 +77,20 @@ class Shards:
             raise UserError(f"no encoded clips in {folder}; make them with scripts/encode_clips.py")
         self.captions: list[str] = []
         self.shape: tuple[int, ...] = ()  # of a clip: [F, C, h, w]
+        encoded_by = None
         for file in self.files:
             with _reading(file) as shard:
                 count, *shape = shard.get_slice("latents").get_shape()
-                captions = json.loads(shard.metadata()["clips"])["captions"]
+                named = json.loads(shard.metadata()["clips"])
+                captions, vae = named["captions"], named["vae"]
                 if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
                     raise TypeError("its captions are no list of texts")
             self.shape = self.shape or tuple(shape)
             if tuple(shape) != self.shape or len(captions) != count or len(shape) != 4:
                 raise UserError(f"{file} has clips of another size, or lacks captions; delete it and encode again")
+            encoded_by = vae if encoded_by is None else encoded_by
+            if vae != encoded_by:
+                raise UserError(f"{file} was encoded by another VAE than {self.files[0]}; encode all clips again")
             self.captions += captions
 
     def __iter__(self) -> Iterator[Tensor]:

@@ -95,6 +95,15 @@ def test_clips_of_another_vae_are_encoded_again(tmp_path, call, model):
     assert (after != before).any()
 
 
+def test_shards_behind_the_clips_that_are_asked_for_are_not_left_to_be_read(tmp_path, call, model, monkeypatch):
+    monkeypatch.setattr(encode_clips, "SHARD", 1)
+    words = ("--base", model, "--output", tmp_path, "--num_frames", 2, "--device", "cpu")
+    assert call(encode_clips, *words, "--num_clips", 2)[0] == 0
+    code, _, err = call(encode_clips, *words, "--num_clips", 1)
+    assert code == 2 and "delete 000001.safetensors" in err
+    assert names(tmp_path) == ["000000.safetensors", "000001.safetensors"]
+
+
 # ---- generate_ode_pairs ----
 
 
@@ -295,6 +304,7 @@ def test_a_contact_sheet_of_a_folder(tmp_path, call):
         (write_shapes_clips, "--output {0} --num_clips 0", "must be positive"),
         (write_shapes_clips, "--output {0}/file", "cannot write to folder"),
         (encode_clips, "--base {0}/none --output {0}/out --device cpu", "does not exist"),
+        (encode_clips, "--output {0}/out --seed -1", "--seed must not be negative"),
         (encode_clips, "--base {1} --output {0}/file --device cpu", "cannot write to folder"),
         (encode_clips, "--base {1} --output {0}/out --num_frames 0", "must be positive"),
         (encode_clips, "--base {1} --output {0}/out --device toaster", "no device 'toaster' here"),

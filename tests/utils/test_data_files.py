@@ -80,6 +80,13 @@ def broken_shards() -> dict[str, bytes | tuple]:
     }
 
 
+def test_shards_of_two_vaes_are_not_mixed(tmp_path):
+    for number, vae in enumerate(("one", "one", "two")):
+        write_shard(tmp_path / f"{number}.safetensors", torch.zeros(1, 2, 4, 3, 3), ["fine"], vae)
+    with pytest.raises(UserError, match=r"2\.safetensors was encoded by another VAE than .*0\.safetensors"):
+        read_clips(str(tmp_path))
+
+
 @pytest.mark.parametrize("kind", broken_shards())
 def test_a_broken_shard_is_named(tmp_path, kind):
     write_shard(tmp_path / "00000.safetensors", torch.zeros(1, 2, 4, 3, 3), ["fine"])
