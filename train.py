@@ -7,7 +7,7 @@ The same command again resumes from the last checkpoint in --logdir.
 import argparse
 from pathlib import Path
 
-from utils.config import DIT_OBJECTIVES, Config, load_config
+from utils.config import DIT_OBJECTIVES, Config, load_config, num_parts
 from utils.distributed import world_size
 from utils.errors import UserError, command
 
@@ -49,6 +49,7 @@ def main() -> None:
         raise UserError("say where checkpoints and logs go: --logdir DIR")
     if not config.train.objective:
         raise UserError(f"{args.config_path} has no train.objective; configs/hiar.yaml and configs/shapes/ have")
+    num_parts(config.train, world_size())
 
     # Heavy imports wait until the arguments are known to be good.
     from trainer.objectives import build_objective
@@ -67,6 +68,7 @@ def dry_run(config: Config, processes: str) -> None:
     """Print the configuration, and the memory that it takes if it trains DiTs."""
     if not processes.isdigit() or int(processes) < 1:
         raise UserError(f"world_size={processes} must be a number of processes")
+    num_parts(config.train, int(processes))
     print(config.to_yaml(), end="")
     if config.train.objective in DIT_OBJECTIVES:
         from trainer.planner import plan

@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from utils.errors import UserError, command
+from utils.files import writable_folder
 from utils.plots import save_lines, split_label
 
 
@@ -26,12 +27,16 @@ def main() -> None:
     args = parser.parse_intermixed_args()
     if args.smooth < 1:
         raise UserError(f"--smooth must be at least 1, not {args.smooth}")
+    if args.output.suffix.lower() != ".png" or args.output.is_dir():
+        raise UserError(f"--output {args.output} must be a file that ends in .png")
+    writable_folder(args.output.parent)
     runs = [read_run(word, args.smooth) for word in args.runs]
     names = args.only or list(dict.fromkeys(name for _, curves in runs for name in curves))
+    if not names:
+        raise UserError("nothing is logged yet in what was given; wait for train.log_every iterations")
     missing = [name for name in names if not any(name in curves for _, curves in runs)]
     if missing:
         raise UserError(f"no run has logged {', '.join(missing)}")
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     save_lines(args.output, names, [(label, curves, "-") for label, curves in runs], "iteration")
     print(f"wrote {args.output}")
 
@@ -42,6 +47,8 @@ def read_run(word: str, smooth: int) -> tuple[str, dict[str, tuple[np.ndarray, n
     file = Path(folder) / "metrics.jsonl"
     try:
         lines = [json.loads(line) for line in file.read_text().splitlines()]
+        if not all(isinstance(line, dict) and "iteration" in line for line in lines):
+            raise ValueError("a line has no iteration")
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {file}: {error}") from None
     points: dict[str, list[tuple[float, float]]] = {}

@@ -35,7 +35,9 @@ def main() -> None:
     folder = writable_folder(args.output)
     clips = [shapes.sample_clip(args.seed, index, args.held_out) for index in range(args.num_clips)]
     write_text(folder / "captions.txt", "".join(clip.scene.caption + "\n" for clip in clips))
-    for index, clip in enumerate(tqdm([] if args.captions_only else clips, unit="clip")):
+    if args.captions_only:
+        return
+    for index, clip in enumerate(tqdm(clips, unit="clip")):
         with VideoWriter(folder / f"{index:05d}.mp4", fps=shapes.FPS) as video:
             video.write(shapes.render(clip, args.num_frames))
 

@@ -15,9 +15,10 @@ from model.causal_wan import CausalWanModel
 from model.text_encoder import TextEncoder, padded, without_padding
 from model.weights import ModelDirectory, save_transformer
 from pipeline.text_to_video import choose_attention_backend
-from trainer.sharding import num_parts, shard, shard_text_encoder
-from utils.config import Config, TrainConfig
+from trainer.sharding import shard, shard_text_encoder
+from utils.config import Config, TrainConfig, num_parts
 from utils.device import DTYPES
+from utils.distributed import world_size
 from utils.errors import UserError
 from utils.process_group import largest_of_processes
 from utils.rng import keyed_generator
@@ -110,7 +111,7 @@ class Sampler:
 
 def batch_positions(train: TrainConfig, number: int, part: int) -> range:
     """Where in the endless order of the data a part of the `number`th batch stands."""
-    start = (number * num_parts(train) + part) * train.batch_size
+    start = (number * num_parts(train, world_size()) + part) * train.batch_size
     return range(start, start + train.batch_size)
 
 
@@ -124,7 +125,7 @@ class Draws:
         """
         count = count or config.train.batch_size
         self._clips = range(part * count, (part + 1) * count)  # of those of the batch
-        self._batch = num_parts(config.train) * count
+        self._batch = num_parts(config.train, world_size()) * count
         self._key = (purpose, config.runtime.seed, iteration)
         self._generators = [keyed_generator(*self._key, clip) for clip in self._clips]
 

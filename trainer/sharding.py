@@ -13,10 +13,9 @@ from transformers import UMT5EncoderModel
 
 from model.causal_wan import CausalWanModel
 from model.weights import build
-from utils.config import TrainConfig
+from utils.config import TrainConfig, num_parts
 from utils.device import DTYPES
 from utils.distributed import local_world_size, rank, world_size
-from utils.errors import UserError
 from utils.process_group import sum_over_processes
 
 
@@ -110,22 +109,7 @@ def whole_copy(net: CausalWanModel, dtype: torch.dtype) -> CausalWanModel:
     return build(lambda: CausalWanModel.from_config(net.config), state, "a copy", dtype).to(net.device)
 
 
-def num_parts(config: TrainConfig) -> int:
-    """In how many parts of `batch_size` an iteration's batch is computed, over all processes.
-
-    Raises:
-        UserError: if it does not divide into the same number of parts for each process.
-    """
-    total = config.total_batch_size or config.batch_size * world_size()
-    if total <= 0 or total % (config.batch_size * world_size()):
-        raise UserError(
-            f"train.total_batch_size={total} must be a multiple of train.batch_size={config.batch_size} times the "
-            f"number of processes, {world_size()}"
-        )
-    return total // config.batch_size
-
-
 def my_parts(config: TrainConfig) -> range:
     """Which parts of every iteration's batch this process computes."""
-    share = num_parts(config) // world_size()
+    share = num_parts(config, world_size()) // world_size()
     return range(rank() * share, (rank() + 1) * share)

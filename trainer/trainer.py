@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from trainer.checkpoints import CONFIG, Checkpoints
 from trainer.muon import Muon
 from trainer.sampling import read_captions
-from trainer.sharding import clip_gradients, local, loss_scale, my_parts, num_parts, settle, sum_gradients, whole
-from utils.config import Config, TrainConfig, load_config
-from utils.distributed import rank
+from trainer.sharding import clip_gradients, local, loss_scale, my_parts, settle, sum_gradients, whole
+from utils.config import Config, TrainConfig, load_config, num_parts
+from utils.distributed import rank, world_size
 from utils.errors import UserError
 from utils.files import only_user, writable_folder, write_text
 from utils.process_group import largest_of_processes
@@ -145,7 +145,7 @@ class Trainer:
     @property
     def num_parts(self) -> int:
         """In how many parts of `batch_size` a batch is computed, over all processes."""
-        return num_parts(self.train_config)
+        return num_parts(self.train_config, world_size())
 
     def step(self) -> dict[str, float]:
         """One iteration: an update of every net whose turn it is; returns what to log."""

@@ -462,3 +462,18 @@ def _check_distill(config: Config) -> None:
             f"distill.max_rollout_frames {distill.max_rollout_frames} must be at least "
             f"data.num_frames {config.data.num_frames}"
         )
+
+
+def num_parts(train: TrainConfig, processes: int) -> int:
+    """In how many parts of `batch_size` an iteration's batch is computed, over all processes.
+
+    Raises:
+        UserError: if it does not divide into the same number of parts for each process.
+    """
+    total = train.total_batch_size or train.batch_size * processes
+    if total % (train.batch_size * processes):
+        raise UserError(
+            f"train.total_batch_size={total} must be a multiple of train.batch_size={train.batch_size} times the "
+            f"number of processes, {processes}"
+        )
+    return total // train.batch_size

@@ -8,6 +8,7 @@ import matplotlib
 matplotlib.use("agg")  # no window, whatever the machine has
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.lines import Line2D
 
 from utils.files import atomic_path
 
@@ -45,7 +46,8 @@ def save_lines(
         low, high = axis.get_ylim()
         low = min(0, low)
         axis.set_ylim(low, high + 0.05 * (high - low))  # a line at the very top would hide in the frame
-    axes.flat[0].legend(fontsize=8)
+    handles = [Line2D([], [], color=f"C{n % 10}", linestyle=style) for n, (_, _, style) in enumerate(lines)]
+    axes.flat[0].legend(handles, [label for label, _, _ in lines], fontsize=8)  # not all are in the first panel
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=100, format="png")
     plt.close(figure)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -22,6 +23,7 @@ from trainer.planner import plan
 from utils.clips import read_clips, write_shard
 from utils.config import load_config
 from utils.ode_pairs import open_ode_pairs, pair_file, write_ode_pair, write_sigmas
+from utils.plots import save_lines
 
 ROOT = Path(train.__file__).parent
 LEVELS = [1.0, 0.9375, 0.8333, 0.625, 0.0]
@@ -255,9 +257,35 @@ def test_curves_are_plotted(run, tmp_path, call):
     code, _, _ = call(plot_metrics, f"tiny={run}", run, "--output", tmp_path / "x/curves.png")
     assert code == 0 and Image.open(tmp_path / "x/curves.png").size[0] > 600
     assert call(plot_metrics, run, "--output", tmp_path / "one.png", "--only", "critic", "--smooth", 2)[0] == 0
-    for words, says in [((run, "--only", "nonsense"), "no run has logged nonsense"), ((tmp_path,), "cannot read")]:
-        code, _, err = call(plot_metrics, *words, "--output", tmp_path / "no.png")
-        assert code == 2 and says in err
+
+
+def test_what_cannot_be_plotted_is_said(run, tmp_path, call):
+    for name, text in ("new", ""), ("other", "3\n"):  # killed before its first line; not a run's
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text(text)
+    for words, output, says in [
+        ((run, "--only", "nonsense"), "no.png", "no run has logged nonsense"),
+        ((tmp_path,), "no.png", "cannot read"),
+        ((tmp_path / "new",), "no.png", "nothing is logged yet"),
+        ((tmp_path / "other",), "no.png", "a line has no iteration"),
+        ((run,), "no.jpg", "ends in .png"),
+        ((run,), "", "ends in .png"),
+        ((run,), "new/metrics.jsonl/no.png", "cannot write"),
+    ]:
+        code, _, err = call(plot_metrics, *words, "--output", tmp_path / output)
+        assert code == 2 and says in err, err
+    assert not (tmp_path / "no.png").exists()
+
+
+def test_the_legend_names_runs_that_the_first_panel_lacks(tmp_path):
+    curve = (np.arange(2), np.arange(2))
+    pixels = []
+    for labels in (["one"], ["one", "other"]):
+        lines = [(label, {"b": curve} if label == "other" else {"a": curve, "b": curve}, "-") for label in labels]
+        save_lines(tmp_path / "x.png", ["a", "b"], lines, "iteration")
+        first = np.asarray(Image.open(tmp_path / "x.png").convert("RGB"))[:, :600].astype(int)
+        pixels.append((abs(first - [255, 127, 14]).sum(axis=2) < 30).sum())  # of the second line's colour
+    assert pixels[0] == 0 and pixels[1] > 10
 
 
 def test_metrics_of_the_run_are_complete(run):

@@ -242,6 +242,17 @@ def test_a_dry_run_prints_the_whole_configuration(tmp_path):
     assert expected.train.max_iterations == 7
 
 
+@pytest.mark.parametrize("processes", [7, 128])
+def test_processes_that_do_not_divide_the_batch_are_refused_before_anything_is_loaded(processes):
+    words = ["--config_path", "configs/hiar.yaml", "--dry-run", f"world_size={processes}"]
+    done = subprocess.run([sys.executable, "train.py", *words], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr == (
+        "error: train.total_batch_size=64 must be a multiple of train.batch_size=1 times the number of processes, "
+        f"{processes}\n"
+    )
+
+
 def test_every_option_of_train_means_its_key(tmp_path):
     words = ["--disable-wandb", "--wandb-save-dir", "logs", "--no_save", "--no_visualize", "--min_exit_step", "1"]
     done = train("--config_path", "configs/hiar.yaml", "--dry-run", "train.sample_every=5", *words)
