@@ -8,7 +8,6 @@ import matplotlib
 matplotlib.use("agg")  # no window, whatever the machine has
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.lines import Line2D
 
 from utils.files import atomic_path
 
@@ -37,8 +36,8 @@ def save_lines(
         axis.axis("off")
     for axis, name in zip(axes.flat, panels, strict=False):
         for number, (label, curves, style) in enumerate(lines):
-            if name in curves:
-                axis.plot(*curves[name], style, color=f"C{number % 10}", label=label, linewidth=1.4)
+            x, y = curves.get(name, ((), ()))  # without one too it has its place in the legend
+            axis.plot(x, y, style, color=f"C{number % 10}", label=label, linewidth=1.4)
         axis.set_title(name, fontsize=10)
         axis.set_xlabel(x_label, fontsize=8)
         axis.grid(alpha=0.3)
@@ -46,8 +45,7 @@ def save_lines(
         low, high = axis.get_ylim()
         low = min(0, low)
         axis.set_ylim(low, high + 0.05 * (high - low))  # a line at the very top would hide in the frame
-    handles = [Line2D([], [], color=f"C{n % 10}", linestyle=style) for n, (_, _, style) in enumerate(lines)]
-    axes.flat[0].legend(handles, [label for label, _, _ in lines], fontsize=8)  # not all are in the first panel
+    axes.flat[0].legend(fontsize=8)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=100, format="png")
     plt.close(figure)
