@@ -92,7 +92,8 @@ TRANSFORMER_FILE = "diffusion_pytorch_model.safetensors"
 NATIVE_TEXT_ENCODER = "models_t5_umt5-xxl-enc-bf16.pth"
 NATIVE_TOKENIZER = "google/umt5-xxl"
 NATIVE_VAE = "Wan2.1_VAE.pth"
-# All that a VAE, or an embedding, depends on, in either layout of a model directory.
+# All that a DiT, a VAE, or an embedding depends on, in either layout of a model directory.
+TRANSFORMER_FILES = ("transformer/*", "*.safetensors", "*.json")
 VAE_FILES = ("vae/*", NATIVE_VAE)
 TEXT_ENCODER_FILES = (
     *("text_encoder/*", "tokenizer/*.json", "tokenizer/*.model"),

@@ -9,6 +9,7 @@ out among the ranks.
 """
 
 import argparse
+import glob
 import os
 import sys
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from pipeline.text_to_video import VAE_STRIDE, rollout_sigmas
 from utils.config import Config, load_config
 from utils.distributed import rank, world_size
 from utils.errors import UserError, command
-from utils.files import writable_folder
+from utils.files import fingerprint, writable_folder
 from utils.ode_pairs import check_origin, load_pair, pair_file, write_ode_pair, write_origin
 from utils.prompts import Prompt, read_prompts
 
@@ -30,7 +31,7 @@ from utils.prompts import Prompt, read_prompts
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config_path", required=True, help="YAML that names the teacher and the video size")
+    parser.add_argument("--config_path", default="configs/hiar.yaml", help="YAML that names the teacher and the size")
     parser.add_argument("--caption_path", required=True, help="prompts, one per line")
     parser.add_argument("--output_folder", required=True)
     parser.add_argument("--guidance_scale", type=float, help="default: the config's teacher.guidance_scale")
@@ -124,6 +125,7 @@ def origin_of(config: Config, sigmas: list[float], dtype: str) -> dict[str, Any]
         "runtime.seed": config.runtime.seed,
         "model.base": os.path.normpath(config.model.base),
         "teacher.path": teacher.path and os.path.normpath(teacher.path),
+        "weights": weights_of(config),
         "teacher.guidance_scale": teacher.guidance_scale,
         "teacher.negative_prompt": teacher.negative_prompt,
         "teacher.num_inference_steps": teacher.num_inference_steps,
@@ -134,6 +136,20 @@ def origin_of(config: Config, sigmas: list[float], dtype: str) -> dict[str, Any]
         "video.width": config.video.width,
         "dtype": dtype,
     }
+
+
+def weights_of(config: Config) -> str:
+    """What tells the teacher's weights and the text encoder's from others."""
+    from model.weights import TEXT_ENCODER_FILES, TRANSFORMER_FILES
+
+    base, own = Path(config.model.base), Path(config.teacher.path)
+    if not config.teacher.path:
+        teacher = fingerprint(base, TRANSFORMER_FILES)
+    elif own.is_dir():
+        teacher = fingerprint(own, ["*"])
+    else:
+        teacher = fingerprint(own.parent, [glob.escape(own.name)])
+    return f"{teacher[:16]} {fingerprint(base, TEXT_ENCODER_FILES)[:16]}"
 
 
 def check_pairs(folder: Path, prompts: Sequence[Prompt], origin: dict[str, Any]) -> None:

@@ -252,6 +252,11 @@ class ODERegression(SingleNet):
                 f"the pairs in {config.data.path} have points at {len(self.pairs.sigmas)} noise levels, but the "
                 f"rollout has {num_levels}; make them with as many --save_indices"
             )
+        if self.pairs.sigmas[-1] != 0:
+            raise UserError(
+                f"the trajectories in {config.data.path} end at the noise level {self.pairs.sigmas[-1]:.4g}, but their "
+                "ends are what is learned and must be clean; make them with the last of --save_indices -1"
+            )
         self.sigmas = torch.tensor(self.pairs.sigmas)  # the teacher's, which the student has to be told
         if self.pairs.shape[1] % rollout.block_frames:
             raise UserError(

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from utils.config import falls
 from utils.distributed import rank
 from utils.errors import UserError
 from utils.files import atomic_path, write_json
@@ -89,6 +90,10 @@ def open_ode_pairs(folder: str, sigmas: Sequence[float], num_points: int) -> ODE
     if levels is None or len(levels) != trajectories.shape[0]:
         raise UserError(
             f"{folder} has no {SIGMAS} for its {trajectories.shape[0]} points: set data.sigmas to their noise levels"
+        )
+    if not (falls(levels) and levels[0] <= 1 and levels[-1] >= 0):
+        raise UserError(
+            f"the noise levels of the points in {folder} must fall from at most 1 to at least 0, not {levels}"
         )
     if trajectories.shape[0] < num_points:
         raise UserError(

@@ -224,6 +224,18 @@ def test_pairs_of_another_making_are_not_mixed(pairs, model, monkeypatch, words,
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
 
+@pytest.mark.parametrize("changed", ["transformer", "text_encoder"])
+def test_pairs_of_weights_that_have_changed_are_not_mixed(pairs, model, tmp_path, changed):
+    """As where a teacher is trained again in its place."""
+    copy = tmp_path / "model"
+    shutil.copytree(model, copy)
+    pairs("out", f"model.base={copy}")
+    [file] = (copy / changed).glob("*.safetensors")
+    save_file({name: 1.5 * tensor for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    _, err = pairs("out", f"model.base={copy}", refused=True)
+    assert "holds pairs of weights " in err and err.count("\n") == 1
+
+
 def test_pairs_of_other_captions_are_not_mixed(pairs, tmp_path, monkeypatch):
     pairs("out", "--num_prompts", 2)
     monkeypatch.setattr("pipeline.teacher.Teacher.load", lambda *_: pytest.fail("the teacher was loaded"))

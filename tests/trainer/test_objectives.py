@@ -247,6 +247,22 @@ def test_pairs_of_other_levels_are_refused(make_config, pairs, tiny_presets):
         ODERegression(config, CPU)
 
 
+@pytest.mark.parametrize(
+    ("sigmas", "says"),
+    [
+        ([1.0, 0.9, 0.8, 0.6, 0.2], r"end at the noise level 0\.2, .* make them with the last of --save_indices -1"),
+        ([1.0, 0.9, 0.95, 0.6, 0.0], "must fall from at most 1 to at least 0"),
+        ([5.0, 0.9, 0.8, 0.6, 0.0], "must fall from at most 1 to at least 0"),
+    ],
+)
+def test_levels_that_cannot_be_learned_from_are_refused(tmp_path, make_config, pairs, tiny_presets, sigmas, says):
+    for file in pairs.glob("*.pt"):
+        (tmp_path / file.name).symlink_to(file)
+    write_sigmas(tmp_path, sigmas)
+    with pytest.raises(UserError, match=says):
+        ODERegression(make_config(tmp_path), CPU)
+
+
 @pytest.mark.parametrize("objective", [FlowMatching, ODERegression])
 @pytest.mark.parametrize("content", [b"broken", b"", b"\x80\x02K\x01.", b"PK\x03\x04" + bytes(100)])
 def test_missing_or_broken_data_is_one_line(tmp_path, make_config, tiny_presets, objective, content):
