@@ -18,14 +18,17 @@ from model.text_encoder import TextEncoder
 from model.weights import ModelDirectory
 from pipeline.text_to_video import TextToVideo
 from scripts import create_lmdb, encode_prompts, export_generator, generate_ode_pairs, plot_metrics
-from trainer.objectives import FlowMatching
+from trainer.objectives import FlowMatching, build_objective
 from trainer.planner import plan
+from trainer.trainer import Trainer
 from utils.clips import read_clips, write_shard
 from utils.config import load_config
 from utils.ode_pairs import open_ode_pairs, pair_file, write_ode_pair, write_sigmas
 from utils.plots import save_lines
+from utils.process_group import process_group
 
 ROOT = Path(train.__file__).parent
+CPU = torch.device("cpu")
 LEVELS = [1.0, 0.9375, 0.8333, 0.625, 0.0]
 
 
@@ -69,7 +72,27 @@ def train(world: Path, name: str, *overrides: str) -> Path:
 def samples(world: Path, weights: Path, *overrides: str) -> torch.Tensor:
     words = [f"model.generator={weights}", "video.num_output_frames=6", *overrides]
     config = load_config(str(world / "config.yaml"), words)
-    return torch.cat(list(TextToVideo.load(config, torch.device("cpu")).generate(["a red circle"], [0])), dim=1)
+    return sampled(TextToVideo.load(config, CPU))
+
+
+def sampled(pipeline: TextToVideo) -> torch.Tensor:
+    return torch.cat(list(pipeline.generate(["a red circle"], [0])), dim=1)
+
+
+def test_an_exported_generator_makes_the_samples_of_the_run_itself(world, tmp_path, call):
+    config = load_config(str(world / "config.yaml"), ["video.num_output_frames=6"])
+    with process_group(CPU):
+        trainer = Trainer(config, build_objective(config, CPU), str(tmp_path / "run"))
+        trainer.train()
+        inference = TextToVideo.load(config, CPU)  # all of it but the net
+        own = TextToVideo(config, trainer.net, inference.text_encoder, inference.vae)
+        expected = {False: sampled(own)}
+        with trainer.average_weights():
+            expected[True] = sampled(own)
+    assert not torch.equal(expected[False], expected[True])
+    assert call(export_generator, "--logdir", tmp_path / "run", "--output", tmp_path / "g.pt")[0] == 0
+    for average, latents in expected.items():
+        assert torch.equal(samples(world, tmp_path / "g.pt", f"model.use_ema={average}"), latents)
 
 
 def test_an_exported_generator_makes_the_same_samples_in_every_format(world, run, tmp_path, call):
