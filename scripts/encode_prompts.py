@@ -3,7 +3,8 @@
 python scripts/encode_prompts.py --config_path configs/hiar.yaml --data_path prompts.txt model.text_cache=prompt_cache
 
 Training finds the embeddings when it is given the same model.text_cache, or a copy of it on another machine. Those that
-are there are kept, so the same command goes on where it stopped; under torchrun the prompts are shared out.
+are there are kept, so the same command goes on where it stopped; under torchrun the prompts are shared out. On a machine
+without a GPU, --dtype bfloat16 makes those that training on GPUs takes.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from tqdm import tqdm
 
 from trainer.networks import load_caption_encoder
 from utils.config import load_config
-from utils.device import pick_device
+from utils.device import DTYPES, pick_device
 from utils.distributed import rank, world_size
 from utils.errors import UserError, command
 from utils.prompts import read_prompts
@@ -27,6 +28,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config_path", required=True, help="YAML that names model.base and model.text_cache")
     parser.add_argument("--data_path", required=True, help="prompts, one per line")
+    parser.add_argument("--dtype", choices=list(DTYPES), help="default: what training takes on this kind of device")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the configuration")
     args = parser.parse_intermixed_args()
     config = load_config(args.config_path, args.overrides)
@@ -35,7 +37,8 @@ def main() -> None:
     texts = [prompt.text for prompt in read_prompts(args.data_path)]
     # Guidance needs the negative prompt, training with dropped captions the empty one.
     wanted = list(dict.fromkeys(["", config.teacher.negative_prompt, *texts]))[rank() :: world_size()]
-    encoder = load_caption_encoder(config, pick_device(config.runtime.device))
+    dtype = DTYPES[args.dtype] if args.dtype else None
+    encoder = load_caption_encoder(config, pick_device(config.runtime.device), dtype)
     encoder.filling = True
     for text in tqdm(wanted, unit="prompt", disable=rank() > 0):
         encoder.encode([text])

@@ -66,10 +66,13 @@ def shards_caption_encoder(config: Config) -> bool:
     return config.train.sharding != "replicate" and not config.model.text_cache
 
 
-def load_caption_encoder(config: Config, device: torch.device) -> TextEncoder:
-    """The text encoder that training reads captions with, on `device`. Its type keeps embeddings on the disk apart."""
+def load_caption_encoder(config: Config, device: torch.device, dtype: torch.dtype | None = None) -> TextEncoder:
+    """The text encoder that training reads captions with, on `device`.
+
+    Its type, by default float32 on CPUs and `model.dtype` on GPUs, keeps embeddings on the disk apart.
+    """
     model = config.model
-    dtype = torch.float32 if device.type == "cpu" else DTYPES[model.dtype]
+    dtype = dtype or (torch.float32 if device.type == "cpu" else DTYPES[model.dtype])
     directory = ModelDirectory.open(model.base)
     if not shards_caption_encoder(config):
         return TextEncoder.load(directory, dtype, model.text_length, model.text_cache).to(device)

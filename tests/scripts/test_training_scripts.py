@@ -169,6 +169,22 @@ def test_prompts_encoded_ahead_are_all_that_training_needs(world, tmp_path, call
     assert encoder.encode(["a red circle", ""]).shape == (2, 24, 16)
 
 
+def test_prompts_can_be_encoded_for_another_kind_of_device(world, tmp_path, call, monkeypatch):
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    folder = str(tmp_path / "cache")
+    words = (
+        "--config_path",
+        world / "config.yaml",
+        "--data_path",
+        tmp_path / "prompts.txt",
+        f"model.text_cache={folder}",
+    )
+    assert call(encode_prompts, *words, "--dtype", "bfloat16")[0] == 0
+    monkeypatch.setattr(ModelDirectory, "load_text_encoder", lambda *_: pytest.fail("the text encoder was loaded"))
+    directory = ModelDirectory.open(world / "model")
+    assert TextEncoder.load(directory, torch.bfloat16, 24, folder).encode(["a red circle"]).dtype == torch.bfloat16
+
+
 def test_without_a_place_for_embeddings_it_says_so(world, call):
     code, _, err = call(encode_prompts, "--config_path", world / "config.yaml", "--data_path", world / "config.yaml")
     assert code == 2 and "model.text_cache" in err
