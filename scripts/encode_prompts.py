@@ -3,8 +3,8 @@
 python scripts/encode_prompts.py --config_path configs/hiar.yaml --data_path prompts.txt model.text_cache=prompt_cache
 
 Training finds the embeddings when it is given the same model.text_cache, or a copy of it on another machine. Those that
-are there are kept, so the same command goes on where it stopped; under torchrun the prompts are shared out. On a machine
-without a GPU, --dtype bfloat16 makes those that training on GPUs takes.
+are there are kept, so the same command goes on where it stopped; under torchrun the prompts are shared out. Without a
+GPU, --dtype bfloat16 makes those that training on GPUs takes.
 """
 
 import argparse

@@ -191,7 +191,7 @@ class FlowMatching(SingleNet):
                 "change train.clip_frames or rollout.block_frames"
             )
         self.text = CaptionEmbeddings(config, captions, device)
-        self.sampler = VideoSampler(config, self.net, self.text.encoder, captions)
+        self.sampler = VideoSampler(config, self.net, self.text.encoder, captions, bidirectional=not self.block_frames)
         self.order = Sampler(len(captions), "clips", config.runtime.seed)
 
     def loss(self, iteration: int, part: int) -> tuple[Tensor, dict[str, float]]:
@@ -228,9 +228,8 @@ class FlowMatching(SingleNet):
         return self.net(x.transpose(1, 2), 1000 * sigma, text, causal=causal).transpose(1, 2)[:, -frames:]
 
     def sample(self, folder: Path) -> None:
-        """Write videos of the first prompts, if the net is causal."""
-        if self.block_frames:
-            self.sampler.write(folder)
+        """Write videos of the first prompts."""
+        self.sampler.write(folder)
 
     def export(self, folder: Path, weights: dict[str, Tensor]) -> None:
         """Write the transformer to `folder`."""

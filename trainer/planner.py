@@ -76,7 +76,7 @@ def taken(config: Config, nets: list[Net], processes: int) -> Rows:
     # Not at the same time as a rollout's, but memory that was freed is not always whole.
     whose = " (critic, forward KL)" if distilled else ""
     rows.append((f"activations of {frames} frames{whose}", activations(config, student, frames)))
-    if shards > 1 and makes_videos(config):
+    if shards > 1 and config.train.sample_every > 0:
         size = DTYPES[config.train.dtype].itemsize * nets[0].num_parameters
         rows.append((f"{nets[0].name}: whole, for sample videos ({config.train.dtype})", size))
     return rows + around(config, student, shards)
@@ -169,13 +169,6 @@ def activations(config: Config, net: dict, frames: int) -> float:
     return net["num_layers"] * tokens * width(net) * element + layer
 
 
-def makes_videos(config: Config) -> bool:
-    """Whether there are sample videos on the way."""
-    train = config.train
-    causal = train.objective in ("score_distillation", "ode_regression") or train.forcing != "none"
-    return train.sample_every > 0 and causal
-
-
 def around(config: Config, student: dict, shards: int = 1) -> Rows:
     """Weights of the text encoder, if it is not spared by `model.text_cache`, and of a VAE each for rollouts that are
     cut and for sample videos."""
@@ -193,7 +186,7 @@ def around(config: Config, student: dict, shards: int = 1) -> Rows:
             rows.append(("text encoder: tokens and two layers gathered", element * gathered))
     distilled = train.objective == "score_distillation"
     cut = distilled and config.distill.max_rollout_frames > config.data.num_frames
-    sampled = makes_videos(config)
+    sampled = train.sample_every > 0
     if cut or sampled:
         vae = part_config(folder / "vae") or presets.VAES["wan"]
         size = DTYPES[train.dtype].itemsize * num_parameters(lambda: AutoencoderKLWan.from_config(vae))

@@ -1,4 +1,5 @@
-"""Sample videos during training: by inference's own pipeline, with the net that is being trained."""
+"""Sample videos during training: by inference's own pipeline, with the net that is being trained. One that is
+bidirectional is sampled as a teacher is."""
 
 from collections.abc import Sequence
 from copy import deepcopy
@@ -6,11 +7,13 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from model.causal_wan import CausalWanModel
 from model.text_encoder import TextEncoder
 from model.vae import WanVAE
 from model.weights import ModelDirectory
+from pipeline.teacher import guided_flow, sample_unipc
 from pipeline.text_to_video import TextToVideo
 from trainer.networks import compute_in
 from trainer.sharding import whole_copy
@@ -19,6 +22,7 @@ from utils.device import DTYPES
 from utils.distributed import rank, world_size
 from utils.files import writable_folder
 from utils.prompts import Prompt, read_prompts, unique_stems
+from utils.rng import keyed_noise
 from utils.video import VideoWriter
 
 _SAMPLES = 4  # prompts, where none are configured
@@ -27,12 +31,20 @@ _SAMPLES = 4  # prompts, where none are configured
 class VideoSampler:
     """Rolls the generator out over a few prompts, which the processes share out, and writes videos."""
 
-    def __init__(self, config: Config, net: CausalWanModel, encoder: TextEncoder, captions: Sequence[str]):
+    def __init__(
+        self,
+        config: Config,
+        net: CausalWanModel,
+        encoder: TextEncoder,
+        captions: Sequence[str],
+        bidirectional: bool = False,
+    ):
         """
         Args:
             captions: prompts to choose from where `train.sample_prompts` names none.
+            bidirectional: solve the ODE of whole clips, by `config.teacher`, instead of a rollout.
         """
-        self.net, self.encoder, self.captions = net, encoder, captions
+        self.net, self.encoder, self.captions, self.bidirectional = net, encoder, captions, bidirectional
         self.config = deepcopy(config)
         # Latents of the training's length; keys and values in the type that the net computes in.
         self.config.video.num_output_frames = config.data.num_frames
@@ -61,18 +73,34 @@ class VideoSampler:
         net = whole_copy(self.net, dtype) if sharded else self.net
         pipeline = TextToVideo(self.config, net, self.encoder, self.vae)
         prompts = self.prompts
-        pipeline.embeddings.encode([prompt.text for prompt in prompts])
+        guides = [self.config.teacher.negative_prompt] if self.bidirectional else []
+        pipeline.embeddings.encode([*(prompt.text for prompt in prompts), *guides])
         stems = unique_stems(prompts, 1)
         for prompt in prompts[rank() :: world_size()]:
             path = folder / f"{stems[prompt.index][0]}.mp4"
             try:
                 with torch.no_grad(), compute_in(self.config, net.device):
-                    latents = torch.cat(list(pipeline.generate([prompt.text], [0])), dim=1)
+                    latents = self.latents(pipeline, prompt.text)
                 writable_folder(path.parent)
                 with VideoWriter(path, fps=self.config.video.fps) as video:
                     video.write(self.vae.decode(latents)[0])
             except Exception as error:  # memory included
                 print(f"note: {path} was not written: {type(error).__name__}: {error}", flush=True)
+
+    def latents(self, pipeline: TextToVideo, prompt: str) -> Tensor:
+        """A video's latents [1, F, C, h, w]."""
+        if not self.bidirectional:
+            return torch.cat(list(pipeline.generate([prompt], [0])), dim=1)
+        net, video, teacher = pipeline.net, self.config.video, self.config.teacher
+        text, negative = pipeline.embeddings.of([prompt, teacher.negative_prompt]).to(net.device).split(1)
+        size = pipeline.vae.latent_shape(video.height, video.width)
+        noise = keyed_noise(self.config.runtime.seed, 0, 0, 0, (video.num_output_frames, *size))[None].to(net.device)
+        return sample_unipc(
+            lambda x, sigma: guided_flow(net, x, sigma, text, negative, teacher.guidance_scale),
+            noise,
+            teacher.num_inference_steps,
+            teacher.timestep_shift,
+        )
 
 
 def read_captions(path: str) -> list[str]:

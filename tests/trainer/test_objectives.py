@@ -1,6 +1,7 @@
 """trainer/objectives.py: what the losses measure, and every objective from train.py to weights that diffusers opens."""
 
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ import train
 from model.causal_wan import BlockCausal, CausalWanModel
 from model.text_encoder import TextEncoder
 from model.weights import ModelDirectory
+from pipeline.teacher import Teacher, sample_unipc
+from pipeline.text_to_video import TextToVideo
 from trainer.objectives import (
     OBJECTIVES,
     FlowMatching,
@@ -75,6 +78,25 @@ def test_forcing_draws_a_level_for_every_block_and_is_causal(make_config, clips,
     levels = spy.timestep[:, -4:]
     assert torch.equal(levels[:, ::2], levels[:, 1::2])
     assert sorted((levels[:, ::2].flatten() / 125).long().tolist()) == list(range(8))  # the range is covered
+
+
+def test_a_bidirectional_nets_videos_are_a_teachers(tmp_path, make_config, clips, tiny_presets):
+    config = make_config(clips)
+    config.video.height = config.video.width = 32
+    config.data.num_frames, config.teacher.num_inference_steps = 2, 3
+    config.teacher.negative_prompt = "a blue square"
+    objective = FlowMatching(config, CPU)
+    sampler = objective.sampler
+    pipeline = TextToVideo(sampler.config, objective.net, sampler.encoder, sampler.vae)
+    latents = sampler.latents(pipeline, "a red circle")
+    teacher = Teacher(config, deepcopy(objective.net), sampler.encoder)
+    expected = sample_unipc(teacher.flow(["a red circle"]), teacher.noise(0, [0]), 3, config.teacher.timestep_shift)
+    assert latents.std() > 0.1
+    torch.testing.assert_close(latents, expected, atol=1e-5, rtol=1e-5)
+    objective.sample(tmp_path)
+    assert len(list(tmp_path.glob("*.mp4"))) == 3  # captions
+    objective.backward("net", 0, 0, 1.0, True)  # it is trained on as before
+    assert all(parameter.grad is not None for parameter in objective.net.parameters())
 
 
 def test_forcing_needs_whole_blocks(make_config, clips, tiny_presets):
