@@ -66,7 +66,7 @@ def read_folder(folder: Path) -> tuple[list[str], tuple[int, ...], Iterator[Tens
             f"{folder} holds both clips (.safetensors) and ODE pairs (.pt); keep them in folders of their own"
         )
     clips = Shards(folder)
-    return clips.captions, clips.shape, iter(clips)
+    return clips.captions, clips.shape, (clips.read([index])[0] for index in range(len(clips.captions)))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from transformers import ByT5Tokenizer, UMT5Config, UMT5EncoderModel
 from model import presets
 from model.causal_wan import CausalWanModel
 from trainer.objectives import export_transformer
+from utils.clips import open_clips
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -56,3 +57,9 @@ def write_config(file: Path, model: Path, **sections: dict[str, Any]) -> Path:
         config.setdefault(name, {}).update(keys)
     file.write_text(json.dumps(config))
     return file
+
+
+def all_clips(folder: str) -> tuple[torch.Tensor, list[str]]:
+    """All clips [N, F, C, h, w] of a folder, and their captions."""
+    clips = open_clips(folder)
+    return clips.read(range(len(clips.captions))), clips.captions

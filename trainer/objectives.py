@@ -33,7 +33,7 @@ from trainer.sampling import VideoSampler
 from trainer.sharding import sync_gradients
 from trainer.trainer import Objective
 from utils import shapes
-from utils.clips import read_clips
+from utils.clips import open_clips
 from utils.config import Config
 from utils.errors import UserError
 from utils.ode_pairs import open_ode_pairs
@@ -176,15 +176,15 @@ class FlowMatching(SingleNet):
     def __init__(self, config: Config, device: torch.device):
         self.config, self.device = config, device
         self.net = build_transformer(config, device)
-        self.latents, captions = read_clips(config.data.path)
-        longest = 4 * (self.latents.shape[1] - 1) + 1
+        self.clips = open_clips(config.data.path)
+        captions, longest = self.clips.captions, 4 * (self.clips.shape[0] - 1) + 1
         if max(config.train.clip_frames, default=0) > longest:
             raise UserError(
                 f"train.clip_frames={config.train.clip_frames} asks for more than the {longest} pixel frames of the "
                 f"clips in {config.data.path}"
             )
         self.block_frames = config.rollout.block_frames if config.train.forcing != "none" else 0
-        lengths = [(n - 1) // 4 + 1 for n in config.train.clip_frames] or [self.latents.shape[1]]
+        lengths = [(n - 1) // 4 + 1 for n in config.train.clip_frames] or [self.clips.shape[0]]
         if self.block_frames and any(frames % self.block_frames for frames in lengths):
             raise UserError(
                 f"blocks of {self.block_frames} latent frames do not divide clips of {' or '.join(map(str, lengths))}; "
@@ -197,12 +197,12 @@ class FlowMatching(SingleNet):
     def loss(self, iteration: int, part: int) -> tuple[Tensor, dict[str, float]]:
         """Mean squared error of the flow (Wan2.1, section 4.2)."""
         train = self.config.train
-        num_clips, num_frames = train.batch_size, self.latents.shape[1]
+        num_clips, num_frames = train.batch_size, self.clips.shape[0]
         if train.clip_frames:
             num_clips, num_pixel_frames = draw_length(self.config, iteration)
             num_frames = (num_pixel_frames - 1) // 4 + 1
         chosen = self.order.at(batch_positions(train, iteration, part)[:num_clips])
-        x0 = self.latents[chosen, :num_frames].to(self.device, torch.float32)
+        x0 = self.clips.read(chosen.tolist())[:, :num_frames].to(self.device, torch.float32)
         num_blocks = num_frames // self.block_frames if self.block_frames else 1
         draws = Draws(self.config, "flow matching", iteration, part, num_clips)
         u = draws.even(num_blocks).repeat_interleave(num_frames // num_blocks, dim=1)

@@ -1,11 +1,12 @@
 """Encoded training clips on disk: shards of latents with their captions; or LMDBs, as utils/ode_pairs.py describes
 them."""
 
+import bisect
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from utils.errors import UserError
 from utils.files import atomic_path
-from utils.ode_pairs import open_latents
+from utils.ode_pairs import Trajectories, open_latents
 
 
 def write_shard(path: Path, latents: Tensor, captions: Sequence[str], vae: str = "") -> None:
@@ -35,33 +36,51 @@ def holds_clips(path: Path, num_frames: int, captions: Sequence[str], vae: str) 
         return False
 
 
-def read_clips(folder: str) -> tuple[Tensor, list[str]]:
-    """All clips of a folder of shards, or of an LMDB or a folder of LMDBs: latents [N, F, C, h, w] in float16, and N
-    captions.
+class Clips(Protocol):
+    """Where clips are kept: their captions, the shape of one, and single ones read when they are needed."""
+
+    captions: list[str]
+    shape: tuple[int, ...]  # of a clip: [F, C, h, w]
+
+    def read(self, indices: Iterable[int]) -> Tensor:
+        """Clips by index, [B, F, C, h, w] in float16."""
+        ...
+
+
+def open_clips(folder: str) -> Clips:
+    """Open a folder of shards, or an LMDB of clips or a folder of LMDBs.
 
     LMDBs of ODE pairs are refused. The end of their trajectories is a sample of the teacher's, not data, and need not
     even be clean: by default only the points that the forward KL reads are saved.
 
     Raises:
-        UserError: if there is none, one is broken, they are not of one size, or they are ODE pairs.
+        UserError: if there is none, one is broken, they are not of one size and one VAE, or they are ODE pairs.
     """
     if not folder:
         raise UserError("no encoded clips: set data.path to some; scripts/encode_clips.py makes them")
     path = Path(folder)
     packed = None if shard_files(path) else open_latents(path)
     if packed is None:
-        shards = Shards(path)
-        return torch.cat([shards.load(file) for file in shards.files]), shards.captions
-    points, *shape = packed.shape
-    if points > 1:
+        return Shards(path)
+    if packed.shape[0] > 1:
         raise UserError(
-            f"{folder} holds ODE pairs (trajectories of {points} points), not clips; give those of "
+            f"{folder} holds ODE pairs (trajectories of {packed.shape[0]} points), not clips; give those of "
             "scripts/encode_clips.py, or an LMDB of clips"
         )
-    latents = torch.empty(len(packed.prompts), *shape, dtype=torch.float16)
-    for index, clip in enumerate(latents):
-        clip.copy_(packed.read(index)[0])
-    return latents, packed.prompts
+    return Packed(packed)
+
+
+class Packed:
+    """The clips of LMDBs: trajectories of one point."""
+
+    def __init__(self, trajectories: Trajectories):
+        self.captions = trajectories.prompts
+        self.shape = trajectories.shape[1:]
+        self._trajectories = trajectories
+
+    def read(self, indices: Iterable[int]) -> Tensor:
+        """Clips by index, [B, F, C, h, w]."""
+        return torch.stack([self._trajectories.read(index)[0] for index in indices])
 
 
 class Shards:
@@ -77,8 +96,10 @@ class Shards:
             raise UserError(f"no encoded clips in {folder}; make them with scripts/encode_clips.py")
         self.captions: list[str] = []
         self.shape: tuple[int, ...] = ()  # of a clip: [F, C, h, w]
+        self._starts: list[int] = []  # of the files, in the order of all clips
         encoded_by = None
         for file in self.files:
+            self._starts.append(len(self.captions))
             with _reading(file) as shard:
                 count, *shape = shard.get_slice("latents").get_shape()
                 named = json.loads(shard.metadata()["clips"])
@@ -93,15 +114,14 @@ class Shards:
                 raise UserError(f"{file} was encoded by another VAE than {self.files[0]}; encode all clips again")
             self.captions += captions
 
-    def __iter__(self) -> Iterator[Tensor]:
-        """The clips, with one shard in memory at a time."""
-        for file in self.files:
-            yield from self.load(file)
+    def read(self, indices: Iterable[int]) -> Tensor:
+        """Clips by index, [B, F, C, h, w]."""
+        return torch.stack([self._clip(index) for index in indices])
 
-    def load(self, file: Path) -> Tensor:
-        """The clips [N, F, C, h, w] of one of the files."""
-        with _reading(file) as shard:
-            return shard.get_tensor("latents")
+    def _clip(self, index: int) -> Tensor:
+        number = bisect.bisect_right(self._starts, index) - 1
+        with _reading(self.files[number]) as shard:
+            return shard.get_slice("latents")[index - self._starts[number]]
 
 
 def shard_files(folder: Path) -> list[Path]:

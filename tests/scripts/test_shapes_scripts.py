@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny_model import ROOT, TEXT_ENCODER, TRANSFORMER, VAE, write_config, write_model
+from tiny_model import ROOT, TEXT_ENCODER, TRANSFORMER, VAE, all_clips, write_config, write_model
 
 from model import presets
 from model.causal_wan import CausalWanModel
@@ -23,7 +23,6 @@ from model.weights import ModelDirectory
 from scripts import contact_sheet, encode_clips, evaluate_vae, generate_ode_pairs, write_shapes_clips
 from trainer.objectives import VAEReconstruction
 from utils import shapes
-from utils.clips import read_clips
 from utils.config import load_config
 from utils.contact_sheet import save_contact_sheet
 from utils.rng import keyed_noise
@@ -67,7 +66,7 @@ def test_encoded_clips_are_the_vaes_latents(tmp_path, call, model, monkeypatch):
     words = ("--base", model, "--output", tmp_path, "--num_clips", 3, "--num_frames", 2, "--device", "cpu")
     assert call(encode_clips, *words)[0] == 0
     assert names(tmp_path) == ["000000.safetensors", "000002.safetensors"]
-    latents, captions = read_clips(str(tmp_path))
+    latents, captions = all_clips(str(tmp_path))
     assert latents.shape == (3, 2, 16, 8, 8)
     assert captions == [shapes.sample_clip(0, index).scene.caption for index in range(3)]
     pixels = shapes.to_pixels(shapes.render(shapes.sample_clip(0, 2), 5)).transpose(0, 1)[None]
@@ -87,11 +86,11 @@ def test_clips_of_another_vae_are_encoded_again(tmp_path, call, model):
     shutil.copytree(model, other)
     words = ("--base", other, "--output", clips, "--num_clips", 1, "--num_frames", 2, "--device", "cpu")
     assert call(encode_clips, *words)[0] == 0
-    before, _ = read_clips(str(clips))
+    before, _ = all_clips(str(clips))
     [weights] = (other / "vae").glob("*.safetensors")
     save_file({name: 1.1 * tensor for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})
     assert call(encode_clips, *words)[0] == 0
-    after, _ = read_clips(str(clips))
+    after, _ = all_clips(str(clips))
     assert (after != before).any()
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_model import write_config, write_model
+from tiny_model import all_clips, write_config, write_model
 
 import train
 from model.causal_wan import CausalWanModel
@@ -21,7 +21,7 @@ from scripts import create_lmdb, encode_prompts, export_generator, generate_ode_
 from trainer.objectives import FlowMatching, build_objective
 from trainer.planner import plan
 from trainer.trainer import Trainer
-from utils.clips import read_clips, write_shard
+from utils.clips import write_shard
 from utils.config import load_config
 from utils.ode_pairs import open_ode_pairs, pair_file, write_ode_pair, write_sigmas
 from utils.plots import save_lines
@@ -220,7 +220,7 @@ def test_an_lmdb_holds_the_clips_of_the_folder_in_their_order(clips, tmp_path, c
     code, out, _ = call(create_lmdb, "--data_path", clips, "--lmdb_path", target, "--shards", shards)
     assert code == 0 and "7 clips" in out
     assert len(list(target.glob("**/data.mdb"))) == shards and [path.name for path in tmp_path.iterdir()] == ["lmdb"]
-    (latents, captions), (others, other_captions) = read_clips(str(clips)), read_clips(str(target))
+    (latents, captions), (others, other_captions) = all_clips(str(clips)), all_clips(str(target))
     assert torch.equal(latents, others) and latents.dtype == others.dtype and captions == other_captions
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import WanPipeline, WanTransformer3DModel
-from tiny_model import write_config, write_model_index
+from tiny_model import all_clips, write_config, write_model_index
 
 import train
 from model.causal_wan import BlockCausal, CausalWanModel
@@ -23,7 +23,6 @@ from trainer.objectives import (
     build_transformer,
 )
 from trainer.trainer import Trainer
-from utils.clips import read_clips
 from utils.errors import UserError
 from utils.ode_pairs import open_ode_pairs, pair_file, write_ode_pair, write_sigmas
 
@@ -45,11 +44,17 @@ class Spy(torch.nn.Module):
 # ---- Flow matching ----
 
 
+def the_same_clip_always(objective: FlowMatching) -> torch.Tensor:
+    """Have an objective read clip 0, [1, F, C, h, w], whichever is chosen."""
+    clip = objective.clips.read([0])
+    objective.clips.read = lambda indices: clip.expand(len(indices), -1, -1, -1, -1)
+    return clip.float()
+
+
 def test_flow_matching_asks_for_noise_minus_x0(make_config, clips, tiny_presets):
     """From x alone no net can tell the two apart; one that knows x0 can, and its loss is zero."""
     objective = FlowMatching(make_config(clips), CPU)
-    objective.latents = objective.latents[:1].expand(6, -1, -1, -1, -1)  # whichever is chosen
-    x0 = objective.latents[:1].float().transpose(1, 2)
+    x0 = the_same_clip_always(objective).transpose(1, 2)
     objective.net = Spy(lambda x, timestep: (x - x0) / (timestep / 1000).view(-1, 1, 1, 1, 1))
     for iteration in range(3):
         assert objective.loss(iteration, 0)[0].item() < 1e-8
@@ -63,8 +68,7 @@ def test_forcing_draws_a_level_for_every_block_and_is_causal(make_config, clips,
     config.rollout.block_frames = 2
     config.train.clip_frames = [13]
     objective = FlowMatching(config, CPU)
-    objective.latents = objective.latents[:1].expand(6, -1, -1, -1, -1)
-    x0 = objective.latents[:1, :4].float().transpose(1, 2)
+    x0 = the_same_clip_always(objective)[:, :4].transpose(1, 2)
 
     def exact(x, timestep):
         levels = (timestep / 1000).view(len(timestep), 1, -1, 1, 1)
@@ -178,7 +182,7 @@ def test_levels_cover_the_range_in_every_batch(make_config, clips, tiny_presets)
 
 def test_dropped_text_is_the_empty_prompt(make_config, model, clips, tiny_presets):
     encoder = TextEncoder(*ModelDirectory.open(model).load_text_encoder(torch.float32), length=24)
-    empty, captions = encoder.encode([""]), encoder.encode(read_clips(str(clips))[1])
+    empty, captions = encoder.encode([""]), encoder.encode(all_clips(str(clips))[1])
     for dropout in (0.0, 1.0):
         objective = FlowMatching(make_config(clips, text_dropout=dropout), CPU)
         objective.net = Spy()
@@ -192,7 +196,7 @@ def test_dropped_text_is_the_empty_prompt(make_config, model, clips, tiny_preset
 def test_clips_keep_their_captions(make_config, clips, tiny_presets):
     """Clip by clip, the text that goes with it is its own."""
     objective = FlowMatching(make_config(clips), CPU)
-    captions = read_clips(str(clips))[1]
+    captions = all_clips(str(clips))[1]
     rows = objective.text.of(torch.arange(6))
     for clip, caption in enumerate(captions):
         same = [torch.equal(rows[clip], rows[other]) for other in range(6)]

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny_model import all_clips
 from torch import Tensor
 
-from utils.clips import read_clips, write_shard
+from utils.clips import open_clips, write_shard
 from utils.errors import UserError
 from utils.ode_pairs import (
     check_origin,
@@ -41,9 +42,18 @@ def test_shards_come_back_in_the_order_of_their_names(tmp_path):
     write_shard(tmp_path / "00000.safetensors", clips[:3], captions[:3])
     (tmp_path / "notes.txt").write_text("not a shard")
     (tmp_path / ".00002.99.partial.safetensors").write_bytes(b"half")
-    latents, read = read_clips(str(tmp_path))
+    latents, read = all_clips(str(tmp_path))
     assert latents.dtype == torch.float16 and torch.equal(latents, clips.half())
     assert read == captions
+
+
+def test_clips_are_read_one_by_one(tmp_path):
+    clips = randn(5, 2, 4, 3, 3).half()
+    for start in range(0, 5, 2):
+        write_shard(tmp_path / f"{start}.safetensors", clips[start : start + 2], list("abcde")[start : start + 2])
+    opened = open_clips(str(tmp_path))
+    (tmp_path / "0.safetensors").unlink()  # what is not asked for is not read
+    assert opened.shape == (2, 4, 3, 3) and torch.equal(opened.read([4, 2, 3, 3]), clips[[4, 2, 3, 3]])
 
 
 def test_the_same_clips_are_the_same_bytes(tmp_path):
@@ -55,7 +65,7 @@ def test_the_same_clips_are_the_same_bytes(tmp_path):
 @pytest.mark.parametrize("folder", ["", "/nowhere"])
 def test_without_clips_it_says_how_to_make_them(folder):
     with pytest.raises(UserError, match="encode_clips"):
-        read_clips(folder)
+        all_clips(folder)
 
 
 def broken_shards() -> dict[str, bytes | tuple]:
@@ -84,7 +94,7 @@ def test_shards_of_two_vaes_are_not_mixed(tmp_path):
     for number, vae in enumerate(("one", "one", "two")):
         write_shard(tmp_path / f"{number}.safetensors", torch.zeros(1, 2, 4, 3, 3), ["fine"], vae)
     with pytest.raises(UserError, match=r"2\.safetensors was encoded by another VAE than .*0\.safetensors"):
-        read_clips(str(tmp_path))
+        all_clips(str(tmp_path))
 
 
 @pytest.mark.parametrize("kind", broken_shards())
@@ -96,7 +106,7 @@ def test_a_broken_shard_is_named(tmp_path, kind):
     else:
         save_file(content[0], tmp_path / "00001.safetensors", content[1])
     with pytest.raises(UserError, match=r"00001\.safetensors"):
-        read_clips(str(tmp_path))
+        all_clips(str(tmp_path))
 
 
 def test_a_shard_that_is_cut_off_is_named(tmp_path):
@@ -104,7 +114,7 @@ def test_a_shard_that_is_cut_off_is_named(tmp_path):
     write_shard(file, torch.zeros(4, 2, 4, 3, 3), list("abcd"))
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(UserError, match=r"00000\.safetensors"):
-        read_clips(str(tmp_path))
+        all_clips(str(tmp_path))
 
 
 # ---- clips in LMDBs ----
@@ -122,7 +132,7 @@ def test_clips_come_back_from_lmdbs(tmp_path, sharded, axis):
         write_lmdb(folder, captions[group], entries[group], entries.shape[1:])
     if sharded:
         write_lmdb(tmp_path / ".2.99.partial", ["half"], clips[:1], clips.shape[1:])
-    latents, read = read_clips(str(tmp_path))
+    latents, read = all_clips(str(tmp_path))
     assert latents.dtype == torch.float16 and torch.equal(latents, clips.half())
     assert read == captions
 
@@ -130,7 +140,7 @@ def test_clips_come_back_from_lmdbs(tmp_path, sharded, axis):
 def test_pairs_are_no_clips_and_clips_no_pairs(tmp_path):
     write_lmdb(tmp_path / "pairs", ["a"], TRAJECTORY, TRAJECTORY.shape[1:])
     with pytest.raises(UserError, match=r"pairs holds ODE pairs \(trajectories of 3 points\), not clips"):
-        read_clips(str(tmp_path / "pairs"))
+        all_clips(str(tmp_path / "pairs"))
     write_lmdb(tmp_path / "clips", ["a"], TRAJECTORY[0, :1], TRAJECTORY.shape[2:])
     for sigmas in (LEVELS, [0.0], []):
         with pytest.raises(UserError, match="clips holds clips, not ODE pairs"):
@@ -161,7 +171,7 @@ def test_a_broken_lmdb_of_clips_is_named(tmp_path, kind):
         for name, value in broken_entries()[kind].items():
             transaction.delete(name.encode()) if value is None else transaction.put(name.encode(), value)
     with pytest.raises(UserError, match=f"{tmp_path}/clips") as error:
-        read_clips(str(tmp_path / "clips"))
+        all_clips(str(tmp_path / "clips"))
     assert "\n" not in str(error.value)
 
 
@@ -172,7 +182,7 @@ def test_an_lmdb_that_is_cut_off_is_named(tmp_path):
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     for path in (tmp_path / "a", tmp_path):
         with pytest.raises(UserError, match="a is cut off"):
-            read_clips(str(path))
+            all_clips(str(path))
 
 
 def test_an_lmdb_with_damaged_pages_is_named(tmp_path):
@@ -182,14 +192,14 @@ def test_an_lmdb_with_damaged_pages_is_named(tmp_path):
         file.seek(3 * 4096)
         file.write(bytes(size - 3 * 4096))
     with pytest.raises(UserError, match="is broken"):
-        read_clips(str(tmp_path))
+        all_clips(str(tmp_path))
 
 
 def test_lmdbs_of_clips_of_other_sizes_are_refused(tmp_path):
     for width in (3, 4):
         write_lmdb(tmp_path / f"{width}", ["a"], torch.zeros(1, 2, 4, 3, width), (2, 4, 3, width))
     with pytest.raises(UserError, match="latents of different sizes"):
-        read_clips(str(tmp_path))
+        all_clips(str(tmp_path))
 
 
 # ---- ODE pairs ----
