@@ -389,7 +389,8 @@ def test_the_training_script_shares_the_work(stages):
 
 
 def test_the_training_script_makes_a_model_from_nothing(tmp_path, stages, call, monkeypatch):
-    """Its stages, in its order and with its words, on tiny networks and in this process."""
+    """Its stages, in its order and with its words, on tiny networks and in this process; once more, they keep what is
+    there and make what is missing."""
     overrides = [
         "train.network=tiny",
         "train.max_iterations=2",
@@ -407,10 +408,23 @@ def test_the_training_script_makes_a_model_from_nothing(tmp_path, stages, call, 
 
     monkeypatch.setattr(VAEReconstruction, "clip", small_clip)
     monkeypatch.chdir(ROOT)
-    for script, *words in calls:
-        module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
-        code, _, err = call(module, *words)
-        assert code == 0, (script, words, err)
+
+    def run_stages() -> None:
+        for script, *words in calls:
+            module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+            code, _, err = call(module, *words)
+            assert code == 0, (script, words, err)
+
+    def data() -> dict[Path, bytes]:
+        files = (file for suffix in ("safetensors", "pt") for file in tmp_path.rglob(f"*.{suffix}"))
+        return {file: file.read_bytes() for file in files}
+
+    run_stages()
+    made = data()
+    for lost in ("runs/ode_pairs/00001.pt", "runs/clips/000000.safetensors", "model/hiar/config.json"):
+        (tmp_path / lost).unlink()
+    run_stages()
+    assert data() == made and (tmp_path / "model/hiar/config.json").exists()
     assert names(tmp_path / "runs") == [
         *("captions.txt", "clips", "hiar", "hiar_without_forward_kl", "ode_init", "ode_pairs", "self_forcing"),
         *("teacher", "text_encoder", "vae", "vae_long", "vae_short"),
