@@ -49,7 +49,7 @@ def main() -> None:
         raise UserError("say where checkpoints and logs go: --logdir DIR")
     if not config.train.objective:
         raise UserError(f"{args.config_path} has no train.objective; configs/hiar.yaml and configs/shapes/ have")
-    num_parts(config.train, world_size())
+    num_parts(config.train, world_size())  # says so if they do not divide the batch
 
     # Heavy imports wait until the arguments are known to be good.
     from trainer.objectives import build_objective
@@ -68,7 +68,7 @@ def dry_run(config: Config, processes: str) -> None:
     """Print the configuration, and the memory that it takes if it trains DiTs."""
     if not processes.isdigit() or int(processes) < 1:
         raise UserError(f"world_size={processes} must be a number of processes")
-    num_parts(config.train, int(processes))
+    num_parts(config.train, int(processes))  # as training would
     print(config.to_yaml(), end="")
     if config.train.objective in DIT_OBJECTIVES:
         from trainer.planner import plan

@@ -472,7 +472,7 @@ class ModelDirectory:
             source = self.path / NATIVE_VAE
             state = convert_wan_vae_to_diffusers(_read_state(source))
             config = {"base_dim": len(state["encoder.conv_in.bias"])} if "encoder.conv_in.bias" in state else {}
-        return build(lambda: AutoencoderKLWan.from_config(config), state, source, dtype, ())
+        return build(lambda: AutoencoderKLWan.from_config(config), state, source, dtype)
 
 
 # ---- Writing ----

@@ -19,6 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from model.weights import TEXT_ENCODER_FILES, TRANSFORMER_FILES
 from pipeline.text_to_video import VAE_STRIDE, rollout_sigmas
 from utils.config import Config, load_config
 from utils.distributed import rank, world_size
@@ -140,8 +141,6 @@ def origin_of(config: Config, sigmas: list[float], dtype: str) -> dict[str, Any]
 
 def weights_of(config: Config) -> str:
     """What tells the teacher's weights and the text encoder's from others."""
-    from model.weights import TEXT_ENCODER_FILES, TRANSFORMER_FILES
-
     base, own = Path(config.model.base), Path(config.teacher.path)
     if not config.teacher.path:
         teacher = fingerprint(base, TRANSFORMER_FILES)

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from diffusers import AutoencoderKLWan
@@ -18,6 +18,8 @@ from pipeline.text_to_video import VAE_STRIDE, context_frames
 from utils.config import Config
 from utils.device import DTYPES
 from utils.errors import UserError
+
+Module = TypeVar("Module", bound=nn.Module)
 
 GB = 1e9
 _LIMIT = 80  # GB of the GPUs that people train on
@@ -177,19 +179,18 @@ def around(config: Config, student: dict, shards: int = 1) -> Rows:
     if not config.model.text_cache:
         sizes = part_config(folder / "text_encoder") or preset_of_width(student["text_dim"], folder)
         dtype = "float32" if config.runtime.device == "cpu" else config.model.dtype
-        with torch.device("meta"):
-            encoder = UMT5EncoderModel(UMT5Config.from_dict(sizes))
-        element, count = DTYPES[dtype].itemsize, sum(p.numel() for p in encoder.parameters())
-        rows.append((f"text encoder: weights ({dtype})", element * count / shards))
+        encoder = on_meta(lambda: UMT5EncoderModel(UMT5Config.from_dict(sizes)))
+        element = DTYPES[dtype].itemsize
+        rows.append((f"text encoder: weights ({dtype})", element * num_parameters(encoder) / shards))
         if shards > 1:  # the table of tokens stands outside of the layers
-            gathered = encoder.shared.weight.numel() + 2 * sum(p.numel() for p in encoder.encoder.block[0].parameters())
+            gathered = num_parameters(encoder.shared) + 2 * num_parameters(encoder.encoder.block[0])
             rows.append(("text encoder: tokens and two layers gathered", element * gathered))
     distilled = train.objective == "score_distillation"
     cut = distilled and config.distill.max_rollout_frames > config.data.num_frames
     sampled = train.sample_every > 0
     if cut or sampled:
         vae = part_config(folder / "vae") or presets.VAES["wan"]
-        size = DTYPES[train.dtype].itemsize * num_parameters(lambda: AutoencoderKLWan.from_config(vae))
+        size = DTYPES[train.dtype].itemsize * num_parameters(on_meta(lambda: AutoencoderKLWan.from_config(vae)))
         rows.append((f"VAE: weights ({train.dtype})" + ", twice" * (cut and sampled), (cut + sampled) * size))
     return rows
 
@@ -268,12 +269,16 @@ def frame_tokens(config: Config, net: dict) -> int:
 
 def sized(name: str, config: dict, trained: bool) -> Net:
     """Count a DiT's parameters without making them."""
-    with torch.device("meta"):
-        net = CausalWanModel(**config)
-    return Net(name, dict(net.config), sum(p.numel() for p in net.parameters()), trained)
+    net = on_meta(lambda: CausalWanModel(**config))
+    return Net(name, dict(net.config), num_parameters(net), trained)
 
 
-def num_parameters(make: Callable[[], nn.Module]) -> int:
-    """Parameters of a network that is made without them."""
+def on_meta(make: Callable[[], Module]) -> Module:
+    """A network that is made without its parameters' memory."""
     with torch.device("meta"):
-        return sum(p.numel() for p in make().parameters())
+        return make()
+
+
+def num_parameters(net: nn.Module) -> int:
+    """Parameters of a network; those it shares with itself count once."""
+    return sum(p.numel() for p in net.parameters())

@@ -79,20 +79,22 @@ class VideoSampler:
         for prompt in prompts[rank() :: world_size()]:
             path = folder / f"{stems[prompt.index][0]}.mp4"
             try:
-                with torch.no_grad(), compute_in(self.config, net.device):
+                with compute_in(self.config, net.device):
                     latents = self.latents(pipeline, prompt.text)
                 writable_folder(path.parent)
                 with VideoWriter(path, fps=self.config.video.fps) as video:
                     video.write(self.vae.decode(latents)[0])
-            except Exception as error:  # memory included
+            except Exception as error:  # whatever it is, training can do without; memory included
                 print(f"note: {path} was not written: {type(error).__name__}: {error}", flush=True)
 
+    @torch.no_grad()
     def latents(self, pipeline: TextToVideo, prompt: str) -> Tensor:
         """A video's latents [1, F, C, h, w]."""
         if not self.bidirectional:
             return torch.cat(list(pipeline.generate([prompt], [0])), dim=1)
         net, video, teacher = pipeline.net, self.config.video, self.config.teacher
-        text, negative = pipeline.embeddings.of([prompt, teacher.negative_prompt]).to(net.device).split(1)
+        embeddings = pipeline.embeddings.of([prompt, teacher.negative_prompt]).to(net.device)
+        text, negative = map(net.encode_text, embeddings.split(1))  # once for all steps
         size = pipeline.vae.latent_shape(video.height, video.width)
         noise = keyed_noise(self.config.runtime.seed, 0, 0, 0, (video.num_output_frames, *size))[None].to(net.device)
         return sample_unipc(

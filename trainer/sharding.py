@@ -105,7 +105,7 @@ def whole_copy(net: CausalWanModel, dtype: torch.dtype) -> CausalWanModel:
 
     It takes the memory of the whole net in `dtype`.
     """
-    state = {name: whole(tensor).to(dtype) for name, tensor in net.state_dict().items()}
+    state = {name: whole(tensor.to(dtype)) for name, tensor in net.state_dict().items()}
     return build(lambda: CausalWanModel.from_config(net.config), state, "a copy", dtype).to(net.device)
 
 

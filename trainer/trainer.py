@@ -152,15 +152,14 @@ class Trainer:
         metrics: dict[str, float] = {"rate_scale": learning_rate_scale(self.iteration, self.train_config)}
         for name in self.objective.turns(self.iteration):
             metrics |= self.update(name, metrics["rate_scale"])
-        for net in self.objective.nets.values():
-            settle(net)
         return metrics
 
     def update(self, name: str, rate_scale: float) -> dict[str, float]:
         """One optimizer update of one net, on the whole batch."""
         config, net = self.train_config, self.objective.nets[name]
         metrics = self.accumulate(name)
-        settle(net)  # gradients belong to its shards
+        for used in self.objective.nets.values():  # gradients, optimizer and checkpoint are of their shards
+            settle(used)
         norm = clip_gradients(net.parameters(), config.grad_clip)
         self.refuse_bad(metrics, name, norm)
         for optimizer in self.optimizers[name]:
@@ -199,7 +198,7 @@ class Trainer:
         bad = [f"{key} is {value:.4g}" for key, value in metrics.items() if not math.isfinite(value)]
         for key, value in losses.items():
             usual = self.usual(key)
-            if usual is not None and value > config.stop_loss_growth * usual:
+            if value > config.stop_loss_growth * usual:
                 bad.append(f"{key} is {value:.4g} where {usual:.4g} is usual")
         if not math.isfinite(norm) or norm > config.stop_grad_norm:
             shares = [f"{key} {value:.4g}" for key, value in metrics.items() if key.endswith("_output_gradient")]
@@ -209,9 +208,10 @@ class Trainer:
         for key, value in losses.items():
             self.recent[key].append(value)
 
-    def usual(self, loss: str) -> float | None:
-        """The median of a loss's latest values; None before there are enough of them to say."""
-        return statistics.median(self.recent[loss]) or None if len(self.recent[loss]) >= 20 else None
+    def usual(self, loss: str) -> float:
+        """The median of a loss's latest values; infinite, so that nothing exceeds it, where they cannot say."""
+        recent = self.recent[loss]
+        return statistics.median(recent) or math.inf if len(recent) >= 20 else math.inf
 
     def stop(self, reason: str) -> NoReturn:
         """End a run that cannot go on, saying which state is left.

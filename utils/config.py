@@ -400,11 +400,16 @@ def check_config(config: Config) -> None:
     _check_train(config.train)
     _check_distill(config)
     sigmas = config.data.sigmas
-    if sigmas and not (sigmas[0] <= 1 and sigmas[-1] >= 0 and falls(sigmas)):
+    if sigmas and not are_noise_levels(sigmas):
         raise UserError(f"data.sigmas must fall from at most 1 to at least 0, not {sigmas}")
 
 
-def falls(levels: Sequence[float]) -> bool:
+def are_noise_levels(sigmas: Sequence[float]) -> bool:
+    """Whether these fall from at most 1 to at least 0."""
+    return _falls(sigmas) and sigmas[0] <= 1 and sigmas[-1] >= 0
+
+
+def _falls(levels: Sequence[float]) -> bool:
     """Whether every one of these is smaller than the one before; false with a NaN."""
     return all(a > b for a, b in itertools.pairwise(levels)) and all(map(math.isfinite, levels))
 
@@ -416,7 +421,7 @@ def _steps(rollout: RolloutConfig) -> list[float]:
 
 def _check_rollout(rollout: RolloutConfig) -> None:
     steps = _steps(rollout)
-    if not steps or not falls([*steps, 0]) or not steps[0] <= 1000:
+    if not steps or not _falls([*steps, 0]) or not steps[0] <= 1000:
         raise UserError(
             f"rollout.denoising_step_list must fall from at most 1000 towards 0, not {rollout.denoising_step_list}"
         )

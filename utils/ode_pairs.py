@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from utils.config import falls
+from utils.config import are_noise_levels
 from utils.distributed import rank
 from utils.errors import UserError
 from utils.files import atomic_path, write_json
@@ -91,7 +91,7 @@ def open_ode_pairs(folder: str, sigmas: Sequence[float], num_points: int) -> ODE
         raise UserError(
             f"{folder} has no {SIGMAS} for its {trajectories.shape[0]} points: set data.sigmas to their noise levels"
         )
-    if not (falls(levels) and levels[0] <= 1 and levels[-1] >= 0):
+    if not are_noise_levels(levels):
         raise UserError(
             f"the noise levels of the points in {folder} must fall from at most 1 to at least 0, not {levels}"
         )
