@@ -10,7 +10,7 @@ among the ranks. A video's JSON makes it again: python inference.py --config_pat
 import argparse
 
 from pipeline.command_line import check_arguments, resolve_config, shared_arguments, work_items
-from utils.config import parse_record
+from utils.config import read_metadata
 from utils.distributed import rank, world_size
 from utils.errors import UserError, command
 
@@ -37,7 +37,7 @@ def main() -> None:
         return
     if not args.output_folder:
         raise UserError("say where videos go: --output_folder DIR")
-    record = parse_record(args.config_path)
+    record = read_metadata(args.config_path)
     items = work_items(args, record)
 
     # Heavy imports wait until the arguments are known to be good.

@@ -7,7 +7,7 @@ The same command again resumes from the last checkpoint in --logdir.
 import argparse
 from pathlib import Path
 
-from utils.config import DIT_OBJECTIVES, Config, load_config, num_parts
+from utils.config import DIT_OBJECTIVES, Config, load_config, num_micro_batches
 from utils.distributed import world_size
 from utils.errors import UserError, command
 
@@ -49,9 +49,10 @@ def main() -> None:
         raise UserError("say where checkpoints and logs go: --logdir DIR")
     if not config.train.objective:
         raise UserError(f"{args.config_path} has no train.objective; configs/hiar.yaml and configs/shapes/ have")
-    num_parts(config.train, world_size())  # says so if they do not divide the batch
+    num_micro_batches(config.train, world_size())  # says so if they do not divide the batch
 
     # Heavy imports wait until the arguments are known to be good.
+    import shapes.objectives  # noqa: F401 -- registers the miniature's own objectives
     from trainer.objectives import build_objective
     from trainer.trainer import Trainer, check_wandb
     from utils.device import pick_device
@@ -68,7 +69,7 @@ def dry_run(config: Config, processes: str) -> None:
     """Print the configuration, and the memory that it takes if it trains DiTs."""
     if not processes.isdigit() or int(processes) < 1:
         raise UserError(f"world_size={processes} must be a number of processes")
-    num_parts(config.train, int(processes))  # as training would
+    num_micro_batches(config.train, int(processes))  # as training would
     print(config.to_yaml(), end="")
     if config.train.objective in DIT_OBJECTIVES:
         from trainer.planner import plan

@@ -37,7 +37,7 @@ from model.kv_cache import KVCache
 
 @dataclass(frozen=True)
 class TextContext:
-    """Keys and values of a prompt for every layer's cross-attention; computed once, shared by all lanes and steps."""
+    """Keys and values of a prompt for every layer's cross-attention; computed once, shared by all caches and steps."""
 
     k: list[Tensor]  # per layer [B, text tokens, heads, head_dim]
     v: list[Tensor]
@@ -162,7 +162,7 @@ class CausalWanModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
             first_frame: absolute index of x's first frame in the video, without an upper limit.
             causal: block-causal attention over the whole of x, which is [clean; noisy] if it says `beside_clean`.
                 Without it and without a cache, every token sees all.
-            cache: x is one block, which sees the lane's context before `first_frame` and itself.
+            cache: x is one block, which sees the cache's context before `first_frame` and itself.
             write: append this block's keys and values to the cache.
             head: false to leave out what only the prediction needs: the head, and all but the keys and values of the
                 last layer. Nothing is returned then.
@@ -263,7 +263,7 @@ class CausalWanModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
         history_frames: int = 0,
         dtype: torch.dtype | None = None,
     ) -> KVCache:
-        """An empty lane for latents of height x width, on this network's device and in its dtype if in no other."""
+        """An empty cache for latents of height x width, on this network's device and in its dtype if in no other."""
         _, patch_h, patch_w = self.config.patch_size
         return KVCache(
             num_layers=len(self.layers),
@@ -348,9 +348,9 @@ class CausalWanModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
             return full if causal is None else block_causal
         if written:
             return write_then_attend
-        # A lane that has gone past this block already is read as it was before it.
+        # A cache that has gone past this block already is read as it was before it.
         before = min(first_frame, cache.num_frames)
-        # A checkpointed layer reads its context again in the backward pass, when an open lane has moved on.
+        # A checkpointed layer reads its context again in the backward pass, when an open cache has moved on.
         past = None
         if checkpointing and not cache.closed:
             past = [tuple(x.clone() for x in cache.read(layer, before)) for layer in range(len(self.layers))]

@@ -15,32 +15,32 @@ class Denoiser:
         self.net = net
         self.text = text
 
-    def denoise(self, x: Tensor, sigma: float, first_frame: int, lane: KVCache, write: bool = False) -> Tensor:
-        """Predict the block x0, float32 [B, F, C, h, w], from x at level sigma beside the lane's context.
+    def denoise(self, x: Tensor, sigma: float, first_frame: int, cache: KVCache, write: bool = False) -> Tensor:
+        """Predict the block x0, float32 [B, F, C, h, w], from x at level sigma beside the cache's context.
 
         Args:
             first_frame: absolute index of the block's first frame.
-            write: also append the block, at this level, to the lane.
+            write: also append the block, at this level, to the cache.
         """
         flow = self.net(
-            x.transpose(1, 2), self._timestep(x, sigma), self.text, first_frame=first_frame, cache=lane, write=write
+            x.transpose(1, 2), self._timestep(x, sigma), self.text, first_frame=first_frame, cache=cache, write=write
         )
         return flow_to_x0(x, flow.transpose(1, 2), sigma)
 
-    def write_context(self, x: Tensor, sigma: float, first_frame: int, lane: KVCache) -> None:
-        """Append the block x, at level sigma, to the lane."""
+    def write_context(self, x: Tensor, sigma: float, first_frame: int, cache: KVCache) -> None:
+        """Append the block x, at level sigma, to the cache."""
         self.net(
             x.transpose(1, 2),
             self._timestep(x, sigma),
             self.text,
             first_frame=first_frame,
-            cache=lane,
+            cache=cache,
             write=True,
             head=False,
         )
 
     def write_then_denoise(
-        self, context: Tensor, context_sigma: float, x: Tensor, sigma: float, first_frame: int, lane: KVCache
+        self, context: Tensor, context_sigma: float, x: Tensor, sigma: float, first_frame: int, cache: KVCache
     ) -> Tensor:
         """`write_context` of a block and `denoise` of the one after it, by one pass.
 
@@ -53,7 +53,7 @@ class Denoiser:
             timestep,
             self.text,
             first_frame=first_frame,
-            cache=lane,
+            cache=cache,
             written=context.shape[1],
         )
         return flow_to_x0(x, flow.transpose(1, 2), sigma)

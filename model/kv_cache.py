@@ -1,7 +1,8 @@
-"""One lane: the keys and values of earlier blocks, for every layer, at one context level.
+"""One cache: the keys and values of earlier blocks, for every layer, at one context level.
 
 Keys are stored after RoPE with their absolute frame index, and attention does not care about the order of keys, so a
-full window is a ring: the newest frames take the place of the oldest and nothing is moved. A lane can be read as it was
+full window is a ring: the newest frames take the place of the oldest and nothing is moved. A cache can be read as it
+was
 before any frame whose context is still there; training keeps a longer history for that.
 """
 
@@ -45,7 +46,7 @@ class KVCache:
         self.context_frames = context_frames
         self.sink_frames = sink_frames
         self.history_frames = history_frames
-        self.num_frames = 0  # ever appended; the next block starts at this frame if it appends to this lane
+        self.num_frames = 0  # ever appended; the next block starts at this frame if it appends to this cache
         self.closed = False  # to further blocks, so that who reads it again later finds what was there
         tokens = (context_frames + history_frames + block_frames) * tokens_per_frame
         shape = (num_layers, batch_size, tokens, num_heads, head_dim)
@@ -71,7 +72,7 @@ class KVCache:
         """Keys and values [B, held tokens, heads, head_dim] of the context; views where it lies in one piece.
 
         Args:
-            before: read the lane as it was when this frame was the next; default: as it is.
+            before: read the cache as it was when this frame was the next; default: as it is.
         """
         pieces = [slice(a * self.tokens_per_frame, b * self.tokens_per_frame) for a, b in self._slots(before)]
         if len(pieces) == 1:
@@ -111,7 +112,7 @@ class KVCache:
 
     @torch.no_grad()
     def append(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Put a block's k, v [B, tokens, heads, head_dim] of one layer into the lane; `commit` follows them all."""
+        """Put a block's k, v [B, tokens, heads, head_dim] of one layer into the cache; `commit` follows them all."""
         assert not self.closed
         for slot, frame, count in self._placement(k.shape[1] // self.tokens_per_frame):
             to = slice(slot * self.tokens_per_frame, (slot + count) * self.tokens_per_frame)
@@ -133,7 +134,7 @@ class KVCache:
         sink = min(self.sink_frames, end)
         start = max(self.sink_frames, end - (self.context_frames - self.sink_frames))
         if end > self.num_frames or start < min(end, self.num_frames - self.ring_frames):
-            raise ValueError(f"the lane, at frame {self.num_frames}, does not hold the context before frame {end}")
+            raise ValueError(f"the cache, at frame {self.num_frames}, does not hold the context before frame {end}")
         if start >= end:
             return [(0, sink)]
         first = (start - self.sink_frames) % self.ring_frames + self.sink_frames

@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model.vae import WanVAE
+from pipeline.latents import LatentsWriter, read_latents
 from pipeline.schedule import Op
 from pipeline.text_to_video import TextToVideo
 from utils.config import Config
@@ -28,7 +29,6 @@ from utils.device import pick_device
 from utils.distributed import rank
 from utils.errors import UserError
 from utils.files import writable_folder, write_json
-from utils.latents import LatentsWriter, read_latents
 from utils.prompts import Prompt
 from utils.video import VideoWriter, fit, read_image, read_video, to_uint8
 
@@ -78,7 +78,7 @@ class Files:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class VideoJob:
     """A video to make."""
 
     prompt: Prompt
@@ -113,9 +113,9 @@ def generate_videos(
         return
     check_request(config, condition)
     pipeline = TextToVideo.load(config, pick_device(config.runtime.device))
-    given = read_condition(condition, config, pipeline.vae) if condition else None
-    given_frames = 0 if given is None else given.shape[1]
-    num_ops = pipeline.num_ops(given_frames)
+    prefix = read_condition(condition, config, pipeline.vae) if condition else None
+    prefix_frames = 0 if prefix is None else prefix.shape[1]
+    num_ops = pipeline.num_ops(prefix_frames)
     pipeline.embeddings.encode([video.prompt.text for video in todo])
     quiet = rank() != 0
     interval = 0.5 if sys.stderr.isatty() else 15
@@ -124,7 +124,7 @@ def generate_videos(
         for number, batch in enumerate(batches):
             last = number * batch_size + len(batch)
             bar.set_description(f"video {last}/{len(todo)}", refresh=False)
-            make_videos(pipeline, batch, given, condition, save_latents, bar)
+            make_videos(pipeline, batch, prefix, condition, save_latents, bar)
 
 
 def missing_videos(
@@ -134,7 +134,7 @@ def missing_videos(
     condition: str,
     save_latents: bool,
     overwrite: bool,
-) -> list[Wanted]:
+) -> list[VideoJob]:
     """Which of the videos are not in the folder yet; says which are kept. The arguments are `generate_videos`'s."""
     output = writable_folder(folder)
     todo = []
@@ -142,9 +142,9 @@ def missing_videos(
         files = Files(output, stem)
         complete = files.video.exists() and (files.latents.exists() or not save_latents)
         if overwrite or not complete:
-            todo.append(Wanted(prompt, sample, files))
+            todo.append(VideoJob(prompt, sample, files))
         else:
-            warn_if_different(files.record, make_record(config, prompt, sample, condition))
+            warn_if_different(files.record, make_metadata(config, prompt, sample, condition))
     if len(todo) < len(items):
         print(f"{len(items) - len(todo)} of {len(items)} videos exist already and are kept")
     return todo
@@ -159,13 +159,13 @@ def check_request(config: Config, condition: str) -> None:
     if condition and not Path(condition).is_file():
         raise UserError(f"cannot read {condition}: there is no such file")
     # An image is one latent frame; how many a clip has is known once it has been read.
-    TextToVideo.check(config, given_frames=0 if not condition else 1 if is_image(condition) else None)
+    TextToVideo.check(config, prefix_frames=0 if not condition else 1 if is_image(condition) else None)
 
 
 def make_videos(
     pipeline: TextToVideo,
-    batch: Sequence[Wanted],
-    given: Tensor | None,
+    batch: Sequence[VideoJob],
+    prefix: Tensor | None,
     condition: str,
     save_latents: bool,
     bar: tqdm,
@@ -177,10 +177,10 @@ def make_videos(
         bar.update()
 
     with VideoOutput(pipeline.config, pipeline.vae, batch, condition, save_latents) as output:
-        if given is not None:
-            output.emit(given.expand(len(batch), -1, -1, -1, -1))
+        if prefix is not None:
+            output.emit(prefix.expand(len(batch), -1, -1, -1, -1))
         prompts, samples = [w.prompt.text for w in batch], [w.sample for w in batch]
-        for latents in pipeline.generate(prompts, samples, given, progress):
+        for latents in pipeline.generate(prompts, samples, prefix, progress):
             output.emit(latents)
 
 
@@ -188,7 +188,7 @@ class VideoOutput:
     """The files of a batch of videos, decoded and written as latents come; each `video` appears last, when all else is
     there."""
 
-    def __init__(self, config: Config, vae: WanVAE, batch: Sequence[Wanted], condition: str, save_latents: bool):
+    def __init__(self, config: Config, vae: WanVAE, batch: Sequence[VideoJob], condition: str, save_latents: bool):
         self.config, self.vae, self.batch, self.condition = config, vae, batch, condition
         num_frames = config.video.num_output_frames
         self._shape = (num_frames, *vae.latent_shape(config.video.height, config.video.width))
@@ -231,10 +231,10 @@ class VideoOutput:
             for wanted, sheet in zip(self.batch, self._sheets, strict=True):
                 self._write_sheet_and_record(wanted, sheet)
 
-    def _write_sheet_and_record(self, wanted: Wanted, sheet: ContactSheetSampler) -> None:
+    def _write_sheet_and_record(self, wanted: VideoJob, sheet: ContactSheetSampler) -> None:
         config, num_frames = self.config, self.config.video.num_output_frames
         save_contact_sheet(wanted.files.sheet, [sheet.strip(wanted.prompt.name)], fps=config.video.fps)
-        record = make_record(config, wanted.prompt, wanted.sample, self.condition) | {
+        record = make_metadata(config, wanted.prompt, wanted.sample, self.condition) | {
             "latent_frames": num_frames,
             "pixel_frames": self.vae.num_pixel_frames(num_frames),
             "seconds": round((time.perf_counter() - self._started) / len(self.batch), 3),
@@ -248,7 +248,7 @@ class VideoOutput:
         return [path for path in kept if path is not None]
 
 
-def make_record(config: Config, prompt: Prompt, sample: int, condition: str) -> dict:
+def make_metadata(config: Config, prompt: Prompt, sample: int, condition: str) -> dict:
     """What decides about a video: `inference.py --config_path` reads it back."""
     return {
         "prompt": prompt.text,

@@ -10,22 +10,22 @@ from torch import Tensor
 from model.flow import add_noise
 from pipeline.schedule import Denoise, Fused, Op, WriteContext, WriteThenDenoise
 
-Lane = Any  # whatever the denoiser keeps its context in; a KVCache for the real one
+Cache = Any  # whatever the denoiser keeps its context in; a KVCache for the real one
 
 
 class BlockDenoiser(Protocol):
     """What a rollout needs of a network. Blocks are [B, F, C, h, w], sigma is a noise level in [0, 1]."""
 
-    def denoise(self, x: Tensor, sigma: float, first_frame: int, lane: Lane, write: bool = False) -> Tensor:
-        """x0 of the block; with `write` the block at this level is appended to the lane by the same pass."""
+    def denoise(self, x: Tensor, sigma: float, first_frame: int, cache: Cache, write: bool = False) -> Tensor:
+        """x0 of the block; with `write` the block at this level is appended to the cache by the same pass."""
         ...
 
-    def write_context(self, x: Tensor, sigma: float, first_frame: int, lane: Lane) -> None:
-        """Append the block at this level to the lane."""
+    def write_context(self, x: Tensor, sigma: float, first_frame: int, cache: Cache) -> None:
+        """Append the block at this level to the cache."""
         ...
 
     def write_then_denoise(
-        self, context: Tensor, context_sigma: float, x: Tensor, sigma: float, first_frame: int, lane: Lane
+        self, context: Tensor, context_sigma: float, x: Tensor, sigma: float, first_frame: int, cache: Cache
     ) -> Tensor:
         """`write_context` of a block that starts at `first_frame`, then `denoise` of the next, by one pass."""
         ...
@@ -34,15 +34,15 @@ class BlockDenoiser(Protocol):
 class Transport(Protocol):
     """How a pipeline rank exchanges blocks with its neighbours."""
 
-    def leaves_at(self, block: int) -> int | None:
-        """The level at which this rank hands a block on; None on the last rank. See `Schedule.leaves_at`."""
+    def handoff_index(self, block: int) -> int | None:
+        """The level at which this rank hands a block on; None on the last rank. See `Schedule.handoff_index`."""
         ...
 
     def receive(self, block: int) -> tuple[int, Tensor, Tensor]:
         """Level, x and x0 of a block as the rank before has left it."""
         ...
 
-    def send(self, block: int, level: int, x: Tensor, x0: Tensor) -> None:
+    def send(self, block: int, noise_index: int, x: Tensor, x0: Tensor) -> None:
         """Hand a block on to the rank after."""
         ...
 
@@ -51,7 +51,7 @@ class Transport(Protocol):
 class BlockState:
     """A block under way."""
 
-    level: int
+    noise_index: int
     x: Tensor  # at `level`
     x0: Tensor  # the latest estimate
     before: Tensor  # x at the level before, which context `input` writes
@@ -64,7 +64,7 @@ class Exit:
     x: Tensor
     sigma: float
     first_frame: int
-    lane: Lane
+    cache: Cache
 
 
 @dataclass(frozen=True)
@@ -72,23 +72,23 @@ class BlockLayout:
     """Which frames belong to which block. Given frames that fill no whole block make a short first block."""
 
     block_frames: int
-    given_frames: int = 0
+    prefix_frames: int = 0
 
     @property
-    def given_blocks(self) -> int:
+    def prefix_blocks(self) -> int:
         """Blocks that are given."""
-        return -(-self.given_frames // self.block_frames)
+        return -(-self.prefix_frames // self.block_frames)
 
     def start(self, block: int) -> int:
         """Absolute index of the block's first frame."""
         if block == 0:
             return 0
-        short = self.given_frames % self.block_frames
+        short = self.prefix_frames % self.block_frames
         return block * self.block_frames - (self.block_frames - short if short else 0)
 
     def block_at(self, frame: int) -> int:
         """The block that starts at a frame."""
-        short = self.given_frames % self.block_frames
+        short = self.prefix_frames % self.block_frames
         return (frame + (self.block_frames - short if short and frame else 0)) // self.block_frames
 
     def frames(self, block: int) -> int:
@@ -104,9 +104,9 @@ class Rollout:
         denoiser: BlockDenoiser,
         sigmas: Sequence[float],
         noise: Callable[[int, int], Tensor],
-        new_lane: Callable[[], Lane],
+        new_cache: Callable[[], Cache],
         layout: BlockLayout,
-        given: Tensor | None = None,
+        prefix: Tensor | None = None,
         deterministic: bool = False,
         transport: Transport | None = None,
         observe: Callable[[Op], None] | None = None,
@@ -117,22 +117,23 @@ class Rollout:
         Args:
             sigmas: noise levels 0..S, falling from the start to 0.
             noise: (block, step) to the noise [B, F, C, h, w] that the block enters the step with.
-            new_lane: makes an empty lane; called when a schedule first touches one, and as few times as possible.
+            new_cache: makes an empty cache; called when a schedule first touches one, and as few times as possible.
             given: clean latents [B, given frames, C, h, w] of the blocks that are not generated.
             deterministic: between steps go along the predicted flow (an Euler step) instead of drawing fresh noise.
-            transport: for a rank that owns some lanes only: where blocks come from and go to.
+            transport: for a rank that owns some caches only: where blocks come from and go to.
             observe: called after every op, for progress and profiles.
             exit_step: for training, with ops that are cut there (`Schedule.until`): the step whose x0 finishes a block.
-                What `denoise_again` needs is then kept, the lane included. Default: the last step, and nothing is kept.
+                What `denoise_again` needs is then kept, the cache included. Default: the last step, and nothing is
+                kept.
             with_grad: blocks whose x0 is wanted with its graph. Only the exit step's Denoise runs under autograd; what
                 goes on into the context and to later steps is detached (Self-Forcing, arXiv 2506.08009, section 3.2).
         """
         self.denoiser = denoiser
         self.sigmas = list(sigmas)
         self.noise = noise
-        self.new_lane = new_lane
+        self.new_cache = new_cache
         self.layout = layout
-        self.given = given
+        self.prefix = prefix
         self.deterministic = deterministic
         self.transport = transport
         self.observe = observe or (lambda op: None)
@@ -140,81 +141,82 @@ class Rollout:
         self.with_grad = with_grad or (lambda block: False)
         self.exits: dict[int, Exit] = {}
         self.blocks: dict[int, BlockState] = {}
-        self.lanes: dict[int, Lane] = {}
-        self._free_lanes: list[Lane] = []
+        self.caches: dict[int, Cache] = {}
+        self._free_caches: list[Cache] = []
         self._finished: list[tuple[int, Tensor]] = []  # and not yielded yet
-        self._reached: dict[int, int] = {}  # the block that each lane has come to
+        self._reached: dict[int, int] = {}  # the block that each cache has come to
 
     @property
     def num_steps(self) -> int:
         """S."""
         return len(self.sigmas) - 1
 
-    def run(self, ops: Iterable[Op], lanes: Iterable[int]) -> Iterator[tuple[int, Tensor]]:
+    def run(self, ops: Iterable[Op], caches: Iterable[int]) -> Iterator[tuple[int, Tensor]]:
         """Execute ops in the order given; yield (block, latents [B, F, C, h, w]) as blocks are finished.
 
         Of the ranks of a pipeline only the last yields blocks, all of them.
 
+
         Args:
-            ops: a list, or an iterator that may be endless. Given a list, lanes are used again once they are done with.
-            lanes: all the lanes that the ops touch.
+            ops: a list, or an iterator that may be endless. Caches of a list are reused after their last op.
+            caches: all the caches that the ops touch.
         """
-        self._reached = dict.fromkeys(lanes, -1)
-        last_use = {op.lane: index for index, op in enumerate(ops)} if isinstance(ops, Sequence) else {}
+        self._reached = dict.fromkeys(caches, -1)
+        last_use = {op.cache: index for index, op in enumerate(ops)} if isinstance(ops, Sequence) else {}
         for index, op in enumerate(ops):
             self.execute(op)
             self.observe(op)
             yield from self._finished
             self._finished.clear()
-            needed = any(exit.lane is self.lanes[op.lane] for exit in self.exits.values())
-            if last_use.get(op.lane) == index and not needed:
-                self._release_lane(op.lane)
+            needed = any(exit.cache is self.caches[op.cache] for exit in self.exits.values())
+            if last_use.get(op.cache) == index and not needed:
+                self._release_cache(op.cache)
 
     @torch.no_grad()
     def execute(self, op: Op) -> None:
         """Execute one op."""
-        lane = self._lane(op.lane)
+        cache = self._cache(op.cache)
         if isinstance(op, WriteContext):
             x, sigma = self._context(op)
-            self.denoiser.write_context(x, sigma, self.layout.start(op.block), lane)
+            self.denoiser.write_context(x, sigma, self.layout.start(op.block), cache)
         elif isinstance(op, Fused):
-            assert op.write.level == op.denoise.step, op
+            assert op.write.noise_index == op.denoise.step, op
             if self._wants_graph(op.denoise):  # a context has none: it is written by a pass of its own
-                self._denoise(op.denoise, lane)
+                self._denoise(op.denoise, cache)
                 x, sigma = self._context(op.write)
-                self.denoiser.write_context(x, sigma, self.layout.start(op.block), lane)
+                self.denoiser.write_context(x, sigma, self.layout.start(op.block), cache)
             else:
-                self._denoise(op.denoise, lane, write=True)
+                self._denoise(op.denoise, cache, write=True)
         elif isinstance(op, WriteThenDenoise):
-            self._denoise(op.denoise, lane, after=op.write)
+            self._denoise(op.denoise, cache, after=op.write)
         else:
-            self._denoise(op, lane)
+            self._denoise(op, cache)
         self._leave_behind(op)
 
-    def _denoise(self, op: Denoise, lane: Lane, write: bool = False, after: WriteContext | None = None) -> None:
+    def _denoise(self, op: Denoise, cache: Cache, write: bool = False, after: WriteContext | None = None) -> None:
         context = None if after is None else self._context(after)  # first: it comes from the rank before first
         state = self._state(op.block, op.step)
-        assert state.level == op.step, f"block {op.block} is at level {state.level}, not ready for {op}"
+        assert state.noise_index == op.step, f"block {op.block} is at level {state.noise_index}, not ready for {op}"
         sigma, next_sigma = self.sigmas[op.step : op.step + 2]
         first_frame = self.layout.start(op.block)
         leaves = self._leaves(op)
         with torch.set_grad_enabled(self._wants_graph(op)):
             if after is None or context is None:
-                result = self.denoiser.denoise(state.x, sigma, first_frame, lane, write)
+                result = self.denoiser.denoise(state.x, sigma, first_frame, cache, write)
             else:
                 start = self.layout.start(after.block)
-                result = self.denoiser.write_then_denoise(*context, state.x, sigma, start, lane)
+                result = self.denoiser.write_then_denoise(*context, state.x, sigma, start, cache)
         x0 = result.detach()
         if self.exit_step is not None and leaves:
-            self.exits[op.block] = Exit(state.x, sigma, first_frame, lane)
-        level = op.step + 1
-        if level == self.num_steps:
+            self.exits[op.block] = Exit(state.x, sigma, first_frame, cache)
+        noise_index = op.step + 1
+        if noise_index == self.num_steps:
             x = x0
         elif self.deterministic:
             x = x0 + (next_sigma / sigma) * (state.x - x0)
         else:
-            x = add_noise(x0, self.noise(op.block, level), next_sigma)
-        self.blocks[op.block] = BlockState(level, x, x0, before=state.x)
+            x = add_noise(x0, self.noise(op.block, noise_index), next_sigma)
+        self.blocks[op.block] = BlockState(noise_index, x, x0, before=state.x)
         self._hand_on(op.block, result if leaves else None)
 
     def _leaves(self, op: Denoise) -> bool:
@@ -225,43 +227,45 @@ class Rollout:
         return self._leaves(op) and self.with_grad(op.block)
 
     def denoise_again(self, block: int) -> Tensor:
-        """x0 of a block once more when all are finished, with its graph: the exit step's Denoise beside the lane as it
+        """x0 of a block once more when all are finished, with its graph: the exit step's Denoise beside the cache as it
         was then.
 
         Given the gradient at the output, blocks do not depend on each other, so that their graphs need not exist at the
-        same time. The lane's history must reach back to the block.
+        same time. The cache's history must reach back to the block.
         """
         exit = self.exits[block]
-        exit.lane.close()
+        exit.cache.close()
         with torch.enable_grad():
-            return self.denoiser.denoise(exit.x, exit.sigma, exit.first_frame, exit.lane)
+            return self.denoiser.denoise(exit.x, exit.sigma, exit.first_frame, exit.cache)
 
     def _context(self, op: WriteContext) -> tuple[Tensor, float]:
         """What a write takes: the block at the op's level, and that level's sigma."""
-        state = self._state(op.block, op.level)
-        if op.level == state.level:
+        state = self._state(op.block, op.noise_index)
+        if op.noise_index == state.noise_index:
             x = state.x
-        elif op.level == self.num_steps:
+        elif op.noise_index == self.num_steps:
             x = state.x0
         else:
-            assert op.level == state.level - 1, f"block {op.block} is at level {state.level}, too late for {op}"
+            assert op.noise_index == state.noise_index - 1, (
+                f"block {op.block} is at level {state.noise_index}, too late for {op}"
+            )
             x = state.before
-        return x, self.sigmas[op.level]
+        return x, self.sigmas[op.noise_index]
 
-    def _state(self, block: int, level: int) -> BlockState:
+    def _state(self, block: int, noise_index: int) -> BlockState:
         """The block as it is; one that is not here yet is given, or received, or starts from noise."""
         if block not in self.blocks:
-            if block < self.layout.given_blocks:
-                assert self.given is not None
+            if block < self.layout.prefix_blocks:
+                assert self.prefix is not None
                 start = self.layout.start(block)
-                x = self.given[:, start : start + self.layout.frames(block)]
+                x = self.prefix[:, start : start + self.layout.frames(block)]
                 self.blocks[block] = BlockState(self.num_steps, x, x, before=x)
-            elif 0 in self._reached:  # this rank owns the first lane
-                assert level == 0, f"block {block} is needed at level {level} before it is there"
+            elif 0 in self._reached:  # this rank owns the first cache
+                assert noise_index == 0, f"block {block} is needed at level {noise_index} before it is there"
                 x = self.noise(block, 0)
                 self.blocks[block] = BlockState(0, x, x, before=x)
             else:
-                assert self.transport is not None, f"block {block} is needed at level {level} before it is there"
+                assert self.transport is not None, f"block {block} is needed at level {noise_index} before it is there"
                 came_at, x, x0 = self.transport.receive(block)
                 self.blocks[block] = BlockState(came_at, x, x0, before=x)
                 self._hand_on(block, x if came_at == self.num_steps else None)
@@ -273,26 +277,26 @@ class Rollout:
         finished: its latents, if it is; then the last rank yields it.
         """
         state = self.blocks[block]
-        leaves_at = None if self.transport is None else self.transport.leaves_at(block)
-        if leaves_at is not None and state.level == leaves_at:
+        handoff_index = None if self.transport is None else self.transport.handoff_index(block)
+        if handoff_index is not None and state.noise_index == handoff_index:
             assert self.transport is not None
-            self.transport.send(block, state.level, state.x, state.x0)
-        if leaves_at is None and finished is not None:
+            self.transport.send(block, state.noise_index, state.x, state.x0)
+        if handoff_index is None and finished is not None:
             self._finished.append((block, finished))
 
-    def _lane(self, number: int) -> Lane:
-        if number not in self.lanes:
-            self.lanes[number] = self._free_lanes.pop() if self._free_lanes else self.new_lane()
-        return self.lanes[number]
+    def _cache(self, number: int) -> Cache:
+        if number not in self.caches:
+            self.caches[number] = self._free_caches.pop() if self._free_caches else self.new_cache()
+        return self.caches[number]
 
-    def _release_lane(self, number: int) -> None:
-        lane = self.lanes.pop(number)
-        lane.reset()
-        self._free_lanes.append(lane)
+    def _release_cache(self, number: int) -> None:
+        cache = self.caches.pop(number)
+        cache.reset()
+        self._free_caches.append(cache)
 
     def _leave_behind(self, op: Op) -> None:
-        """Drop the blocks that every lane has gone past: no op on them can come any more."""
-        self._reached[op.lane] = op.block
+        """Drop the blocks that every cache has gone past: no op on them can come any more."""
+        self._reached[op.cache] = op.block
         passed = min(self._reached.values())
         for block in [b for b in self.blocks if b < passed]:
             del self.blocks[block]

@@ -1,6 +1,6 @@
 """In which order blocks are denoised: schedules as data. Knows no tensors.
 
-A schedule is a few *streams* of ops, one per lane: each stream is in order by itself, and the streams together are
+A schedule is a few *streams* of ops, one per cache: each stream is in order by itself, and the streams together are
 interleaved step by step (`step_major`) or along anti-diagonals (`diagonal`). Any other interleaving that keeps the
 dependencies gives the same latents.
 
@@ -8,7 +8,7 @@ dependencies gives the same latents.
     timestep_first, step_major:  D00 W0 D10 W1 D20 W2 ...  then  D01 W0 D11 W1 D21 W2 ...
     timestep_first, diagonal:    D00 W0   D10 W1 D01 W0   D20 W2 D11 W1   D30 W3 D21 W2 ...
 
-(Dbs is Denoise of block b at step s; W is a WriteContext into the lane of that stream.)
+(Dbs is Denoise of block b at step s; W is a WriteContext into the cache of that stream.)
 """
 
 import heapq
@@ -20,20 +20,20 @@ from typing import Literal
 
 @dataclass(frozen=True, slots=True)
 class Denoise:
-    """Take `block` from level `step` to level `step + 1`, attending to `lane`."""
+    """Take `block` from level `step` to level `step + 1`, attending to `cache`."""
 
     block: int
     step: int
-    lane: int
+    cache: int
 
 
 @dataclass(frozen=True, slots=True)
 class WriteContext:
-    """Append `block` at `level` to `lane`."""
+    """Append `block` at `level` to `cache`."""
 
     block: int
-    level: int
-    lane: int
+    noise_index: int
+    cache: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +49,9 @@ class Fused:
         return self.denoise.block
 
     @property
-    def lane(self) -> int:
-        """The lane of both."""
-        return self.denoise.lane
+    def cache(self) -> int:
+        """The cache of both."""
+        return self.denoise.cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +67,9 @@ class WriteThenDenoise:
         return self.denoise.block
 
     @property
-    def lane(self) -> int:
-        """The lane of both."""
-        return self.denoise.lane
+    def cache(self) -> int:
+        """The cache of both."""
+        return self.denoise.cache
 
 
 Op = Denoise | WriteContext | Fused | WriteThenDenoise
@@ -89,64 +89,64 @@ class Schedule:
     leading_blocks: int = 0
     """Generated blocks at the start that are denoised block-first and seen clean by every later step."""
     leading_steps: int = 0
-    """Steps that each block takes at once, over one lane, before the rest goes timestep-first."""
-    given_blocks: int = 0
-    """Blocks at the start that are not generated: their clean latents are written into every lane."""
+    """Steps that each block takes at once, over one cache, before the rest goes timestep-first."""
+    prefix_blocks: int = 0
+    """Blocks at the start that are not generated: their clean latents are written into every cache."""
 
     def __post_init__(self) -> None:
         if self.leading_steps > 1 and self.context == "input":
-            raise ValueError("leading steps share one lane, so they cannot each see their own input level")
-        if self.num_blocks is not None and self.num_blocks <= self.given_blocks:
-            raise ValueError(f"{self.num_blocks} blocks, of which {self.given_blocks} are given: nothing to generate")
+            raise ValueError("leading steps share one cache, so they cannot each see their own input level")
+        if self.num_blocks is not None and self.num_blocks <= self.prefix_blocks:
+            raise ValueError(f"{self.num_blocks} blocks, of which {self.prefix_blocks} are given: nothing to generate")
 
     @property
     def phases(self) -> list[range]:
-        """Steps that share a lane; the lane has the number of its first step."""
-        all_leading = self.num_blocks is not None and self.given_blocks + self.leading_blocks >= self.num_blocks
+        """Steps that share a cache; the cache has the number of its first step."""
+        all_leading = self.num_blocks is not None and self.prefix_blocks + self.leading_blocks >= self.num_blocks
         if self.method == "block_first" or all_leading:
             return [range(self.num_steps)]
         together = max(1, self.leading_steps)
         return [range(together), *(range(step, step + 1) for step in range(together, self.num_steps))]
 
     @property
-    def lanes(self) -> list[int]:
-        """The lanes that the ops use."""
+    def caches(self) -> list[int]:
+        """The caches that the ops use."""
         return [phase[0] for phase in self.phases]
 
-    def streams(self) -> list[Iterator[Op]]:
-        """The ops, one ordered stream per lane."""
-        return [self._stream(phase[0], phase, first=phase[0] == 0) for phase in self.phases]
+    def ops_per_cache(self) -> list[Iterator[Op]]:
+        """The ops, one ordered stream per cache."""
+        return [self._cache_ops(phase[0], phase, first=phase[0] == 0) for phase in self.phases]
 
-    def _stream(self, lane: int, steps: range, first: bool) -> Iterator[Op]:
-        """All ops on one lane, which serves `steps`."""
+    def _cache_ops(self, cache: int, steps: range, first: bool) -> Iterator[Op]:
+        """All ops on one cache, which serves `steps`."""
         clean = self.num_steps
-        leading_end = self.given_blocks + self.leading_blocks
+        leading_end = self.prefix_blocks + self.leading_blocks
         for block in itertools.count() if self.num_blocks is None else range(self.num_blocks):
-            if block < self.given_blocks:
-                yield WriteContext(block, clean, lane)
+            if block < self.prefix_blocks:
+                yield WriteContext(block, clean, cache)
             elif block < leading_end:
                 if first:
-                    yield from (Denoise(block, step, lane) for step in range(self.num_steps))
-                yield WriteContext(block, clean, lane)
+                    yield from (Denoise(block, step, cache) for step in range(self.num_steps))
+                yield WriteContext(block, clean, cache)
             else:
-                yield from (Denoise(block, step, lane) for step in steps)
-                yield WriteContext(block, self._context_level(steps), lane)
+                yield from (Denoise(block, step, cache) for step in steps)
+                yield WriteContext(block, self._context_index(steps), cache)
 
-    def _context_level(self, steps: range) -> int:
+    def _context_index(self, steps: range) -> int:
         if self.method == "block_first" or self.context == "clean":
             return self.num_steps
         return steps[-1] if self.context == "input" else steps[-1] + 1
 
-    def leaves_at(self, block: int, lanes: Sequence[int]) -> int | None:
-        """The level at which a rank that owns `lanes` hands a block on to the rank after it; None if there is none."""
-        later = [lane for lane in self.lanes if lane > max(lanes)]
+    def handoff_index(self, block: int, caches: Sequence[int]) -> int | None:
+        """The level at which a rank that owns `caches` hands a block on to the rank after it; None if there is none."""
+        later = [cache for cache in self.caches if cache > max(caches)]
         if not later:
             return None
-        return self.num_steps if block < self.given_blocks + self.leading_blocks else later[0]
+        return self.num_steps if block < self.prefix_blocks + self.leading_blocks else later[0]
 
-    def lanes_until(self, exit_step: int) -> list[int]:
-        """The lanes that the ops of `until` use."""
-        return [lane for lane in self.lanes if lane <= exit_step]
+    def caches_until(self, exit_step: int) -> list[int]:
+        """The caches that the ops of `until` use."""
+        return [cache for cache in self.caches if cache <= exit_step]
 
     def until(self, exit_step: int) -> Iterator[Op]:
         """The ops of a rollout of which only the x0 predicted at `exit_step` is wanted, as training does; step-major.
@@ -154,7 +154,7 @@ class Schedule:
         Contexts are those of the whole rollout as far as they exist by then: clean ones are written from that x0.
         """
         assert 0 <= exit_step < self.num_steps and self.num_blocks is not None
-        ops = (op for op in step_major(self.streams()) if op.lane <= exit_step)
+        ops = (op for op in step_major(self.ops_per_cache()) if op.cache <= exit_step)
         kept = (op for op in ops if not isinstance(op, Denoise) or op.step <= exit_step)
         return fuse(drop_unread_writes(_reachable(op, exit_step, self.num_steps) for op in kept))
 
@@ -162,12 +162,12 @@ class Schedule:
         """All ops in one order, without writes that nobody reads, with those fused that one forward can serve.
 
         Args:
-            fuse_context: also join a context write with the denoising of the next block on the same lane.
+            fuse_context: also join a context write with the denoising of the next block on the same cache.
 
         Raises:
             ValueError: for step_major order of a video without an end: its second step would never come.
         """
-        streams: Sequence[Iterable[Op]] = self.streams()
+        streams: Sequence[Iterable[Op]] = self.ops_per_cache()
         if fuse_context:
             streams = [join_writes(fuse(stream)) for stream in streams]
         if order == "step_major" and len(streams) > 1 and self.num_blocks is None:
@@ -193,16 +193,16 @@ def diagonal(streams: Sequence[Iterable[Op]]) -> Iterator[Op]:
 
 def _reachable(op: Op, exit_step: int, clean: int) -> Op:
     """A write of a level that a cut rollout never comes to writes the last one that it does."""
-    if isinstance(op, WriteContext) and exit_step + 1 < op.level < clean:
-        return WriteContext(op.block, exit_step + 1, op.lane)
+    if isinstance(op, WriteContext) and exit_step + 1 < op.noise_index < clean:
+        return WriteContext(op.block, exit_step + 1, op.cache)
     return op
 
 
 def drop_unread_writes(ops: Iterable[Op]) -> Iterator[Op]:
-    """Leave out the writes into a lane after its last Denoise: the last block's context."""
+    """Leave out the writes into a cache after its last Denoise: the last block's context."""
     ops = list(ops)
-    last_read = {op.lane: i for i, op in enumerate(ops) if not isinstance(op, WriteContext)}
-    return (op for i, op in enumerate(ops) if not isinstance(op, WriteContext) or i < last_read.get(op.lane, -1))
+    last_read = {op.cache: i for i, op in enumerate(ops) if not isinstance(op, WriteContext)}
+    return (op for i, op in enumerate(ops) if not isinstance(op, WriteContext) or i < last_read.get(op.cache, -1))
 
 
 def fuse(ops: Iterable[Op]) -> Iterator[Op]:
@@ -212,7 +212,7 @@ def fuse(ops: Iterable[Op]) -> Iterator[Op]:
         if (
             isinstance(held, Denoise)
             and isinstance(op, WriteContext)
-            and (held.block, held.step, held.lane) == (op.block, op.level, op.lane)
+            and (held.block, held.step, held.cache) == (op.block, op.noise_index, op.cache)
         ):
             held = Fused(held, op)
             continue
@@ -224,7 +224,7 @@ def fuse(ops: Iterable[Op]) -> Iterator[Op]:
 
 
 def join_writes(stream: Iterable[Op]) -> Iterator[Op]:
-    """Join every write on a lane with the Denoise of the next block that follows it: one pass over both blocks."""
+    """Join every write on a cache with the Denoise of the next block that follows it: one pass over both blocks."""
     held: Op | None = None
     for op in stream:
         if isinstance(held, WriteContext) and isinstance(op, Denoise):
@@ -237,25 +237,26 @@ def join_writes(stream: Iterable[Op]) -> Iterator[Op]:
         yield held
 
 
-def for_stage(ops: Iterable[Op], lanes: Iterable[int]) -> Iterator[Op]:
-    """Only the ops of the rank that owns `lanes`, in their order."""
-    owned = frozenset(lanes)
-    return (op for op in ops if op.lane in owned)
+def for_stage(ops: Iterable[Op], caches: Iterable[int]) -> Iterator[Op]:
+    """Only the ops of the rank that owns `caches`, in their order."""
+    owned = frozenset(caches)
+    return (op for op in ops if op.cache in owned)
 
 
 def dependencies(ops: Sequence[Op]) -> list[set[int]]:
     """For every op the indices of earlier ops that must come before it in any order.
 
-    A Denoise reads its lane and changes its block; a WriteContext reads its block and its lane, and changes the lane.
+    A Denoise reads its cache and changes its block; a WriteContext reads its block and its cache, and changes the
+    cache.
     Whatever reads a thing stays between the changes that it stood between.
     """
     changed: dict[tuple[str, int], int] = {}
     readers: dict[tuple[str, int], set[int]] = {}
     result: list[set[int]] = []
     for index, op in enumerate(ops):
-        block, lane = ("block", op.block), ("lane", op.lane)
-        changes = {block} if isinstance(op, Denoise) else {lane} if isinstance(op, WriteContext) else {block, lane}
-        things = [block, lane]
+        block, cache = ("block", op.block), ("cache", op.cache)
+        changes = {block} if isinstance(op, Denoise) else {cache} if isinstance(op, WriteContext) else {block, cache}
+        things = [block, cache]
         if isinstance(op, WriteThenDenoise):
             things.append(("block", op.write.block))  # which it reads
         before: set[int] = set()

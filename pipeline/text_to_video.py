@@ -46,40 +46,40 @@ class TextToVideo:
         return cls(config, net, load_text_encoder(config, device), load_vae(config, device))
 
     @staticmethod
-    def check(config: Config, given_frames: int | None = 0) -> None:
+    def check(config: Config, prefix_frames: int | None = 0) -> None:
         """Find out before any weights are loaded whether the video's size and length can be made.
 
         Args:
-            given_frames: latent frames that the video continues; None if that is not known yet.
+            prefix_frames: latent frames that the video continues; None if that is not known yet.
 
         Raises:
             UserError: naming what would work.
         """
         check_size(config, ModelDirectory.open(config.model.base).transformer_config())
-        if given_frames is not None:
-            build_schedule(config.rollout, config.video.num_output_frames, given_frames)
+        if prefix_frames is not None:
+            build_schedule(config.rollout, config.video.num_output_frames, prefix_frames)
 
-    def num_ops(self, given_frames: int = 0) -> int:
+    def num_ops(self, prefix_frames: int = 0) -> int:
         """Ops of one video, for progress."""
-        return sum(1 for _ in self.ops(self.schedule(given_frames)))
+        return sum(1 for _ in self.ops(self.schedule(prefix_frames)))
 
     def ops(self, schedule: Schedule) -> Iterator[Op]:
         """A schedule's ops as the configuration orders and joins them."""
         return schedule.ops(self.config.rollout.order, self.config.rollout.fuse_context)
 
-    def schedule(self, given_frames: int = 0) -> Schedule:
-        """The schedule of a video that continues `given_frames` latent frames.
+    def schedule(self, prefix_frames: int = 0) -> Schedule:
+        """The schedule of a video that continues `prefix_frames` latent frames.
 
         Raises:
             UserError: if blocks do not divide the frames to generate.
         """
-        return build_schedule(self.config.rollout, self.config.video.num_output_frames, given_frames)
+        return build_schedule(self.config.rollout, self.config.video.num_output_frames, prefix_frames)
 
     def generate(
         self,
         prompts: Sequence[str],
         samples: Sequence[int],
-        given: Tensor | None = None,
+        prefix: Tensor | None = None,
         observe: Callable[[Op], None] | None = None,
     ) -> Iterator[Tensor]:
         """Generate videos as one batch; yields latents [B, F, C, h, w] as blocks are finished.
@@ -90,23 +90,23 @@ class TextToVideo:
             given: clean latents [1 or B, F, C, h, w] that the videos start with; they are not yielded.
             observe: called after every op.
         """
-        schedule = self.schedule(0 if given is None else given.shape[1])
-        rollout = self.rollout(prompts, samples, given, observe)
-        for _, latents in rollout.run(list(self.ops(schedule)), schedule.lanes):
+        schedule = self.schedule(0 if prefix is None else prefix.shape[1])
+        rollout = self.rollout(prompts, samples, prefix, observe)
+        for _, latents in rollout.run(list(self.ops(schedule)), schedule.caches):
             yield latents
 
     def rollout(
         self,
         prompts: Sequence[str],
         samples: Sequence[int],
-        given: Tensor | None = None,
+        prefix: Tensor | None = None,
         observe: Callable[[Op], None] | None = None,
     ) -> Rollout:
         """What `generate`, with the same arguments, runs the ops by."""
         assert len(prompts) == len(samples)
         with torch.no_grad():
             text = self.net.encode_text(self.embeddings.of(prompts).to(self.net.device))
-        return build_rollout(self.config, self.net, text, samples, given, observe=observe)
+        return build_rollout(self.config, self.net, text, samples, prefix, observe=observe)
 
 
 class PromptEmbeddings:
@@ -188,7 +188,7 @@ def build_rollout(
     net: CausalWanModel,
     text: TextContext,
     samples: Sequence[int],
-    given: Tensor | None = None,
+    prefix: Tensor | None = None,
     transport: Transport | None = None,
     observe: Callable[[Op], None] | None = None,
 ) -> Rollout:
@@ -198,7 +198,7 @@ def build_rollout(
         given: clean latents [1 or B, F, C, h, w] that the videos start with.
         transport: for a rank of a pipeline.
     """
-    layout = BlockLayout(config.rollout.block_frames, 0 if given is None else given.shape[1])
+    layout = BlockLayout(config.rollout.block_frames, 0 if prefix is None else prefix.shape[1])
     height, width = config.video.height // VAE_STRIDE, config.video.width // VAE_STRIDE
 
     def noise(block: int, step: int) -> Tensor:
@@ -208,7 +208,7 @@ def build_rollout(
             drawn = drawn.pin_memory()
         return drawn.to(net.device, non_blocking=True)
 
-    def new_lane() -> KVCache:
+    def new_cache() -> KVCache:
         context, sink = context_frames(config.rollout, config.video.num_output_frames)
         block, dtype = config.rollout.block_frames, DTYPES[config.model.dtype]
         return net.new_cache(len(samples), height, width, context, block, sink, dtype=dtype)
@@ -217,9 +217,9 @@ def build_rollout(
         Denoiser(net, text),
         rollout_sigmas(config.rollout),
         noise,
-        new_lane,
+        new_cache,
         layout,
-        given=None if given is None else given.to(net.device, torch.float32).expand(len(samples), -1, -1, -1, -1),
+        prefix=None if prefix is None else prefix.to(net.device, torch.float32).expand(len(samples), -1, -1, -1, -1),
         deterministic=config.rollout.use_ode_trajectory,
         transport=transport,
         observe=observe,
@@ -247,38 +247,38 @@ def rollout_sigmas(rollout: RolloutConfig) -> list[float]:
 
 
 def context_frames(rollout: RolloutConfig, num_frames: int) -> tuple[int, int]:
-    """Frames that a lane holds, and how many of them are the sink, for a video of `num_frames` latent frames."""
+    """Frames that a cache holds, and how many of them are the sink, for a video of `num_frames` latent frames."""
     window = min(rollout.window or num_frames, num_frames)
     context = max(0, window - rollout.block_frames)
     return context, min(rollout.sink, context)
 
 
-def build_schedule(rollout: RolloutConfig, num_frames: int, given_frames: int = 0) -> Schedule:
-    """The schedule of a video of `num_frames` latent frames, the first `given_frames` of which are given.
+def build_schedule(rollout: RolloutConfig, num_frames: int, prefix_frames: int = 0) -> Schedule:
+    """The schedule of a video of `num_frames` latent frames, the first `prefix_frames` of which are given.
 
     Raises:
         UserError: if blocks do not divide the frames to generate, naming the nearest counts that work.
     """
     block = rollout.block_frames
-    generated = num_frames - given_frames
+    generated = num_frames - prefix_frames
     if generated <= 0 or generated % block:
-        lower = given_frames + max(1, generated // block) * block
+        lower = prefix_frames + max(1, generated // block) * block
         choices = " or ".join(str(n) for n in dict.fromkeys([lower, lower + block]))
-        after = f" after {given_frames} given ones" if given_frames else ""
+        after = f" after {prefix_frames} given ones" if prefix_frames else ""
         raise UserError(
             f"{num_frames} latent frames cannot be made{after} in blocks of {block}; "
             f"the nearest valid --num_output_frames: {choices}"
         )
-    layout = BlockLayout(block, given_frames)
+    layout = BlockLayout(block, prefix_frames)
     try:
         return Schedule(
             num_steps=len(rollout_sigmas(rollout)) - 1,
-            num_blocks=layout.given_blocks + generated // block,
+            num_blocks=layout.prefix_blocks + generated // block,
             method=rollout.schedule,
             context=rollout.context,
             leading_blocks=rollout.leading_blocks,
             leading_steps=rollout.leading_steps,
-            given_blocks=layout.given_blocks,
+            prefix_blocks=layout.prefix_blocks,
         )
     except ValueError as error:
         raise UserError(f"rollout: {error}") from None

@@ -28,8 +28,7 @@ import torch
 from torch._dynamo.exc import TorchDynamoException
 from tqdm import tqdm
 
-from model.causal_wan import compile_failure
-from pipeline.benchmark import (
+from benchmark.inference import (
     Networks,
     Watch,
     measure_decoder,
@@ -38,9 +37,10 @@ from pipeline.benchmark import (
     measure_text_encoder,
     peer_config,
 )
+from benchmark.measure import Effort, Figures, Spread, matmul_peak
+from benchmark.training import measure_training
+from model.causal_wan import compile_failure
 from pipeline.generate import device_name
-from pipeline.measure import Effort, Figures, Spread, matmul_peak
-from trainer.benchmark import measure_training
 from utils.config import Config, load_config
 from utils.device import DTYPES, pick_device
 from utils.errors import UserError, command
@@ -172,7 +172,7 @@ def make_cases(args: argparse.Namespace, preset: Preset) -> Iterator[Case]:
             if kind == "training":
                 check_training(config, path, args.iterations)
             if config.rollout.schedule == "block_first":
-                config.rollout.order = "step_major"  # one lane has one order
+                config.rollout.order = "step_major"  # one cache has one order
             settings = describe_settings(config, flags)
             if str(settings) not in seen:
                 seen.add(str(settings))
@@ -280,7 +280,7 @@ COLUMNS: dict[str, tuple[str, float, str]] = {
     "critic_memory": ("memory, critic only, GB", 1e-9, ".3g"),
     "peak_memory": ("memory, GB", 1e-9, ".3g"),
     "parameters": ("parameters, 1e9", 1e-9, ".3g"),
-    "lane": ("lane, GB", 1e-9, ".3g"),
+    "cache": ("cache, GB", 1e-9, ".3g"),
     "flops": ("TFLOP", 1e-12, ".3g"),
     "share_of_peak": ("of peak", 100, ".0f"),
     "host_syncs": ("host syncs", 1, ".0f"),

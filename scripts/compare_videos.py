@@ -20,11 +20,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tqdm import tqdm
 
+from evaluation.methods import Key, find_videos, require_distinct
+from evaluation.plots import split_label
+from evaluation.side_by_side import write_side_by_side
 from utils.errors import UserError, command
-from utils.evaluation import Key, find_videos, require_distinct
 from utils.files import writable_folder, write_json
-from utils.plots import split_label
-from utils.side_by_side import write_side_by_side
 
 
 @dataclass(frozen=True)

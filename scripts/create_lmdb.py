@@ -18,10 +18,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from torch import Tensor
 from tqdm import tqdm
 
-from utils.clips import Shards, shard_files
+from trainer.datasets.clips import Shards, shard_files
+from trainer.datasets.ode_pairs import SIGMAS, Files, write_lmdb
 from utils.errors import UserError, command
 from utils.files import atomic_path
-from utils.ode_pairs import SIGMAS, Files, write_lmdb
 
 
 @command

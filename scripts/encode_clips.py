@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from model.vae import channels_last_, encode_clip, normalise
 from model.weights import VAE_FILES, ModelDirectory
-from utils import shapes
-from utils.clips import holds_clips, shard_files, write_shard
+from shapes import world as shapes
+from trainer.datasets.clips import holds_clips, shard_files, write_shard
 from utils.device import pick_device
 from utils.distributed import rank, world_size
 from utils.errors import UserError, command

@@ -6,8 +6,9 @@ python scripts/evaluate.py ours=outputs/a theirs=elsewhere/videos --data_path da
 
 A folder holds X.mp4 with X.json beside it, as inference.py and scripts/sample_teacher.py write them, or any mp4 that
 is named by a line of --data_path; `name=folder` says what to call it. Every video is measured from its pixels and
-optical flow (utils/video_measures.py). Those of the miniature's world are also measured against what their prompts say
-(utils/shapes_measures.py), with noise floors beside every figure: the same prompts rendered exactly, and those
+optical flow (evaluation/video_metrics.py). Those of the miniature's world are also measured against what their
+prompts say
+(shapes/metrics.py), with noise floors beside every figure: the same prompts rendered exactly, and those
 renderings through the VAE, both through the video encoder as well.
 
 Writes to --output: report.html, one page that holds everything; evaluation.json; videos.csv, a line per video and
@@ -36,10 +37,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 from tqdm import tqdm
 
-from utils import shapes, shapes_measures, video_measures
-from utils.contact_sheet import ContactSheetSampler
-from utils.errors import UserError, command
-from utils.evaluation import (
+from evaluation import video_metrics as video_measures
+from evaluation.figures import Figure, take_figures
+from evaluation.measurements import Observed, look, observe
+from evaluation.methods import (
     Found,
     Key,
     Measured,
@@ -51,13 +52,15 @@ from utils.evaluation import (
     require_distinct,
     table,
 )
-from utils.figures import Figure, take_figures
+from evaluation.plots import save_lines, split_label
+from evaluation.report import Example, Table, strip, write_report
+from evaluation.side_by_side import write_side_by_side
+from shapes import metrics as shapes_measures
+from shapes import world as shapes
+from utils.contact_sheet import ContactSheetSampler
+from utils.errors import UserError, command
 from utils.files import atomic_path, writable_folder, write_json
-from utils.observed import Observed, look, observe
-from utils.plots import save_lines, split_label
 from utils.prompts import read_prompts
-from utils.report import Example, Table, strip, write_report
-from utils.side_by_side import write_side_by_side
 from utils.video import VideoReader, VideoWriter
 
 MAX_POINTS = 100  # of a curve

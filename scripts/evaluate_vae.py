@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from evaluation.figures import Curve
 from model.vae import WanVAE
 from model.weights import ModelDirectory
-from utils import shapes
+from shapes import world as shapes
+from shapes.metrics import explain, judge
 from utils.errors import UserError, command
-from utils.figures import Curve
-from utils.shapes_measures import explain, judge
 from utils.video import to_uint8
 
 QUARTERS = 4

@@ -21,11 +21,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tqdm import tqdm
 
+from evaluation.methods import markdown, require_distinct
+from evaluation.plots import split_label
+from evaluation.vbench import CUSTOM, DIMENSIONS, USUAL, Installation, Method, Protocol, find_method
 from utils.errors import UserError, command
-from utils.evaluation import markdown, require_distinct
 from utils.files import only_user, writable_folder, write_json, write_text
-from utils.plots import split_label
-from utils.vbench import CUSTOM, DIMENSIONS, USUAL, Installation, Method, Protocol, find_method
 
 
 @command

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline.command_line import check_arguments, resolve_config, shared_arguments, work_items
-from utils.config import Config, parse_record
+from utils.config import Config, read_metadata
 from utils.distributed import rank, world_size
 from utils.errors import UserError, command
 from utils.prompts import Prompt
@@ -27,8 +27,8 @@ from utils.prompts import Prompt
 if TYPE_CHECKING:
     from torch.distributed import Store
 
-    from pipeline.profile import Recorder
-    from pipeline.stages import Pipeline
+    from pipeline.parallel.profile import Recorder
+    from pipeline.parallel.stages import Pipeline
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -86,10 +86,10 @@ def main() -> None:
 
 def run(args: argparse.Namespace, config: Config) -> None:
     """Everything after the configuration is known to be good."""
-    from pipeline.stages import describe, plan_pipelines
+    from pipeline.parallel.stages import describe, plan_pipelines
     from pipeline.text_to_video import build_schedule
 
-    record = parse_record(args.config_path)
+    record = read_metadata(args.config_path)
     condition = args.image or args.video or (record or {}).get("condition") or ""
     # Given frames do not change who does what.
     frames = config.video.num_output_frames
@@ -131,12 +131,12 @@ def run_together(request: Request, missing: list[str]) -> None:
     """Join the other ranks and make the videos whose stems are `missing`, which rank 0 knows."""
     import torch.distributed as dist
 
-    from pipeline.generate import Files, Wanted
-    from pipeline.parallel import PipelineRank
-    from pipeline.profile import Recorder
-    from pipeline.transport import PATIENCE
+    from pipeline.generate import Files, VideoJob
+    from pipeline.parallel.peers import Peers, connect
+    from pipeline.parallel.profile import Recorder
+    from pipeline.parallel.runner import PipelineRank
+    from pipeline.parallel.transport import PATIENCE
     from utils.device import pick_own_device
-    from utils.peers import Peers, connect
     from utils.process_group import die_with_launcher
 
     args, config = request.args, request.config
@@ -156,7 +156,7 @@ def run_together(request: Request, missing: list[str]) -> None:
             time.sleep(0.05)
         wanted = json.loads(store.get("missing"))
         folder = Path(request.folder)
-        videos = [Wanted(p, sample, Files(folder, stem)) for p, sample, stem in request.items if stem in wanted]
+        videos = [VideoJob(p, sample, Files(folder, stem)) for p, sample, stem in request.items if stem in wanted]
         if videos:
             device = pick_own_device(config.runtime.device)  # now that whoever has none can tell the others
             # NCCL's warning that a group's messages are done in one order: `edge_groups` sees to it.
@@ -197,8 +197,8 @@ def run_together(request: Request, missing: list[str]) -> None:
 
 def report(request: Request, recorder: "Recorder", store: "Store") -> None:
     """Write this rank's profile; rank 0 sums all of them up and draws them."""
-    from pipeline.profile import Span, summary, write_profile
-    from utils.plots import save_timeline
+    from evaluation.plots import save_timeline
+    from pipeline.parallel.profile import Span, summary, write_profile
 
     prefix, spans = Path(request.args.profile_output), recorder.spans()
     prefix.parent.mkdir(parents=True, exist_ok=True)

@@ -15,8 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pipeline.profile import read_profile
-from pipeline.simulate import Times, simulate, table, times_of
+from pipeline.parallel.profile import read_profile
+from pipeline.parallel.simulate import Times, simulate, table, times_of
 from pipeline.text_to_video import VAE_STRIDE, build_schedule
 from utils.config import load_config
 from utils.errors import UserError, command

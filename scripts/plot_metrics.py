@@ -12,9 +12,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
+from evaluation.plots import save_lines, split_label
 from utils.errors import UserError, command
 from utils.files import writable_folder
-from utils.plots import save_lines, split_label
 
 
 @command

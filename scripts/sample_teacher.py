@@ -17,7 +17,7 @@ from tqdm import tqdm
 from model.flow import solver_sigmas
 from model.vae import WanVAE
 from model.weights import ModelDirectory
-from pipeline.generate import Files, make_record
+from pipeline.generate import Files, make_metadata
 from pipeline.teacher import Teacher, sample_euler, sample_unipc
 from utils.config import load_config
 from utils.device import DTYPES, pick_device
@@ -71,7 +71,7 @@ def main() -> None:
             with VideoWriter(files.video, fps=config.video.fps) as video:
                 for frame in clip[None].split(1, dim=1):
                     video.write(decoder.push(frame)[0])
-                write_json(files.record, make_record(config, prompt, sample, "") | {"solver": args.solver})
+                write_json(files.record, make_metadata(config, prompt, sample, "") | {"solver": args.solver})
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ It runs in VBench's environment and imports nothing of this repository: VBench p
 transformers, and the DINO that it loads has a module `utils`, which ours would hide.
 
 python scripts/vbench_worker.py               prints the folders of vbench and vbench2_beta_long, and the version
-python scripts/vbench_worker.py score < job   runs a job, as utils/vbench.py writes it
+python scripts/vbench_worker.py score < job   runs a job, as evaluation/vbench.py writes it
 """
 
 from __future__ import annotations  # VBench's environment may have an older Python

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tqdm import tqdm
 
-from utils import shapes
+from shapes import world as shapes
 from utils.errors import UserError, command
 from utils.files import writable_folder, write_text
 from utils.video import VideoWriter

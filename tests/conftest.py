@@ -79,3 +79,19 @@ def net(make_net) -> CausalWanModel:
 def text(net) -> TextContext:
     """One prompt, as the tiny net's cross-attention sees it."""
     return net.encode_text(torch.randn(1, 5, TINY["text_dim"], generator=torch.Generator().manual_seed(1)))
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """call(module, word, ...): run a script's main with these words; returns (exit code, stdout, stderr)."""
+
+    def run(module, *words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, words)])
+        code = 0
+        try:
+            module.main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return code, *capsys.readouterr()
+
+    return run

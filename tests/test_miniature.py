@@ -14,9 +14,9 @@ import torch
 from model.vae import WanVAE
 from model.weights import ModelDirectory
 from pipeline.text_to_video import TextToVideo
-from utils import shapes
+from shapes import world as shapes
+from shapes.metrics import explain, judge
 from utils.config import load_config
-from utils.shapes_measures import explain, judge
 from utils.video import to_uint8
 
 MODEL = "data/shapes-wan"

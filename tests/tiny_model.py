@@ -11,8 +11,8 @@ from transformers import ByT5Tokenizer, UMT5Config, UMT5EncoderModel
 
 from model import presets
 from model.causal_wan import CausalWanModel
-from trainer.objectives import export_transformer
-from utils.clips import open_clips
+from trainer.datasets.clips import open_clips
+from trainer.networks import export_transformer
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -16,7 +16,7 @@ from model.text_encoder import TextEncoder, padded, without_padding
 from model.weights import ModelDirectory, save_transformer
 from pipeline.text_to_video import choose_attention_backend
 from trainer.sharding import shard, shard_text_encoder
-from utils.config import Config, TrainConfig, num_parts
+from utils.config import Config, TrainConfig, num_micro_batches
 from utils.device import DTYPES
 from utils.distributed import world_size
 from utils.errors import UserError
@@ -112,23 +112,23 @@ class Sampler:
         return self._order
 
 
-def batch_positions(train: TrainConfig, number: int, part: int) -> range:
+def batch_positions(train: TrainConfig, number: int, micro_batch: int) -> range:
     """Where in the endless order of the data a part of the `number`th batch stands."""
-    start = (number * num_parts(train, world_size()) + part) * train.batch_size
+    start = (number * num_micro_batches(train, world_size()) + micro_batch) * train.batch_size
     return range(start, start + train.batch_size)
 
 
 class Draws:
     """The randomness of a part of a batch, clip by clip: how a batch is split into parts changes none of it."""
 
-    def __init__(self, config: Config, purpose: str, iteration: int, part: int, count: int = 0):
+    def __init__(self, config: Config, purpose: str, iteration: int, micro_batch: int, count: int = 0):
         """
         Args:
             count: clips in the part; default: `train.batch_size`.
         """
         count = count or config.train.batch_size
-        self._clips = range(part * count, (part + 1) * count)  # of those of the batch
-        self._batch = num_parts(config.train, world_size()) * count
+        self._clips = range(micro_batch * count, (micro_batch + 1) * count)  # of those of the batch
+        self._batch = num_micro_batches(config.train, world_size()) * count
         self._key = (purpose, config.runtime.seed, iteration)
         self._generators = [keyed_generator(*self._key, clip) for clip in self._clips]
 

@@ -109,7 +109,7 @@ def adding_up(config: Config, nets: list[Net], processes: int) -> list[Net]:
 
 
 def of_rollouts(config: Config, student: dict) -> Rows:
-    """What the generator's rollouts leave for its backward passes: lanes, the context that blocks see, activations."""
+    """What the generator's rollouts leave for its backward passes: caches, the context that blocks see, activations."""
     train, distill, block = config.train, config.distill, config.rollout.block_frames
     frames, longest, layers = config.data.num_frames, distill.max_rollout_frames, student["num_layers"]
     context, _ = context_frames(config.rollout, longest)
@@ -123,7 +123,7 @@ def of_rollouts(config: Config, student: dict) -> Rows:
         own, _ = context_frames(config.rollout, frames)
         rows.append((f"KV cache of the forward KL's rollout, {own} frames", layers * (own + block) * frame))
     if train.activation_checkpointing:  # one layer at a time has its context beside the block
-        # A lane that goes on while graphs exist is copied for all layers.
+        # A cache that goes on while graphs exist is copied for all layers.
         copied = sum(seen) if kl_rolls_out(config) or not distill.block_backward else 0
         name = "context that checkpointed blocks see" + (f", {copied} frames copied" if copied else "")
         rows.append((name, (layers * copied + max(seen) + block) * frame))

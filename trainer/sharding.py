@@ -13,7 +13,7 @@ from transformers import UMT5EncoderModel
 
 from model.causal_wan import CausalWanModel
 from model.weights import build
-from utils.config import TrainConfig, num_parts
+from utils.config import TrainConfig, num_micro_batches
 from utils.device import DTYPES
 from utils.distributed import local_world_size, rank, world_size
 from utils.process_group import sum_over_processes
@@ -70,10 +70,10 @@ def settle(net: nn.Module) -> None:
         net.reshard()
 
 
-def loss_scale(net: nn.Module, num_parts: int) -> float:
+def loss_scale(net: nn.Module, num_micro_batches: int) -> float:
     """What a part's loss is multiplied by, so that the gradient of all parts together is that of their mean."""
     # FSDP2 averages over processes what we want summed.
-    return (world_size() if isinstance(net, FSDPModule) else 1) / num_parts
+    return (world_size() if isinstance(net, FSDPModule) else 1) / num_micro_batches
 
 
 def sum_gradients(net: nn.Module, metrics: Mapping[str, float], device: torch.device) -> dict[str, float]:
@@ -109,7 +109,7 @@ def whole_copy(net: CausalWanModel, dtype: torch.dtype) -> CausalWanModel:
     return build(lambda: CausalWanModel.from_config(net.config), state, "a copy", dtype).to(net.device)
 
 
-def my_parts(config: TrainConfig) -> range:
+def local_micro_batches(config: TrainConfig) -> range:
     """Which parts of every iteration's batch this process computes."""
-    share = num_parts(config, world_size()) // world_size()
+    share = num_micro_batches(config, world_size()) // world_size()
     return range(rank() * share, (rank() + 1) * share)

@@ -21,10 +21,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from trainer.checkpoints import CONFIG, Checkpoints
-from trainer.muon import Muon
+from trainer.optim import Muon
 from trainer.sampling import read_captions
-from trainer.sharding import clip_gradients, local, loss_scale, my_parts, settle, sum_gradients, whole
-from utils.config import Config, TrainConfig, load_config, num_parts
+from trainer.sharding import clip_gradients, local, local_micro_batches, loss_scale, settle, sum_gradients, whole
+from utils.config import Config, TrainConfig, load_config, num_micro_batches
 from utils.distributed import rank, world_size
 from utils.errors import UserError
 from utils.files import only_user, writable_folder, write_text
@@ -46,11 +46,11 @@ class Objective(Protocol):
         """AdamW's peak rate for a net."""
         ...
 
-    def turns(self, iteration: int) -> list[str]:
+    def networks_to_update(self, iteration: int) -> list[str]:
         """The nets that are updated in an iteration, in their order."""
         ...
 
-    def backward(self, name: str, iteration: int, part: int, scale: float, last: bool) -> dict[str, float]:
+    def backward(self, name: str, iteration: int, micro_batch: int, scale: float, last: bool) -> dict[str, float]:
         """Add `scale` times the gradient of a part's loss to a net's gradients; returns the loss and what to log.
 
         The last pass of the `last` part of this process is the one in which a sharded net's gradients are reduced
@@ -143,14 +143,14 @@ class Trainer:
             print(f"wrote {folder}")
 
     @property
-    def num_parts(self) -> int:
+    def num_micro_batches(self) -> int:
         """In how many parts of `batch_size` a batch is computed, over all processes."""
-        return num_parts(self.train_config, world_size())
+        return num_micro_batches(self.train_config, world_size())
 
     def step(self) -> dict[str, float]:
         """One iteration: an update of every net whose turn it is; returns what to log."""
         metrics: dict[str, float] = {"rate_scale": learning_rate_scale(self.iteration, self.train_config)}
-        for name in self.objective.turns(self.iteration):
+        for name in self.objective.networks_to_update(self.iteration):
             metrics |= self.update(name, metrics["rate_scale"])
         return metrics
 
@@ -175,13 +175,13 @@ class Trainer:
     def accumulate(self, name: str) -> dict[str, float]:
         """Leave the whole batch's gradient in every process; returns the objective's metrics."""
         net = self.objective.nets[name]
-        scale = loss_scale(net, self.num_parts)
+        scale = loss_scale(net, self.num_micro_batches)
         sums: dict[str, float] = {}
-        parts = my_parts(self.train_config)
-        for part in parts:
-            last = part == parts[-1]
-            for key, value in self.objective.backward(name, self.iteration, part, scale, last).items():
-                sums[key] = sums.get(key, 0.0) + value / self.num_parts
+        micro_batches = local_micro_batches(self.train_config)
+        for micro_batch in micro_batches:
+            last = micro_batch == micro_batches[-1]
+            for key, value in self.objective.backward(name, self.iteration, micro_batch, scale, last).items():
+                sums[key] = sums.get(key, 0.0) + value / self.num_micro_batches
         sums["told to stop"] = float(self.notice.given)
         totals = sum_gradients(net, sums, next(net.parameters()).device)
         self.stopping = totals.pop("told to stop") > 0 or self.stopping
@@ -292,7 +292,7 @@ class Trainer:
     def config_text(self) -> str:
         """The configuration as YAML, with the size of the batches, which may follow from the number of processes."""
         config = deepcopy(self.config)
-        config.train.total_batch_size = self.num_parts * config.train.batch_size
+        config.train.total_batch_size = self.num_micro_batches * config.train.batch_size
         return config.to_yaml()
 
     def resume(self, path: Path | None = None) -> None:

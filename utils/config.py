@@ -295,7 +295,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
     """
     if not os.path.isfile(path):
         raise UserError(f"no config file {path}; see configs/ for those that exist")
-    record = parse_record(path)
+    record = read_metadata(path)
     files = _read_yaml(path) if record is None else [OmegaConf.create(record["config"])]
     for word in overrides:
         if "=" not in word or word.startswith("-"):
@@ -345,7 +345,7 @@ def _read_yaml(path: str, heirs: tuple[str, ...] = ()) -> list[DictConfig]:
     return [*_read_yaml(os.path.join(os.path.dirname(path), str(parent)), (*heirs, path)), loaded]
 
 
-def parse_record(path: str) -> dict[str, Any] | None:
+def read_metadata(path: str) -> dict[str, Any] | None:
     """The record beside a video, if `path` is one (.json): what was generated, and under "config" how; else None.
 
     Raises:
@@ -469,7 +469,7 @@ def _check_distill(config: Config) -> None:
         )
 
 
-def num_parts(train: TrainConfig, processes: int) -> int:
+def num_micro_batches(train: TrainConfig, processes: int) -> int:
     """In how many parts of `batch_size` an iteration's batch is computed, over all processes.
 
     Raises:

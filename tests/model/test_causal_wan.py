@@ -1,7 +1,8 @@
 """model/causal_wan.py: one network, three ways of attending, all the same function.
 
 Claims: law 5 (bidirectional, it is diffusers' WanTransformer3DModel); law 4 (block by block through a cache, it is one
-block-causal pass, which is attention under an explicit mask); law 3 (a Denoise leaves its lane as it is); timesteps per
+block-causal pass, which is attention under an explicit mask); law 3 (a Denoise leaves its cache as it is); timesteps
+per
 frame; context passes without the head; gradients, with and without checkpointing, whatever happens to the cache; no
 last position; files, LoRA, attention backends, torch.compile, the sizes of the published models.
 """
@@ -234,7 +235,7 @@ def test_the_future_is_not_seen_and_the_past_is(net, text):
     assert not torch.allclose(net(earlier, steps, text, causal=causal)[:, :, 4:], before[:, :, 4:], atol=1e-3)
 
 
-# ---- law 3: who changes a lane ----
+# ---- law 3: who changes a cache ----
 
 
 def filled_cache(net, text, frames: int = 4, context: int = 4, seed: int = 3):
@@ -251,7 +252,7 @@ def contents(cache) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("frames", [0, 2, 4, 6])
-def test_a_denoise_leaves_its_lane_as_it_is(net, text, frames):
+def test_a_denoise_leaves_its_cache_as_it_is(net, text, frames):
     cache = filled_cache(net, text, frames)
     before = contents(cache)
     with torch.no_grad():
@@ -325,7 +326,7 @@ def block_causal(net, x):
 
 
 def make_cached(net):
-    """A block beside a full lane that moves on, by two blocks, between the forward and the backward pass."""
+    """A block beside a full cache that moves on, by two blocks, between the forward and the backward pass."""
     text = net.encode_text(PROMPT.detach())
     cache = filled_cache(net, text)
 
@@ -446,7 +447,7 @@ def test_compiled_layers_compute_the_same(make_net):
 
 
 def test_writing_under_checkpointing_is_refused(make_net):
-    """The recomputation would append a second time, over whatever the lane holds by then."""
+    """The recomputation would append a second time, over whatever the cache holds by then."""
     net = make_net()
     net.gradient_checkpointing = True
     cache = net.new_cache(1, 4, 4, 2, 1)

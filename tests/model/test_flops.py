@@ -21,17 +21,17 @@ def counted(work) -> int:
 
 
 def filled(net, frames: int, context: int = 9, sink: int = 0) -> KVCache:
-    lane = net.new_cache(1, SIZE, SIZE, context, FRAMES, sink)
+    cache = net.new_cache(1, SIZE, SIZE, context, FRAMES, sink)
     for layer in range(len(net.layers)):
         k = torch.zeros(1, min(frames, context) * PER_FRAME, net.config.num_attention_heads, 16)
-        lane.append(layer, k, k)
-    lane.commit(frames)
-    return lane
+        cache.append(layer, k, k)
+    cache.commit(frames)
+    return cache
 
 
-def run(net, text, lane, frames=FRAMES, **options):
+def run(net, text, cache, frames=FRAMES, **options):
     x = torch.randn(1, net.config.in_channels, frames, SIZE, SIZE)
-    return net(x, torch.ones(1, frames), text, first_frame=lane.num_frames, cache=lane, **options)
+    return net(x, torch.ones(1, frames), text, first_frame=cache.num_frames, cache=cache, **options)
 
 
 @pytest.mark.parametrize(("written", "held"), [(0, 0), (3, 3), (6, 6), (9, 9), (30, 9)])

@@ -146,7 +146,7 @@ def test_its_memory_is_what_the_window_takes(dtype):
 
 @settings(max_examples=80)
 @given(sizes, st.integers(0, 9), st.lists(st.integers(1, 5), max_size=8), st.booleans())
-def test_a_lane_can_be_read_as_it_was(size, history, blocks, autograd):
+def test_a_cache_can_be_read_as_it_was(size, history, blocks, autograd):
     """Before any frame that is at most `history` frames back, at least; and where it cannot, it says so."""
     context, sink = size
     cache = make(context, sink, history_frames=history)

@@ -1,9 +1,9 @@
-"""utils/device.py and pipeline/profile.py: the GPU that is meant is the one that is used."""
+"""utils/device.py and pipeline/parallel/profile.py: the GPU that is meant is the one that is used."""
 
 import pytest
 import torch
 
-from pipeline.profile import Recorder
+from pipeline.parallel.profile import Recorder
 from utils.device import pick_device, pick_own_device
 from utils.errors import UserError
 

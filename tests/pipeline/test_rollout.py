@@ -72,9 +72,9 @@ def random_order(ops: Sequence[Op], random: Random) -> list[Op]:
     return order
 
 
-def finish(rollout: Rollout, ops, lanes) -> Tensor:
+def finish(rollout: Rollout, ops, caches) -> Tensor:
     """All blocks that the ops generate, [B, F, C, h, w]; each must come once."""
-    blocks = list(rollout.run(ops, lanes))
+    blocks = list(rollout.run(ops, caches))
     assert len(dict(blocks)) == len(blocks)
     return torch.cat([latents for _, latents in sorted(blocks, key=lambda item: item[0])], dim=1)
 
@@ -83,7 +83,7 @@ def finish(rollout: Rollout, ops, lanes) -> Tensor:
 
 
 class FakeLane(deque):
-    """A lane that holds what was written; at most the last three blocks."""
+    """A cache that holds what was written; at most the last three blocks."""
 
     def __init__(self) -> None:
         super().__init__(maxlen=3)
@@ -94,27 +94,27 @@ class FakeLane(deque):
 
 @dataclass
 class FakeDenoiser:
-    """Depends on all that it is given, and on the order within a lane; remembers what it was asked."""
+    """Depends on all that it is given, and on the order within a cache; remembers what it was asked."""
 
     calls: list[tuple] = field(default_factory=list)
 
-    def denoise(self, x: Tensor, sigma: float, first_frame: int, lane: FakeLane, write: bool = False) -> Tensor:
-        context = sum(((i + 1) * c.mean() for i, c in enumerate(lane)), torch.zeros(()))
+    def denoise(self, x: Tensor, sigma: float, first_frame: int, cache: FakeLane, write: bool = False) -> Tensor:
+        context = sum(((i + 1) * c.mean() for i, c in enumerate(cache)), torch.zeros(()))
         if write:
-            lane.append(x * (1 + sigma))
+            cache.append(x * (1 + sigma))
         x0 = torch.sin(x + context + first_frame * 0.01 + sigma)
         self.calls.append(("denoise", first_frame, sigma, x, x0))
         return x0
 
-    def write_context(self, x: Tensor, sigma: float, first_frame: int, lane: FakeLane) -> None:
+    def write_context(self, x: Tensor, sigma: float, first_frame: int, cache: FakeLane) -> None:
         self.calls.append(("write", first_frame, sigma, x, None))
-        lane.append(x * (1 + sigma))
+        cache.append(x * (1 + sigma))
 
     def write_then_denoise(
-        self, context: Tensor, context_sigma: float, x: Tensor, sigma: float, first_frame: int, lane: FakeLane
+        self, context: Tensor, context_sigma: float, x: Tensor, sigma: float, first_frame: int, cache: FakeLane
     ) -> Tensor:
-        self.write_context(context, context_sigma, first_frame, lane)
-        return self.denoise(x, sigma, first_frame + context.shape[1], lane)
+        self.write_context(context, context_sigma, first_frame, cache)
+        return self.denoise(x, sigma, first_frame + context.shape[1], cache)
 
 
 def fake_rollout(layout: BlockLayout = BlockLayout(2), **changes) -> Rollout:  # noqa: B008
@@ -129,15 +129,15 @@ def fake_rollout(layout: BlockLayout = BlockLayout(2), **changes) -> Rollout:  #
 def test_any_order_gives_the_same_latents(variant, deterministic, random):
     schedule = Schedule(4, BLOCKS, **VARIANTS[variant])
     ops = list(schedule.ops())
-    expected = finish(fake_rollout(deterministic=deterministic), ops, schedule.lanes)
+    expected = finish(fake_rollout(deterministic=deterministic), ops, schedule.caches)
     for order in (list(schedule.ops("diagonal")), random_order(ops, random)):
-        assert torch.equal(finish(fake_rollout(deterministic=deterministic), order, schedule.lanes), expected)
+        assert torch.equal(finish(fake_rollout(deterministic=deterministic), order, schedule.caches), expected)
 
 
 def test_variants_differ():
     """Otherwise comparing orders would prove little."""
     schedules = [Schedule(4, BLOCKS, **variant) for variant in VARIANTS.values()]
-    results = [finish(fake_rollout(), list(s.ops()), s.lanes) for s in schedules]
+    results = [finish(fake_rollout(), list(s.ops()), s.caches) for s in schedules]
     for a, b in itertools.combinations(results, 2):
         assert not torch.equal(a, b)
 
@@ -158,7 +158,7 @@ def test_an_order_against_the_dependencies_is_refused():
 
 
 def denoise_calls(rollout: Rollout, schedule: Schedule) -> list[tuple]:
-    list(rollout.run(list(schedule.ops()), schedule.lanes))
+    list(rollout.run(list(schedule.ops()), schedule.caches))
     return [call for call in rollout.denoiser.calls if call[0] == "denoise"]
 
 
@@ -189,7 +189,7 @@ def test_contexts_are_written_at_the_levels_of_the_rule(variant, levels):
     """Unfused, so that the writes are seen: block 0 of two, at every step."""
     schedule = Schedule(4, 2, **VARIANTS[variant])
     rollout = fake_rollout()
-    list(rollout.run(list(drop_unread_writes(step_major(schedule.streams()))), schedule.lanes))
+    list(rollout.run(list(drop_unread_writes(step_major(schedule.ops_per_cache()))), schedule.caches))
     denoised = {
         sigma: (x, x0) for kind, frame, sigma, x, x0 in rollout.denoiser.calls if (kind, frame) == ("denoise", 0)
     }
@@ -207,62 +207,62 @@ def test_contexts_are_written_at_the_levels_of_the_rule(variant, levels):
 
 
 @pytest.mark.parametrize(
-    ("given_frames", "given_blocks", "starts"),
+    ("prefix_frames", "prefix_blocks", "starts"),
     [(0, 0, [0, 3, 6, 9]), (3, 1, [0, 3, 6, 9]), (1, 1, [0, 1, 4, 7]), (5, 2, [0, 2, 5, 8]), (6, 2, [0, 3, 6, 9])],
 )
-def test_given_frames_end_where_a_block_ends(given_frames, given_blocks, starts):
-    layout = BlockLayout(3, given_frames)
-    assert layout.given_blocks == given_blocks
+def test_prefix_frames_end_where_a_block_ends(prefix_frames, prefix_blocks, starts):
+    layout = BlockLayout(3, prefix_frames)
+    assert layout.prefix_blocks == prefix_blocks
     assert [layout.start(block) for block in range(4)] == starts
     assert [layout.frames(block) for block in range(3)] == [b - a for a, b in itertools.pairwise(starts)]
-    assert layout.start(given_blocks) == given_frames
+    assert layout.start(prefix_blocks) == prefix_frames
 
 
 @variants
-def test_given_frames_are_clean_context_in_every_lane_and_are_not_yielded(variant):
-    layout = BlockLayout(2, given_frames=3)
+def test_prefix_frames_are_clean_context_in_every_cache_and_are_not_yielded(variant):
+    layout = BlockLayout(2, prefix_frames=3)
     frames = torch.arange(3.0).view(1, 3, 1, 1, 1)
-    schedule = Schedule(4, 5, given_blocks=2, **VARIANTS[variant])
-    rollout = fake_rollout(layout, given=frames)
-    yielded = [block for block, _ in rollout.run(list(schedule.ops()), schedule.lanes)]
+    schedule = Schedule(4, 5, prefix_blocks=2, **VARIANTS[variant])
+    rollout = fake_rollout(layout, prefix=frames)
+    yielded = [block for block, _ in rollout.run(list(schedule.ops()), schedule.caches)]
     assert yielded == [2, 3, 4]
-    given_writes = [
+    prefix_writes = [
         (frame, sigma, x) for kind, frame, sigma, x, _ in rollout.denoiser.calls if kind == "write" and frame < 3
     ]
-    assert [(frame, sigma) for frame, sigma, _ in given_writes] == [(0, 0.0), (1, 0.0)] * len(schedule.lanes)
-    assert all(torch.equal(x, frames[:, frame : frame + x.shape[1]]) for frame, _, x in given_writes)
+    assert [(frame, sigma) for frame, sigma, _ in prefix_writes] == [(0, 0.0), (1, 0.0)] * len(schedule.caches)
+    assert all(torch.equal(x, frames[:, frame : frame + x.shape[1]]) for frame, _, x in prefix_writes)
 
 
 # ---- memory ----
 
 
-def test_diagonal_order_holds_a_few_blocks_and_one_lane_per_step():
+def test_diagonal_order_holds_a_few_blocks_and_one_cache_per_step():
     held: list[tuple[int, int]] = []
-    rollout = fake_rollout(observe=lambda op: held.append((len(rollout.blocks), len(rollout.lanes))))
+    rollout = fake_rollout(observe=lambda op: held.append((len(rollout.blocks), len(rollout.caches))))
     rollout.denoiser.calls = deque(maxlen=1)
     schedule = Schedule(4, 200)
-    assert len(list(rollout.run(schedule.ops("diagonal"), schedule.lanes))) == 200
+    assert len(list(rollout.run(schedule.ops("diagonal"), schedule.caches))) == 200
     assert max(blocks for blocks, _ in held) <= 5
-    assert max(lanes for _, lanes in held) == 4
+    assert max(caches for _, caches in held) == 4
 
 
-@pytest.mark.parametrize(("variant", "order", "lanes"), [
+@pytest.mark.parametrize(("variant", "order", "caches"), [
     ("timestep_first", "step_major", 1),
     ("timestep_first", "diagonal", 4),
     ("block_first", "step_major", 1),
     ("leading_steps", "step_major", 1),
 ])  # fmt: skip
-def test_lanes_are_used_again(variant, order, lanes):
+def test_caches_are_used_again(variant, order, caches):
     made: list[FakeLane] = []
 
-    def new_lane() -> FakeLane:
+    def new_cache() -> FakeLane:
         made.append(FakeLane())
         return made[-1]
 
     schedule = Schedule(4, BLOCKS, **VARIANTS[variant])
-    rollout = Rollout(FakeDenoiser(), SIGMAS, noise_of(BlockLayout(2), frame=(1, 1, 1)), new_lane, BlockLayout(2))
-    list(rollout.run(list(schedule.ops(order)), schedule.lanes))
-    assert len(made) == lanes
+    rollout = Rollout(FakeDenoiser(), SIGMAS, noise_of(BlockLayout(2), frame=(1, 1, 1)), new_cache, BlockLayout(2))
+    list(rollout.run(list(schedule.ops(order)), schedule.caches))
+    assert len(made) == caches
     assert not any(made)  # and nothing is kept
 
 
@@ -295,8 +295,10 @@ def test_observers_see_every_op_in_order():
 class Pipe:
     """One rank's ends of the queues between neighbours."""
 
-    def __init__(self, before: queue.Queue | None, after: queue.Queue | None, leaves_at: Callable[[int], int | None]):
-        self.before, self.after, self.leaves_at = before, after, leaves_at
+    def __init__(
+        self, before: queue.Queue | None, after: queue.Queue | None, handoff_index: Callable[[int], int | None]
+    ):
+        self.before, self.after, self.handoff_index = before, after, handoff_index
 
     def receive(self, block: int) -> tuple[int, Tensor, Tensor]:
         assert self.before is not None
@@ -319,8 +321,8 @@ def run_ranks(
     def work(rank: int) -> None:
         torch.set_num_threads(1)
         ops = for_stage(schedule.ops(order, fuse_context), stages[rank])
-        leaves_at = functools.partial(schedule.leaves_at, lanes=stages[rank])
-        rollout = make(transport=Pipe(queues[rank], queues[rank + 1], leaves_at))
+        handoff_index = functools.partial(schedule.handoff_index, caches=stages[rank])
+        rollout = make(transport=Pipe(queues[rank], queues[rank + 1], handoff_index))
         blocks = list(rollout.run(ops, stages[rank]))
         assert bool(blocks) == (rank == len(stages) - 1)  # only the last has finished blocks
         finished.extend(blocks)
@@ -345,7 +347,7 @@ STAGES = {
 @pytest.mark.parametrize("variant", ["timestep_first", "clean", "input"])
 def test_ranks_give_the_same_latents(variant, order, stages):
     schedule = Schedule(4, BLOCKS, **VARIANTS[variant])
-    expected = finish(fake_rollout(), list(schedule.ops()), schedule.lanes)
+    expected = finish(fake_rollout(), list(schedule.ops()), schedule.caches)
     assert torch.equal(run_ranks(fake_rollout, schedule, STAGES[stages], order), expected)
 
 
@@ -361,25 +363,25 @@ def test_ranks_give_the_same_latents(variant, order, stages):
 )
 def test_ranks_of_hybrids_give_the_same_latents(variant, stages):
     schedule = Schedule(4, BLOCKS, **VARIANTS[variant])
-    expected = finish(fake_rollout(), list(schedule.ops()), schedule.lanes)
+    expected = finish(fake_rollout(), list(schedule.ops()), schedule.caches)
     assert torch.equal(run_ranks(fake_rollout, schedule, stages, "diagonal"), expected)
 
 
-def test_ranks_continue_given_frames():
-    layout, frames = BlockLayout(2, given_frames=3), torch.arange(3.0).view(1, 3, 1, 1, 1)
-    schedule = Schedule(4, 5, given_blocks=2)
+def test_ranks_continue_prefix_frames():
+    layout, frames = BlockLayout(2, prefix_frames=3), torch.arange(3.0).view(1, 3, 1, 1, 1)
+    schedule = Schedule(4, 5, prefix_blocks=2)
 
     def make(**changes) -> Rollout:
-        return fake_rollout(layout, given=frames, **changes)
+        return fake_rollout(layout, prefix=frames, **changes)
 
-    expected = finish(make(), list(schedule.ops()), schedule.lanes)
+    expected = finish(make(), list(schedule.ops()), schedule.caches)
     assert torch.equal(run_ranks(make, schedule, STAGES["four ranks"], "diagonal"), expected)
 
 
 def test_a_rank_sends_a_block_before_it_writes_its_context():
     """Else the next rank would wait for a pass that it does not need."""
     events: list[str] = []
-    pipe = Pipe(None, None, leaves_at=lambda block: 1)
+    pipe = Pipe(None, None, handoff_index=lambda block: 1)
     pipe.send = lambda block, level, x, x0: events.append(f"send {block}")
     schedule = Schedule(4, 3)
     rollout = fake_rollout(transport=pipe, observe=lambda op: events.append(f"{type(op).__name__} {op.block}"))
@@ -391,17 +393,17 @@ def test_a_rank_sends_a_block_before_it_writes_its_context():
 
 
 def net_rollout(net, text, layout=BlockLayout(2), context=4, sink=0, samples=(0,), sigmas=SIGMAS, **changes):  # noqa: B008
-    def new_lane():
+    def new_cache():
         return net.new_cache(len(samples), *FRAME[1:], context, layout.block_frames, sink)
 
-    return Rollout(Denoiser(net, text), sigmas, noise_of(layout, samples), new_lane, layout, **changes)
+    return Rollout(Denoiser(net, text), sigmas, noise_of(layout, samples), new_cache, layout, **changes)
 
 
 CASES = {
     "timestep_first, short window": ("timestep_first", dict(context=4)),
     "timestep_first, sink and given frames": (
         "timestep_first",
-        dict(context=5, sink=1, layout=BlockLayout(2, 3), given=torch.linspace(-1, 1, 3 * 96).view(1, 3, *FRAME)),
+        dict(context=5, sink=1, layout=BlockLayout(2, 3), prefix=torch.linspace(-1, 1, 3 * 96).view(1, 3, *FRAME)),
     ),
     "block_first, short window": ("block_first", dict(context=4)),
     "clean, sink": ("clean", dict(context=4, sink=2)),
@@ -413,8 +415,8 @@ CASES = {
 
 def case_schedule(case: str) -> Schedule:
     variant, changes = CASES[case]
-    given_blocks = changes["layout"].given_blocks if "layout" in changes else 0
-    return Schedule(4, BLOCKS, given_blocks=given_blocks, **VARIANTS[variant])
+    prefix_blocks = changes["layout"].prefix_blocks if "layout" in changes else 0
+    return Schedule(4, BLOCKS, prefix_blocks=prefix_blocks, **VARIANTS[variant])
 
 
 @pytest.fixture(scope="module")
@@ -436,7 +438,7 @@ def expected(small_net, small_text) -> Callable[[str], Tensor]:
         if case not in known:
             schedule = case_schedule(case)
             rollout = net_rollout(small_net, small_text, **CASES[case][1])
-            known[case] = finish(rollout, list(schedule.ops()), schedule.lanes)
+            known[case] = finish(rollout, list(schedule.ops()), schedule.caches)
         return known[case]
 
     return compute
@@ -446,7 +448,7 @@ def expected(small_net, small_text) -> Callable[[str], Tensor]:
 def test_the_net_in_diagonal_order(small_net, small_text, expected, case):
     schedule = case_schedule(case)
     rollout = net_rollout(small_net, small_text, **CASES[case][1])
-    assert torch.equal(finish(rollout, schedule.ops("diagonal"), schedule.lanes), expected(case))
+    assert torch.equal(finish(rollout, schedule.ops("diagonal"), schedule.caches), expected(case))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -456,7 +458,7 @@ def test_the_net_in_any_order(small_net, small_text, expected, case, random):
     schedule = case_schedule(case)
     rollout = net_rollout(small_net, small_text, **CASES[case][1])
     order = random_order(list(schedule.ops()), random)
-    assert torch.equal(finish(rollout, order, schedule.lanes), expected(case))
+    assert torch.equal(finish(rollout, order, schedule.caches), expected(case))
 
 
 @pytest.mark.parametrize("stages", [[[0, 1, 2, 3]], *STAGES.values()], ids=["one rank", *STAGES])
@@ -521,7 +523,7 @@ def test_timestep_first_equals_masked_passes_without_a_cache(small_net, small_te
             now[block] = add_noise(estimates[block], noise(block, step + 1), SIGMAS[step + 1])
             context.append({"timestep_first": now[block], "input": x, "clean": estimates[block]}[variant])
     schedule = Schedule(4, num_blocks, **VARIANTS[variant])
-    actual = finish(net_rollout(small_net, small_text, context=4), schedule.ops("diagonal"), schedule.lanes)
+    actual = finish(net_rollout(small_net, small_text, context=4), schedule.ops("diagonal"), schedule.caches)
     torch.testing.assert_close(actual, torch.cat(estimates, dim=1), atol=2e-4, rtol=0)
 
 
@@ -532,9 +534,9 @@ def test_writes_joined_with_the_next_denoise_change_nothing(variant, order):
     plain, joined = list(schedule.ops(order)), list(schedule.ops(order, fuse_context=True))
     if variant != "input":  # which has fused them already with their own Denoise
         assert len(joined) < len(plain)
-    expected = finish(fake_rollout(), plain, schedule.lanes)
-    assert torch.equal(finish(fake_rollout(), joined, schedule.lanes), expected)
-    for stages in ([[lane] for lane in schedule.lanes], [schedule.lanes[:1], schedule.lanes[1:]]):
+    expected = finish(fake_rollout(), plain, schedule.caches)
+    assert torch.equal(finish(fake_rollout(), joined, schedule.caches), expected)
+    for stages in ([[cache] for cache in schedule.caches], [schedule.caches[:1], schedule.caches[1:]]):
         if all(stages) and order == "diagonal":
             assert torch.equal(run_ranks(fake_rollout, schedule, stages, order, fuse_context=True), expected)
 
@@ -543,9 +545,9 @@ def test_writes_joined_with_the_next_denoise_change_nothing(variant, order):
 @given(random=st.randoms(use_true_random=False), variant=st.sampled_from(sorted(VARIANTS)))
 def test_any_order_of_joined_ops_gives_the_same_latents(variant, random):
     schedule = Schedule(4, BLOCKS, **VARIANTS[variant])
-    expected = finish(fake_rollout(), list(schedule.ops()), schedule.lanes)
+    expected = finish(fake_rollout(), list(schedule.ops()), schedule.caches)
     order = random_order(list(schedule.ops(fuse_context=True)), random)
-    assert torch.equal(finish(fake_rollout(), order, schedule.lanes), expected)
+    assert torch.equal(finish(fake_rollout(), order, schedule.caches), expected)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -553,25 +555,25 @@ def test_one_pass_over_two_blocks_is_two_passes(small_net, small_text, expected,
     """To float tolerance: the two blocks share matrix products, whose rounding depends on their size."""
     schedule = case_schedule(case)
     ops = list(schedule.ops("diagonal", fuse_context=True))
-    actual = finish(net_rollout(small_net, small_text, **CASES[case][1]), ops, schedule.lanes)
+    actual = finish(net_rollout(small_net, small_text, **CASES[case][1]), ops, schedule.caches)
     torch.testing.assert_close(actual, expected(case), atol=2e-4, rtol=0)
 
 
 def test_fused_passes_change_nothing(small_net, small_text, expected):
     case = "input, short window"
     schedule = case_schedule(case)
-    unfused = list(drop_unread_writes(diagonal(schedule.streams())))
+    unfused = list(drop_unread_writes(diagonal(schedule.ops_per_cache())))
     assert len(unfused) > len(list(schedule.ops()))
-    actual = finish(net_rollout(small_net, small_text, **CASES[case][1]), unfused, schedule.lanes)
+    actual = finish(net_rollout(small_net, small_text, **CASES[case][1]), unfused, schedule.caches)
     assert torch.equal(actual, expected(case))
 
 
 def test_a_batch_is_its_samples(small_net, small_text):
     schedule = Schedule(4, 3)
     wide = type(small_text)(*([x.expand(2, -1, -1, -1) for x in xs] for xs in (small_text.k, small_text.v)))
-    both = finish(net_rollout(small_net, wide, samples=(3, 4)), schedule.ops(), schedule.lanes)
+    both = finish(net_rollout(small_net, wide, samples=(3, 4)), schedule.ops(), schedule.caches)
     for row, sample in enumerate((3, 4)):
-        one = finish(net_rollout(small_net, small_text, samples=(sample,)), schedule.ops(), schedule.lanes)
+        one = finish(net_rollout(small_net, small_text, samples=(sample,)), schedule.ops(), schedule.caches)
         torch.testing.assert_close(both[row : row + 1], one, atol=1e-5, rtol=1e-5)
 
 

@@ -1,7 +1,7 @@
 """pipeline/schedule.py: the ops of every method, and that their order may be changed.
 
 Claims: exact sequences of small cases; every step of every generated block once; a Denoise finds exactly the earlier
-blocks in its lane; `diagonal` is `step_major` in another order that keeps the dependencies; forward passes per block
+blocks in its cache; `diagonal` is `step_major` in another order that keeps the dependencies; forward passes per block
 (5 block-first, 8 timestep-first, 4 with context `input`); endless videos stream; no torch.
 """
 
@@ -35,15 +35,15 @@ ORDERS = ("step_major", "diagonal")
 
 
 def words(ops) -> str:
-    """Ops as words: D10/1 is Denoise(block 1, step 0, lane 1), W1@2/0 writes block 1 at level 2, F is a Fused."""
+    """Ops as words: D10/1 is Denoise(block 1, step 0, cache 1), W1@2/0 writes block 1 at level 2, F is a Fused."""
     return " ".join(word(op) for op in ops)
 
 
 def word(op: Op) -> str:
     if isinstance(op, WriteContext):
-        return f"W{op.block}@{op.level}/{op.lane}"
+        return f"W{op.block}@{op.noise_index}/{op.cache}"
     denoise = op.denoise if isinstance(op, Fused) else op
-    return f"{type(op).__name__[0]}{denoise.block}{denoise.step}/{denoise.lane}"
+    return f"{type(op).__name__[0]}{denoise.block}{denoise.step}/{denoise.cache}"
 
 
 def parts(op: Op) -> list[Denoise | WriteContext]:
@@ -54,15 +54,15 @@ def parts(op: Op) -> list[Denoise | WriteContext]:
 def schedules(draw) -> Schedule:
     num_steps = draw(st.integers(1, 4))
     context = draw(st.sampled_from(["output", "input", "clean"]))
-    given_blocks = draw(st.integers(0, 2))
+    prefix_blocks = draw(st.integers(0, 2))
     return Schedule(
         num_steps=num_steps,
-        num_blocks=given_blocks + draw(st.integers(1, 5)),
+        num_blocks=prefix_blocks + draw(st.integers(1, 5)),
         method=draw(st.sampled_from(["timestep_first", "block_first"])),
         context=context,
         leading_blocks=draw(st.integers(0, 2)),
         leading_steps=draw(st.integers(0, 1 if context == "input" else num_steps)),
-        given_blocks=given_blocks,
+        prefix_blocks=prefix_blocks,
     )
 
 
@@ -80,10 +80,10 @@ def schedules(draw) -> Schedule:
         (Schedule(2, 3, leading_blocks=1), "D00/0 D01/0 W0@2/0 D10/0 W1@1/0 D20/0  W0@2/1 D11/1 W1@2/1 D21/1"),
         (Schedule(3, 2, leading_steps=2), "D00/0 D01/0 W0@2/0 D10/0 D11/0  D02/2 W0@3/2 D12/2"),
         (Schedule(3, 2, leading_steps=1), "D00/0 W0@1/0 D10/0  D01/1 W0@2/1 D11/1  D02/2 W0@3/2 D12/2"),
-        (Schedule(2, 3, given_blocks=1), "W0@2/0 D10/0 W1@1/0 D20/0  W0@2/1 D11/1 W1@2/1 D21/1"),
-        (Schedule(2, 2, "block_first", given_blocks=1), "W0@2/0 D10/0 D11/0"),
+        (Schedule(2, 3, prefix_blocks=1), "W0@2/0 D10/0 W1@1/0 D20/0  W0@2/1 D11/1 W1@2/1 D21/1"),
+        (Schedule(2, 2, "block_first", prefix_blocks=1), "W0@2/0 D10/0 D11/0"),
         (
-            Schedule(2, 4, context="input", leading_blocks=1, given_blocks=1),
+            Schedule(2, 4, context="input", leading_blocks=1, prefix_blocks=1),
             "W0@2/0 D10/0 D11/0 W1@2/0 F20/0 D30/0  W0@2/1 W1@2/1 F21/1 D31/1",
         ),
         (
@@ -119,19 +119,19 @@ def test_diagonal_sequences(schedule, expected):
 @given(schedules(), st.sampled_from(ORDERS))
 def test_every_step_of_every_generated_block_once(schedule, order):
     denoised = Counter((p.block, p.step) for op in schedule.ops(order) for p in parts(op) if isinstance(p, Denoise))
-    generated = range(schedule.given_blocks, schedule.num_blocks)
+    generated = range(schedule.prefix_blocks, schedule.num_blocks)
     assert denoised == Counter(itertools.product(generated, range(schedule.num_steps)))
 
 
 @given(schedules(), st.sampled_from(ORDERS))
-def test_a_denoise_finds_all_earlier_blocks_in_its_lane_and_its_block_at_its_level(schedule, order):
-    lanes: dict[int, list[int]] = {}
-    levels = dict.fromkeys(range(schedule.given_blocks), schedule.num_steps)
+def test_a_denoise_finds_all_earlier_blocks_in_its_cache_and_its_block_at_its_level(schedule, order):
+    caches: dict[int, list[int]] = {}
+    levels = dict.fromkeys(range(schedule.prefix_blocks), schedule.num_steps)
     for part in (p for op in schedule.ops(order) for p in parts(op)):
-        written = lanes.setdefault(part.lane, [])
+        written = caches.setdefault(part.cache, [])
         if isinstance(part, WriteContext):
             assert part.block == len(written)
-            assert part.level in (levels[part.block], levels[part.block] - 1, schedule.num_steps)
+            assert part.noise_index in (levels[part.block], levels[part.block] - 1, schedule.num_steps)
             written.append(part.block)
         else:
             assert written == list(range(part.block))
@@ -157,7 +157,7 @@ def keeps_dependencies(ops, other) -> bool:
 def test_writes_are_read(schedule, order):
     ops = list(schedule.ops(order))
     read_later = [
-        any(not isinstance(o, WriteContext) and o.lane == op.lane for o in ops[i + 1 :]) for i, op in enumerate(ops)
+        any(not isinstance(o, WriteContext) and o.cache == op.cache for o in ops[i + 1 :]) for i, op in enumerate(ops)
     ]
     assert all(read for op, read in zip(ops, read_later, strict=True) if not isinstance(op, Denoise))
 
@@ -166,10 +166,10 @@ def test_dependencies_of_a_small_case():
     ops = [
         Denoise(0, 0, 0),
         WriteContext(0, 1, 0),  # reads block 0
-        Denoise(1, 0, 0),  # reads lane 0
+        Denoise(1, 0, 0),  # reads cache 0
         Denoise(0, 1, 1),  # changes block 0: not before its write
-        WriteContext(1, 1, 0),  # reads block 1, changes lane 0, which op 2 reads
-        Fused(Denoise(1, 1, 1), WriteContext(1, 1, 1)),  # changes block 1 and lane 1
+        WriteContext(1, 1, 0),  # reads block 1, changes cache 0, which op 2 reads
+        Fused(Denoise(1, 1, 1), WriteContext(1, 1, 1)),  # changes block 1 and cache 1
     ]
     assert dependencies(ops) == [set(), {0}, {1}, {0, 1}, {1, 2}, {2, 3, 4}]
 
@@ -207,8 +207,8 @@ def test_the_last_block_needs_no_context():
     assert Counter(op.block for op in Schedule(4, 3, "block_first").ops())[2] == 4
 
 
-def test_a_video_of_leading_blocks_only_uses_one_lane():
-    assert {op.lane for op in Schedule(4, 2, leading_blocks=2).ops()} == {0}
+def test_a_video_of_leading_blocks_only_uses_one_cache():
+    assert {op.cache for op in Schedule(4, 2, leading_blocks=2).ops()} == {0}
 
 
 # ---- endless videos ----
@@ -221,7 +221,7 @@ def test_an_endless_schedule_begins_like_a_long_one(changes):
     assert list(endless) == list(long)
 
 
-def test_an_endless_schedule_of_one_lane_needs_no_diagonal():
+def test_an_endless_schedule_of_one_cache_needs_no_diagonal():
     ops = Schedule(2, None, "block_first").ops("step_major")
     assert words(itertools.islice(ops, 6)) == "D00/0 D01/0 W0@2/0 D10/0 D11/0 W1@2/0"
 
@@ -255,7 +255,7 @@ def test_fuse_joins_a_denoise_and_the_write_of_its_input_only():
 
 def test_fused_passes_are_the_same_parts():
     schedule = Schedule(3, 4, context="input")
-    unfused = list(drop_unread_writes(diagonal(schedule.streams())))
+    unfused = list(drop_unread_writes(diagonal(schedule.ops_per_cache())))
     assert [p for op in schedule.ops("diagonal") for p in parts(op)] == unfused
     assert len(list(schedule.ops("diagonal"))) == 12 < len(unfused)
 
@@ -267,7 +267,7 @@ def test_step_major_goes_through_the_streams_one_by_one():
 @given(schedules(), st.sampled_from(ORDERS))
 def test_stages_share_the_ops(schedule, order):
     ops = list(schedule.ops(order))
-    stages = [list(for_stage(ops, lanes)) for lanes in ([0], [1, 2], [3])]
+    stages = [list(for_stage(ops, caches)) for caches in ([0], [1, 2], [3])]
     assert sum(map(Counter, stages), Counter()) == Counter(ops)
     for stage in stages:
         assert sorted(stage, key=ops.index) == stage
@@ -282,10 +282,10 @@ def test_a_stage_of_an_endless_schedule_streams():
 
 
 def test_what_cannot_be_is_refused():
-    with pytest.raises(ValueError, match="lane"):
+    with pytest.raises(ValueError, match="cache"):
         Schedule(4, 3, context="input", leading_steps=2)
     with pytest.raises(ValueError, match="nothing to generate"):
-        Schedule(4, 2, given_blocks=2)
+        Schedule(4, 2, prefix_blocks=2)
 
 
 def test_the_schedule_knows_no_torch():

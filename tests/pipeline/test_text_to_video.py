@@ -1,4 +1,5 @@
-"""pipeline/text_to_video.py and pipeline/parallel.py: where prompts are encoded, and layers that do not compile."""
+"""pipeline/text_to_video.py and pipeline/parallel/runner.py: where prompts are encoded, and layers that do not
+compile."""
 
 from dataclasses import replace
 
@@ -7,10 +8,10 @@ import torch
 from tiny_model import write_config
 
 from model.text_encoder import TextEncoder
-from pipeline import parallel
-from pipeline.parallel import PipelineRank
+from pipeline.parallel import runner as parallel
+from pipeline.parallel.runner import PipelineRank
+from pipeline.parallel.stages import plan_pipelines
 from pipeline.schedule import Schedule
-from pipeline.stages import plan_pipelines
 from pipeline.text_to_video import PromptEmbeddings
 from utils.config import load_config
 

@@ -2,7 +2,7 @@
 
 Claims: up to the exit step a cut rollout is the whole one; the gradients of blocks that are denoised again one by one
 are those of the whole graph, also where the window is shorter than the video; gradients never cross blocks; no more
-than one lane is kept.
+than one cache is kept.
 """
 
 import pytest
@@ -21,15 +21,15 @@ NUM_BLOCKS = 5
 def exits(schedule: Schedule, sigmas: list[float], exit_step: int) -> dict[int, Tensor]:
     """What the blocks are at the exit step of a cut rollout with the fake denoiser."""
     rollout = Rollout(FakeDenoiser(), sigmas, noise_of(LAYOUT), FakeLane, LAYOUT, exit_step=exit_step)
-    lanes = schedule.lanes_until(exit_step)
-    return dict(rollout.run(list(schedule.until(exit_step)), lanes))
+    caches = schedule.caches_until(exit_step)
+    return dict(rollout.run(list(schedule.until(exit_step)), caches))
 
 
 def whole(schedule: Schedule, sigmas: list[float], step: int) -> dict[int, Tensor]:
     """x0 of every block at one step of the whole rollout."""
     denoiser = FakeDenoiser()
     rollout = Rollout(denoiser, sigmas, noise_of(LAYOUT), FakeLane, LAYOUT)
-    list(rollout.run(list(schedule.ops()), schedule.lanes))
+    list(rollout.run(list(schedule.ops()), schedule.caches))
     calls = [c for c in denoiser.calls if c[0] == "denoise" and c[2] == sigmas[step]]
     return {first_frame // LAYOUT.block_frames: x0 for _, first_frame, _, _, x0 in calls}
 
@@ -73,16 +73,16 @@ def net(make_net):
     return make_net(num_layers=2)
 
 
-def rollout_of(net, context: int, history: int, exit_step: int, lanes: list, **changes) -> Rollout:
+def rollout_of(net, context: int, history: int, exit_step: int, caches: list, **changes) -> Rollout:
     text = torch.randn(2, 3, 24, generator=torch.Generator().manual_seed(2))
 
-    def new_lane():
-        lanes.append(net.new_cache(2, *FRAME[1:], context, LAYOUT.block_frames, sink_frames=1, history_frames=history))
-        return lanes[-1]
+    def new_cache():
+        caches.append(net.new_cache(2, *FRAME[1:], context, LAYOUT.block_frames, sink_frames=1, history_frames=history))
+        return caches[-1]
 
     denoiser = Denoiser(net, net.encode_text(text))
     noise = noise_of(LAYOUT, samples=(0, 1))
-    return Rollout(denoiser, SIGMAS, noise, new_lane, LAYOUT, exit_step=exit_step, **changes)
+    return Rollout(denoiser, SIGMAS, noise, new_cache, LAYOUT, exit_step=exit_step, **changes)
 
 
 def gradients(net) -> dict[str, Tensor]:
@@ -97,7 +97,7 @@ def gradients(net) -> dict[str, Tensor]:
 def test_block_by_block_gradients_are_those_of_the_whole_graph(net, variant, context, history, checkpointing):
     exit_step = 2
     schedule = Schedule(4, NUM_BLOCKS, **VARIANTS[variant])
-    ops, used = list(schedule.until(exit_step)), schedule.lanes_until(exit_step)
+    ops, used = list(schedule.until(exit_step)), schedule.caches_until(exit_step)
     wanted = range(2, NUM_BLOCKS)
     weight = {b: torch.randn(2, 2, *FRAME, generator=torch.Generator().manual_seed(b)) for b in wanted}
 
@@ -109,8 +109,8 @@ def test_block_by_block_gradients_are_those_of_the_whole_graph(net, variant, con
 
     net.gradient_checkpointing = checkpointing
     try:
-        lanes: list = []
-        rollout = rollout_of(net, context, history, exit_step, lanes)
+        caches: list = []
+        rollout = rollout_of(net, context, history, exit_step, caches)
         outputs = dict(rollout.run(ops, used))
         assert not any(x0.requires_grad for x0 in outputs.values())
         # The text's graph is shared by all blocks.
@@ -125,7 +125,7 @@ def test_block_by_block_gradients_are_those_of_the_whole_graph(net, variant, con
     assert again.keys() == reference.keys()
     for name in reference:
         torch.testing.assert_close(again[name], reference[name], atol=2e-5, rtol=1e-4, msg=name)
-    assert len(lanes) <= 2 if variant == "leading_blocks" else len(lanes) == 1
+    assert len(caches) <= 2 if variant == "leading_blocks" else len(caches) == 1
 
 
 def test_gradients_do_not_cross_blocks(net):
@@ -142,12 +142,12 @@ def test_gradients_do_not_cross_blocks(net):
 
 
 def test_inference_keeps_nothing(net):
-    lanes: list = []
-    rollout = rollout_of(net, 4, 0, 3, lanes)
+    caches: list = []
+    rollout = rollout_of(net, 4, 0, 3, caches)
     rollout.exit_step = None
     schedule = Schedule(4, 3)
-    outputs = dict(rollout.run(list(schedule.ops()), schedule.lanes))
-    assert len(outputs) == 3 and not rollout.exits and len(lanes) == 1
+    outputs = dict(rollout.run(list(schedule.ops()), schedule.caches))
+    assert len(outputs) == 3 and not rollout.exits and len(caches) == 1
 
 
 def test_a_block_whose_context_is_gone_is_not_denoised_again(net):

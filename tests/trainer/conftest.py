@@ -9,10 +9,10 @@ from tiny_model import TEXT_ENCODER, TRANSFORMER, VAE, write_model
 from torch import Tensor, nn
 
 from model import presets
-from trainer.objectives import SingleNet
-from utils.clips import write_shard
+from trainer.datasets.clips import write_shard
+from trainer.datasets.ode_pairs import pair_file, write_ode_pair, write_sigmas
+from trainer.objectives.base import SingleNet
 from utils.config import Config
-from utils.ode_pairs import pair_file, write_ode_pair, write_sigmas
 from utils.process_group import process_group
 from utils.rng import keyed_generator
 

@@ -11,13 +11,13 @@ from transformers import ByT5Tokenizer, UMT5Config, UMT5EncoderModel
 import train
 from model import presets
 from model.causal_wan import CausalWanModel
-from trainer.distillation import ScoreDistillation
+from trainer.datasets.ode_pairs import pair_file, write_ode_pair, write_sigmas
 from trainer.networks import export_transformer
+from trainer.objectives.score_distillation import ScoreDistillation
 from trainer.planner import networks
 from trainer.sharding import whole
 from trainer.trainer import Trainer
 from utils.config import load_config
-from utils.ode_pairs import pair_file, write_ode_pair, write_sigmas
 
 ROOT = Path(train.__file__).parent
 

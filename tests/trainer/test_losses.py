@@ -1,11 +1,11 @@
-"""trainer/losses.py against values computed by hand."""
+"""trainer/objectives/losses.py against values computed by hand."""
 
 import math
 
 import pytest
 import torch
 
-from trainer.losses import (
+from trainer.objectives.losses import (
     chord_flow,
     dmd_gradient,
     dmd_loss,

@@ -1,4 +1,4 @@
-"""trainer/objectives.py: what the losses measure, and every objective from train.py to weights that diffusers opens."""
+"""trainer/objectives: what the losses measure, and every objective from train.py to weights that diffusers opens."""
 
 import sys
 from copy import deepcopy
@@ -15,16 +15,14 @@ from model.text_encoder import TextEncoder
 from model.weights import ModelDirectory
 from pipeline.teacher import Teacher, sample_unipc
 from pipeline.text_to_video import TextToVideo
-from trainer.objectives import (
-    OBJECTIVES,
-    FlowMatching,
-    ODERegression,
-    VAEReconstruction,
-    build_transformer,
-)
+from shapes.objectives import VAEReconstruction
+from trainer.datasets.ode_pairs import open_ode_pairs, pair_file, write_ode_pair, write_sigmas
+from trainer.networks import build_transformer
+from trainer.objectives import OBJECTIVES
+from trainer.objectives.flow_matching import FlowMatching
+from trainer.objectives.ode_regression import ODERegression
 from trainer.trainer import Trainer
 from utils.errors import UserError
-from utils.ode_pairs import open_ode_pairs, pair_file, write_ode_pair, write_sigmas
 
 CPU = torch.device("cpu")
 

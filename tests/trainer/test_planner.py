@@ -91,7 +91,7 @@ COPIED, BESIDE = "context that checkpointed blocks see", "keys and values of con
 
 
 def test_the_context_of_the_published_configuration(nets):
-    """21 frames of 1560 tokens, in one layer or in all, whose copies a lane that goes on needs too: keys and values,
+    """21 frames of 1560 tokens, in one layer or in all, whose copies a cache that goes on needs too: keys and values,
     width 1536, bfloat16."""
     frame = 2 * 1560 * 1536 * 2
     rows = of_rollouts(published(), presets.TRANSFORMERS["wan-1.3b"])
@@ -168,11 +168,11 @@ def test_what_blocks_see_at_once(words, expected):
     assert seen_at_once(published(*words)) == expected
 
 
-def test_the_forward_kls_own_rollout_has_a_lane():
-    lane = "KV cache of the forward KL"
-    assert size(of_rollouts(published(), presets.TRANSFORMERS["wan-1.3b"]), lane) is None
+def test_the_forward_kls_own_rollout_has_a_cache():
+    cache = "KV cache of the forward KL"
+    assert size(of_rollouts(published(), presets.TRANSFORMERS["wan-1.3b"]), cache) is None
     rows = of_rollouts(published("distill.forward_kl_mode=rollout"), presets.TRANSFORMERS["wan-1.3b"])
-    assert size(rows, lane) == 30 * 21 * 2 * 1560 * 1536 * 2
+    assert size(rows, cache) == 30 * 21 * 2 * 1560 * 1536 * 2
 
 
 # ---- text encoder and VAE ----

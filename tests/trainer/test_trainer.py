@@ -15,8 +15,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from trainer import trainer as module
 from trainer.checkpoints import read_tensors
-from trainer.muon import Muon
-from trainer.objectives import FlowMatching
+from trainer.objectives.flow_matching import FlowMatching
+from trainer.optim import Muon
 from trainer.trainer import Trainer, build_optimizers, is_inner_matrix, learning_rate_scale
 from utils.config import TrainConfig
 from utils.errors import UserError
@@ -274,7 +274,7 @@ def test_batches_stay_as_large_on_another_number_of_processes(tmp_path, toy, mak
     Trainer(config, toy(), str(tmp_path)).train()
     again = Trainer(make_config(max_iterations=3), toy(), str(tmp_path))  # no size: two clips for the one process
     again.train()
-    assert again.num_parts == 4 and again.objective.iterations == [2] * 4
+    assert again.num_micro_batches == 4 and again.objective.iterations == [2] * 4
 
 
 @pytest.mark.parametrize("broken", ["a part cut off", "a part overwritten", "the index"])
@@ -395,13 +395,13 @@ def test_parts_add_up_to_the_mean_over_the_whole_batch(tmp_path, toy, make_confi
 
 def test_every_process_takes_its_own_parts_of_the_same_batch(monkeypatch):
     config = TrainConfig(batch_size=2, total_batch_size=12)
-    assert list(module.my_parts(config)) == [0, 1, 2, 3, 4, 5]
+    assert list(module.local_micro_batches(config)) == [0, 1, 2, 3, 4, 5]
     monkeypatch.setenv("WORLD_SIZE", "3")
     parts = []
     for rank in range(3):
         monkeypatch.setenv("RANK", str(rank))
-        parts += module.my_parts(config)
-        assert list(module.my_parts(TrainConfig(batch_size=2))) == [rank]  # without a total: batch_size each
+        parts += module.local_micro_batches(config)
+        assert list(module.local_micro_batches(TrainConfig(batch_size=2))) == [rank]  # without a total: batch_size each
     assert parts == [0, 1, 2, 3, 4, 5]
 
 
@@ -409,7 +409,7 @@ def test_every_process_takes_its_own_parts_of_the_same_batch(monkeypatch):
 def test_a_batch_that_does_not_divide_is_refused(monkeypatch, total):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="must be a multiple of"):
-        module.my_parts(TrainConfig(batch_size=2, total_batch_size=total))
+        module.local_micro_batches(TrainConfig(batch_size=2, total_batch_size=total))
 
 
 # ---- What can go wrong ----

@@ -1,0 +1,152 @@
+"""Pixels and flow as a yardstick: what is done to a video on purpose moves the figures meant for it and no other."""
+
+import cv2
+import numpy as np
+import pytest
+
+from evaluation.figures import Curve, change, distance, take_figures
+from evaluation.video_metrics import _QUANTILES, FIGURES, _quantiles, borders, measure, observe
+
+FRAMES, HEIGHT, WIDTH = 81, 96, 128
+TIME = np.arange(FRAMES)[:, None, None, None]
+RAMP = TIME / (FRAMES - 1)
+
+# How far a figure may differ before it counts as moved.
+SLACK = {
+    "motion": 0.7, "flow": 0.15, "static": 0, "smoothness": 0.1, "warp_error": 0.7, "brightness": 2, "contrast": 2,
+    "saturation": 2, "sharpness": 0.01, "flow_drift": 0.2, "brightness_drift": 2, "contrast_drift": 2,
+    "saturation_drift": 2, "sharpness_drift": 0.01, "palette_drift": 2, "pixel_seam": 1, "pixel_inside": 1,
+}  # fmt: skip
+
+
+def texture() -> np.ndarray:
+    """Smooth colours [HEIGHT, WIDTH, 3] that go on at the opposite edge, around mid-gray."""
+    rng = np.random.default_rng(3)
+    y, x = np.mgrid[:HEIGHT, :WIDTH] * 2 * np.pi
+    waves = np.zeros((HEIGHT, WIDTH, 3))
+    for _ in range(40):
+        down, right = rng.integers(-4, 5, 2)
+        waves += np.cos(down * y / HEIGHT + right * x / WIDTH + rng.uniform(0, 7))[..., None] * rng.normal(0, 1, 3)
+    return 128 + 30 * waves / waves.std()
+
+
+def scrolling(offsets: np.ndarray) -> np.ndarray:
+    """The texture moved to the right by so many pixels, float [T, HEIGHT, WIDTH, 3]."""
+    return np.stack([np.roll(texture(), int(offset), axis=1) for offset in offsets])
+
+
+def whole(frames: np.ndarray) -> np.ndarray:
+    return frames.round().clip(0, 255).astype(np.uint8)
+
+
+def luma(frames: np.ndarray) -> np.ndarray:
+    return (frames * [0.2126, 0.7152, 0.0722]).sum(-1, keepdims=True)
+
+
+def measured(frames: np.ndarray) -> dict[str, float]:
+    parts = take_figures(FIGURES, measure(observe(frames)))
+    return {name: total / count if count else float("nan") for name, (total, count) in parts.items()}
+
+
+CLEAN = scrolling(np.arange(FRAMES))
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 1000])
+def test_counted_quantiles_are_numpys(size):
+    values = np.random.default_rng(size).integers(0, 256, (size, 1)).astype(np.uint8)
+    np.testing.assert_allclose(_quantiles(values), np.quantile(values, _QUANTILES), atol=1e-12)
+
+
+@pytest.fixture(scope="module")
+def clean() -> dict[str, float]:
+    return measured(whole(CLEAN))
+
+
+def blurring() -> np.ndarray:
+    fine = scrolling(np.arange(FRAMES)) + 12 * ((np.indices((HEIGHT, WIDTH)).sum(0) % 4) - 1.5)[..., None]
+    return np.stack([cv2.GaussianBlur(frame, (0, 0), 0.1 + 2 * t / FRAMES) for t, frame in enumerate(fine)])
+
+
+def shuffled() -> np.ndarray:
+    """Blocks of three latent frames in another order; the first block stays."""
+    order = [3, 0, 5, 1, 4, 2]
+    return CLEAN[np.concatenate([np.arange(9), *(np.arange(9 + 12 * i, 21 + 12 * i) for i in order)])]
+
+
+DRIFT = "palette_drift"
+DEGRADED = {
+    "saturation": (
+        lambda: luma(CLEAN) + (CLEAN - luma(CLEAN)) * (1 + 0.5 * RAMP),
+        {"saturation", "saturation_drift", DRIFT},
+    ),
+    "brightness": (lambda: CLEAN + 20 * RAMP, {"brightness", "brightness_drift", DRIFT}),
+    "contrast": (
+        lambda: 128 + (CLEAN - 128) * (1 - 0.25 * RAMP),
+        {"contrast", "contrast_drift", "saturation", "saturation_drift", DRIFT},
+    ),
+    "freezing": (
+        lambda: CLEAN[np.minimum(np.arange(FRAMES), FRAMES // 2)],
+        {"motion", "flow", "flow_drift"},
+    ),
+    "frozen": (lambda: np.repeat(CLEAN[:1], FRAMES, axis=0), {"motion", "flow", "static"}),
+    "speed": (lambda: scrolling(2 * np.arange(FRAMES)), {"motion", "flow"}),
+    "blocks": (shuffled, {"pixel_seam", "motion", "flow", "smoothness", "warp_error"}),  # a jump is motion too
+    "colours": (
+        lambda: np.where(RAMP > 0.5, CLEAN + np.array([30, -5.9, -30]), CLEAN),
+        {DRIFT, "saturation", "saturation_drift"},
+    ),
+    "trembling": (lambda: scrolling(np.arange(FRAMES) + 2 * (np.arange(FRAMES) % 2)), {"motion", "flow", "smoothness"}),
+}
+
+
+@pytest.mark.parametrize("respect", DEGRADED)
+def test_a_degradation_moves_its_own_figures_and_no_other(respect, clean):
+    make, expected = DEGRADED[respect]
+    figures = measured(whole(make()))
+    assert {name for name, slack in SLACK.items() if abs(figures[name] - clean[name]) > slack} == expected
+
+
+def test_blur_over_time_lowers_sharpness():
+    figures = measured(whole(blurring()))
+    assert figures["sharpness_drift"] < -0.02
+
+
+def test_flow_is_the_motion_that_was_made(clean):
+    hundredth = np.hypot(HEIGHT, WIDTH) / 100
+    assert clean["flow"] * hundredth == pytest.approx(1, abs=0.1)
+    assert clean["static"] == 0 and clean["warp_error"] < 1.5 < clean["motion"] and clean["smoothness"] > 0.8
+
+
+def test_figures_do_not_depend_on_the_size(clean):
+    large = np.stack([cv2.resize(frame, (8 * WIDTH, 8 * HEIGHT), interpolation=cv2.INTER_CUBIC) for frame in CLEAN[:9]])
+    small, large = measured(whole(CLEAN[:9])), measured(whole(large))
+    for name in ("brightness", "contrast", "saturation", "flow", "motion"):
+        assert large[name] == pytest.approx(small[name], rel=0.1, abs=0.1), name
+
+
+def test_every_figure_is_degraded_by_something():
+    moved = set.union(*(expected for _, expected in DEGRADED.values()))
+    assert {f.name for f in FIGURES} - moved == {"sharpness", "sharpness_drift", "pixel_inside"}
+    assert set(SLACK) == {f.name for f in FIGURES}
+
+
+def test_blocks_end_where_the_video_ends():
+    latent, block = borders(4 * 6 + 1, 3)  # 7 latent frames: a first block of one that was given, then two of three
+    assert np.flatnonzero(latent).tolist() == [1, 5, 9, 13, 17, 21] and np.flatnonzero(block).tolist() == [1, 13]
+    assert np.flatnonzero(borders(4 * 5 + 1, 3)[1]).tolist() == [9]
+
+
+def test_short_videos_have_figures():
+    one = measured(whole(CLEAN[:1]))
+    assert one["brightness"] > 0 and np.isnan([one[name] for name in ("motion", "flow", "smoothness", "static")]).all()
+    assert not np.isnan(measured(whole(CLEAN[:2]))["flow"])
+    with pytest.raises(ValueError, match="without frames"):
+        observe([])
+
+
+def test_changes_are_between_quarters_that_count():
+    rising = Curve(np.arange(8.0), np.ones(8, dtype=bool))
+    assert change([rising]) == (6.0, 1.0)
+    unseen = Curve(np.arange(8.0), np.arange(8) > 3)
+    assert change([unseen]) == (0.0, 0.0) and distance([rising, unseen]) == (0.0, 0.0)
+    assert distance([rising, Curve(-rising.value, rising.counts)]) == (6.0, 1.0)

@@ -1,0 +1,191 @@
+"""The yardstick: right on the truth, and a clip degraded in one respect moves that respect's figures and no other."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from evaluation.figures import take_figures
+from shapes import world as shapes
+from shapes.metrics import FIGURES, explain, judge, wrapped
+from shapes.world import SIZE, Clip, Scene
+
+SCENE = Scene("red", "square", "gray", False, "right", "fast")
+CLIP = Clip(SCENE, 20.0, 30.0)
+FRAMES = 81
+
+# What a figure is on the truth, and how far it may be from there without anything being wrong.
+TRUTH = {
+    "presence": (1, 0), "shape": (1, 0), "color": (1, 0), "direction": (1, 0), "speed": (1, 0), "background": (1, 0),
+    "grading": (1, 0),
+    "speed_ratio": (1, 0.02), "overlap": (1, 0.02), "color_error": (0, 1), "background_error": (0, 1), "moving": (1, 0),
+    "color_drift": (0, 0.5), "background_drift": (0, 1.5), "presence_drift": (0, 0), "speed_drift": (0, 0.05),
+    "seam": (0, 0.3), "inside": (0, 0.3),
+}  # fmt: skip
+
+
+def measured(frames: np.ndarray, scene: Scene = SCENE) -> dict[str, float]:
+    """Every figure of a video; NaN where nothing counts."""
+    parts = take_figures(FIGURES, judge(explain(frames), scene))
+    return {name: total / count if count else float("nan") for name, (total, count) in parts.items()}
+
+
+def wrong(figures: dict[str, float]) -> set[str]:
+    """The figures that are not those of the truth."""
+    return {name for name, (value, slack) in TRUTH.items() if abs(figures[name] - value) > slack + 1e-9}
+
+
+@pytest.mark.parametrize("index", range(24))
+def test_truth_is_right_in_every_respect(index):
+    clip = shapes.sample_clip(11, index, held_out=index % 2 == 0)
+    assert wrong(measured(shapes.render(clip, 41), clip.scene)) == set()
+
+
+@pytest.mark.parametrize("scene", list(shapes.all_scenes(False))[::37] + list(shapes.all_scenes(True))[::13])
+def test_every_kind_of_scene_is_recognised(scene):
+    frames = shapes.render(Clip(scene, 57.0, 5.0), 17)
+    assert wrong(measured(frames, scene)) == set()
+
+
+def test_positions_are_found_to_a_quarter_of_a_pixel():
+    for shape in shapes.SHAPES:
+        clip = Clip(Scene("yellow", shape, "blue", True, "down left", "slowly"), 3.3, 60.8)
+        steps = wrapped(np.diff(explain(shapes.render(clip, 60)).position, axis=0))
+        truth = 0.75 * np.array(shapes.DIRECTIONS["down left"])
+        assert np.abs(steps - truth).max() < 0.25
+
+
+# ---- Degraded on purpose ----
+
+
+def paint(change: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
+    """The clip, each pixel made by `change(opacity, shape's colour, background)`, all of them [T, H, W, 1 or 3]."""
+    opacity = shapes.coverage(SCENE.shape, *CLIP.position(np.arange(FRAMES)))[..., None]
+    color = np.broadcast_to(np.array(shapes.COLORS[SCENE.color], dtype=np.float64), (FRAMES, SIZE, SIZE, 3)).copy()
+    behind = np.broadcast_to(shapes.background(SCENE), (FRAMES, SIZE, SIZE, 3)).astype(np.float64)
+    return np.round(np.clip(change(opacity, color, behind), 0, 255)).astype(np.uint8)
+
+
+def moved(x: np.ndarray, y: np.ndarray, scene: Scene = SCENE) -> np.ndarray:
+    """The scene with its shape at given places."""
+    opacity = shapes.coverage(scene.shape, np.asarray(x), np.asarray(y))[..., None]
+    behind = shapes.background(scene)[None]
+    return np.round(behind + opacity * (np.array(shapes.COLORS[scene.color]) - behind)).astype(np.uint8)
+
+
+TIME = np.arange(FRAMES)
+LATE = (TIME >= FRAMES // 2)[:, None, None, None]
+
+
+def recolored(opacity, color, behind):
+    color = np.where(LATE, np.array(shapes.COLORS["purple"]), color)
+    return behind + opacity * (color - behind)
+
+
+def another_background(opacity, color, behind):
+    return behind + opacity * (color - behind) + np.where(LATE, 1 - opacity, 0) * (shapes.BACKGROUNDS["white"] - behind)
+
+
+def graded(opacity, color, behind):
+    behind = np.where(LATE, shapes.background(replace(SCENE, graded=True)), behind)
+    return behind + opacity * (color - behind)
+
+
+def fading(opacity, color, behind):
+    """The shape's colour goes a third of the way to gray: still the nearest to red."""
+    part = (TIME / FRAMES)[:, None, None, None] / 3
+    return behind + opacity * (color + part * (125 - color) - behind)
+
+
+def brightening(opacity, color, behind):
+    behind = behind + 25 * (TIME / FRAMES)[:, None, None, None]
+    return behind + opacity * (color - behind)
+
+
+def vanishing(opacity, color, behind):
+    return behind + np.where(LATE, 0, opacity) * (color - behind)
+
+
+def instead(**changes: str) -> np.ndarray:
+    """Another scene from the same place."""
+    return shapes.render(Clip(replace(SCENE, **changes), CLIP.x, CLIP.y), FRAMES)
+
+
+def another_shape() -> np.ndarray:
+    return np.where(LATE, instead(shape="circle"), paint(plain))
+
+
+def plain(opacity, color, behind):
+    return behind + opacity * (color - behind)
+
+
+def jumping() -> np.ndarray:
+    """Two pixels back and forth at the border of every block, as a bad seam would."""
+    block = np.maximum(0, (TIME + 3) // 12)
+    x, y = CLIP.position(TIME)
+    return moved(x, y + 2 * (block % 2))
+
+
+DEGRADED = {
+    "colour": (lambda: paint(recolored), {"color", "color_error", "color_drift"}),
+    "background": (lambda: paint(another_background), {"background", "background_error", "background_drift"}),
+    "grading": (lambda: paint(graded), {"grading", "background_error", "background_drift"}),
+    "saturation": (lambda: paint(fading), {"color_error", "color_drift"}),
+    "brightness": (lambda: paint(brightening), {"background_error", "background_drift"}),
+    "presence": (lambda: paint(vanishing), {"presence", "presence_drift"}),
+    "shape": (another_shape, {"shape"}),
+    "direction": (lambda: instead(direction="up right"), {"direction"}),
+    "speed": (lambda: instead(speed="slowly"), {"speed", "speed_ratio"}),
+    "continuity": (jumping, {"seam"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("respect", DEGRADED)
+def test_a_degradation_moves_its_own_figures_and_no_other(respect):
+    make, expected = DEGRADED[respect]
+    frames = make()
+    assert wrong(measured(paint(plain))) == set()
+    assert wrong(measured(frames)) == expected
+
+
+def test_a_frozen_video_stands_still_and_does_not_drift():
+    frames = np.repeat(shapes.render(CLIP, 1), FRAMES, axis=0)
+    figures = measured(frames)
+    assert figures["moving"] == figures["direction"] == figures["speed"] == 0
+    assert figures["color_drift"] == figures["background_drift"] == 0
+    assert figures["presence"] == figures["shape"] == figures["color"] == 1
+
+
+@pytest.mark.parametrize("frames", [np.full((5, SIZE, SIZE, 3), 80, np.uint8), shapes.render(CLIP, 5) // 8 + 90])
+def test_nothing_is_seen_where_nothing_is(frames):
+    figures = measured(frames)
+    assert figures["presence"] == 0
+    assert np.isnan([figures[name] for name in ("shape", "color", "direction", "speed", "seam", "color_drift")]).all()
+
+
+def test_noise_is_no_shape():
+    frames = np.random.default_rng(0).integers(0, 256, (8, SIZE, SIZE, 3)).astype(np.uint8)
+    assert measured(frames)["presence"] == 0
+
+
+def test_two_shapes_are_not_one():
+    one, two = (shapes.render(Clip(SCENE, x, 32.0), 5).astype(int) for x in (12.0, 46.0))
+    assert (
+        measured(np.minimum(one + two - np.array(shapes.BACKGROUNDS["gray"]), 255).clip(0).astype(np.uint8))["presence"]
+        == 0
+    )
+
+
+def test_frames_of_another_world_are_refused():
+    with pytest.raises(ValueError, match="frames of the shapes world are"):
+        explain(np.zeros((3, 32, 32, 3), np.uint8))
+
+
+def test_one_frame_can_be_judged():
+    figures = measured(shapes.render(CLIP, 1))
+    assert figures["presence"] == 1 and np.isnan(figures["direction"]) and np.isnan(figures["moving"])
+
+
+def test_every_figure_is_tested_on_the_truth():
+    assert {figure.name for figure in FIGURES} == set(TRUTH)
