@@ -36,13 +36,8 @@ from model.kv_cache import KVCache
 from model.presets import random_network
 from model.text_encoder import TextEncoder
 from model.vae import WanVAE
-from pipeline.generate import Files, VideoJob, VideoOutput
-from pipeline.parallel.profile import WORK, RecordedDenoiser, Recorder, Span
-from pipeline.rollout import Rollout
-from pipeline.schedule import Denoise, Fused, Op, WriteContext, WriteThenDenoise
-from pipeline.text_to_video import (
+from pipeline.build import (
     VAE_STRIDE,
-    TextToVideo,
     build_schedule,
     check_size,
     choose_attention_backend,
@@ -52,6 +47,11 @@ from pipeline.text_to_video import (
     load_vae,
     prepare_network,
 )
+from pipeline.generate import Files, VideoJob, VideoOutput
+from pipeline.parallel.profile import WORK, RecordedDenoiser, Recorder, Span
+from pipeline.rollout import Rollout
+from pipeline.schedule import Denoise, Fused, Op, WriteContext, WriteThenDenoise
+from pipeline.text_to_video import TextToVideo
 from utils.config import Config
 from utils.device import DTYPES
 from utils.errors import UserError

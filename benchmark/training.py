@@ -14,7 +14,7 @@ from tqdm import tqdm
 from benchmark.inference import PROMPT
 from benchmark.measure import Figures, Spread, counted_flops, peak_memory
 from model.weights import ModelDirectory
-from pipeline.text_to_video import VAE_STRIDE
+from pipeline.build import latent_size
 from trainer.datasets.ode_pairs import pair_file, write_ode_pair, write_sigmas
 from trainer.objectives import build_objective
 from trainer.trainer import Trainer
@@ -75,7 +75,7 @@ def write_data(config: Config, folder: Path) -> None:
     """Random ODE pairs and a file of prompts, which `config` then names."""
     folder.mkdir()
     channels = ModelDirectory.open(config.model.base).transformer_config()["in_channels"]
-    size = (config.video.height // VAE_STRIDE, config.video.width // VAE_STRIDE)
+    size = latent_size(config.video)
     points = config.distill.forward_kl_steps + 1
     for index in range(4):
         trajectory = torch.randn(points, config.data.num_frames, channels, *size)

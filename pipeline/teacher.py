@@ -11,7 +11,7 @@ from model.causal_wan import CausalWanModel, TextContext
 from model.flow import guide
 from model.text_encoder import TextEncoder
 from model.weights import ModelDirectory
-from pipeline.text_to_video import VAE_STRIDE, check_size, choose_attention_backend
+from pipeline.build import check_size, choose_attention_backend, latent_size
 from utils.config import Config
 from utils.device import DTYPES
 from utils.rng import keyed_noise
@@ -44,7 +44,7 @@ class Teacher:
 
     def noise(self, seed: int, samples: Sequence[int]) -> Tensor:
         """Noise [B, F, C, h, w] of numbered samples: a clip of `data.num_frames` latent frames is one block."""
-        size = (self.config.video.height // VAE_STRIDE, self.config.video.width // VAE_STRIDE)
+        size = latent_size(self.config.video)
         shape = (self.config.data.num_frames, self.net.config.in_channels, *size)
         return torch.stack([keyed_noise(seed, sample, 0, 0, shape) for sample in samples]).to(self.net.device)
 

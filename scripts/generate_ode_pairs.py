@@ -20,7 +20,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from model.weights import TEXT_ENCODER_FILES, TRANSFORMER_FILES
-from pipeline.text_to_video import VAE_STRIDE, rollout_sigmas
+from pipeline.build import VAE_STRIDE, rollout_sigmas
 from trainer.datasets.ode_pairs import check_origin, load_pair, pair_file, write_ode_pair, write_origin
 from utils.config import Config, load_config
 from utils.distributed import rank, world_size

@@ -86,8 +86,8 @@ def main() -> None:
 
 def run(args: argparse.Namespace, config: Config) -> None:
     """Everything after the configuration is known to be good."""
+    from pipeline.build import build_schedule
     from pipeline.parallel.stages import describe, plan_pipelines
-    from pipeline.text_to_video import build_schedule
 
     record = read_metadata(args.config_path)
     condition = args.image or args.video or (record or {}).get("condition") or ""

@@ -15,9 +15,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from pipeline.build import VAE_STRIDE, build_schedule
 from pipeline.parallel.profile import read_profile
 from pipeline.parallel.simulate import Times, simulate, table, times_of
-from pipeline.text_to_video import VAE_STRIDE, build_schedule
 from utils.config import load_config
 from utils.errors import UserError, command
 

@@ -14,7 +14,7 @@ from model import presets
 from model.causal_wan import CausalWanModel
 from model.text_encoder import TextEncoder, padded, without_padding
 from model.weights import ModelDirectory, save_transformer
-from pipeline.text_to_video import choose_attention_backend
+from pipeline.build import choose_attention_backend
 from trainer.sharding import shard, shard_text_encoder
 from utils.config import Config, TrainConfig, num_micro_batches
 from utils.device import DTYPES

@@ -14,7 +14,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 from model import presets
 from model.causal_wan import CausalWanModel
 from model.weights import ModelDirectory
-from pipeline.text_to_video import VAE_STRIDE, context_frames
+from pipeline.build import VAE_STRIDE, context_frames
 from utils.config import Config
 from utils.device import DTYPES
 from utils.errors import UserError

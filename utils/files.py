@@ -108,3 +108,20 @@ def fingerprint(folder: Path, patterns: Iterable[str]) -> str:
                 file.seek(max(0, size - end))
                 digest.update(file.read(end))
     return digest.hexdigest()
+
+
+def read_json(path: str | os.PathLike[str], kind: str = "JSON file") -> Any:
+    """Return the content of a JSON file.
+
+    Args:
+        kind: what the file should be, for the error message.
+
+    Raises:
+        UserError: if the file is missing, unreadable or not valid JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {kind} {path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not a valid {kind}: {error}") from None

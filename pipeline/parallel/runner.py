@@ -17,21 +17,21 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model.causal_wan import CausalWanModel
+from pipeline.build import (
+    build_rollout,
+    build_schedule,
+    latent_size,
+    load_network,
+    load_text_encoder,
+    load_vae,
+)
 from pipeline.generate import VideoJob, VideoOutput, read_condition
 from pipeline.parallel.profile import RecordedDenoiser, Recorder
 from pipeline.parallel.stages import Pipeline
 from pipeline.parallel.transport import Mail, Neighbours, edge_groups
 from pipeline.rollout import BlockLayout, Rollout
 from pipeline.schedule import Op, Schedule, for_stage
-from pipeline.text_to_video import (
-    VAE_STRIDE,
-    PromptEmbeddings,
-    build_rollout,
-    build_schedule,
-    load_network,
-    load_text_encoder,
-    load_vae,
-)
+from pipeline.text_to_video import PromptEmbeddings
 from utils.config import Config
 from utils.device import DTYPES
 
@@ -165,7 +165,7 @@ class PipelineRank:
         """This rank's ops of a video; on the last stage its blocks go to the decoder, or are decoded here."""
         config = self.config
         layout = BlockLayout(config.rollout.block_frames, 0 if prefix is None else prefix.shape[1])
-        height, width = config.video.height // VAE_STRIDE, config.video.width // VAE_STRIDE
+        height, width = latent_size(config.video)
         frame = (net.config.in_channels, height, width)
         before, after = self.pipeline.neighbours(self.rank)
         is_last = self.caches[-1] == schedule.caches[-1]

@@ -27,7 +27,7 @@ from benchmark.inference import (
 from benchmark.measure import Effort, Spread, counted_flops
 from model import presets
 from model.denoiser import Denoiser
-from pipeline.text_to_video import choose_attention_backend
+from pipeline.build import choose_attention_backend
 from scripts import benchmark
 from utils.config import load_config
 

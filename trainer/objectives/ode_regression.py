@@ -7,7 +7,7 @@ from torch import Tensor
 
 from model.causal_wan import BlockCausal
 from model.flow import flow_to_x0
-from pipeline.text_to_video import rollout_sigmas
+from pipeline.build import rollout_sigmas
 from trainer.datasets.ode_pairs import open_ode_pairs
 from trainer.networks import (
     CaptionEmbeddings,

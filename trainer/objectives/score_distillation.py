@@ -17,9 +17,9 @@ from model.flow import add_noise, flow_to_x0, shift_sigma
 from model.kv_cache import KVCache
 from model.vae import WanVAE
 from model.weights import ModelDirectory
+from pipeline.build import build_schedule, check_size, context_frames, latent_size, rollout_sigmas
 from pipeline.rollout import BlockLayout, Rollout
 from pipeline.teacher import guided_flow
-from pipeline.text_to_video import VAE_STRIDE, build_schedule, check_size, context_frames, rollout_sigmas
 from trainer.datasets.ode_pairs import ODEPairs, open_ode_pairs
 from trainer.networks import (
     CaptionEmbeddings,
@@ -389,4 +389,4 @@ class ScoreDistillation:
         return sigma, add_noise(clip, noise, sigma.view(-1, 1, 1, 1, 1)), noise
 
     def _latent_size(self) -> tuple[int, int]:
-        return self.config.video.height // VAE_STRIDE, self.config.video.width // VAE_STRIDE
+        return latent_size(self.config.video)
