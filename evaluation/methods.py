@@ -193,12 +193,3 @@ def show(result: Estimate, figure: Figure) -> str:
 def show_difference(result: Estimate, figure: Figure) -> str:
     """`show`, with a star where zero is out of the interval."""
     return show(result, figure) + (" *" if result.excludes_zero else "")
-
-
-def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """A table whose columns line up in a terminal too; the first row is its head."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
-    ]
-    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])

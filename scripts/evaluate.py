@@ -47,7 +47,6 @@ from evaluation.methods import (
     Method,
     compare,
     find_videos,
-    markdown,
     pair_table,
     require_distinct,
     table,
@@ -61,6 +60,7 @@ from utils.contact_sheet import ContactSheetSampler
 from utils.errors import UserError, command
 from utils.files import atomic_path, writable_folder, write_json
 from utils.prompts import read_prompts
+from utils.tables import markdown_table
 from utils.video import VideoReader, VideoWriter
 
 MAX_POINTS = 100  # of a curve
@@ -113,7 +113,7 @@ def main() -> None:
         title = "Differences on the same prompts, seeds and samples, with 95% intervals; * marks what excludes zero."
         tables.append(Table(title, pair_table(methods, rows)))
     for shown in tables:
-        print(f"{shown.title}\n\n{markdown(shown.rows)}\n")
+        print(f"{shown.title}\n\n{markdown_table(shown.rows)}\n")
     curves = {method.label: curves_over_time(method) for method in [*methods, *floors]}
     lines = [(m.label, curves[m.label], ":" if m in floors else "-") for m in [*methods, *floors]]
     names = dict.fromkeys((*(shapes_measures.CURVES if in_shapes_world else ()), *video_measures.CURVES))

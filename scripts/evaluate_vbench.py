@@ -21,11 +21,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tqdm import tqdm
 
-from evaluation.methods import markdown, require_distinct
+from evaluation.methods import require_distinct
 from evaluation.plots import split_label
 from evaluation.vbench import CUSTOM, DIMENSIONS, USUAL, Installation, Method, Protocol, find_method
 from utils.errors import UserError, command
 from utils.files import only_user, writable_folder, write_json, write_text
+from utils.tables import markdown_table
 
 
 @command
@@ -91,7 +92,7 @@ def main() -> None:
         results = {m.label: {d: m.result(d, installed.version) for d in dimensions} for m in methods}
         write_results(output, protocol, installed, methods, dimensions, results)
     rows = table(methods, dimensions, results)
-    print(markdown(rows))
+    print(markdown_table(rows))
     print(f"\nwrote {output}/{protocol.mode}.json and {protocol.mode}.csv")
     if failures:
         raise UserError(f"VBench failed for {', '.join(failures)} (see above); run the same command again to go on")

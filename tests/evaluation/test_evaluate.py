@@ -13,11 +13,12 @@ import pytest
 from PIL import Image
 
 from evaluation.figures import Curve
-from evaluation.methods import Key, Measured, Method, common_keys, markdown, pair_table, show, table
+from evaluation.methods import Key, Measured, Method, common_keys, pair_table, show, table
 from scripts import evaluate
 from shapes import world as shapes
 from shapes.metrics import FIGURES
 from shapes.world import Clip
+from utils.tables import markdown_table
 from utils.video import VideoWriter, read_video
 
 FRAMES = 17
@@ -181,7 +182,7 @@ def test_curves_and_tables():
     assert method.curve("c", 4).tolist()[:1] == [0.75] and np.isnan(method.curve("c", 4)[1])
     assert one.curves["c"].over(0.5, 1) == (9.0, 1.0)
     assert common_keys(method, Method("n", [other])) == [other.key]
-    assert markdown(table([method], FIGURES)).splitlines()[0].split("|")[2].strip() == "m (2 videos)"
+    assert markdown_table(table([method], FIGURES)).splitlines()[0].split("|")[2].strip() == "m (2 videos)"
     assert pair_table([Method("n", [other]), Method("m", [one])], FIGURES)[1][1] == "no pairs"
     figure = FIGURES[0]
     assert show(Method("n", [other]).estimate(figure.name), figure) == "100.0 [100.0, 100.0]"
