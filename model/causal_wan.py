@@ -33,6 +33,7 @@ from torch._dynamo.exc import TorchDynamoException
 from torch.utils.checkpoint import checkpoint
 
 from model.kv_cache import KVCache
+from model.weights import align_weights_
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,13 @@ class CausalWanModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
         self.proj_out = nn.Linear(dim, out_channels * prod(patch_size))
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
         self.gradient_checkpointing = False
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Load a network as diffusers does, with its weights in aligned memory so that results have the same bits."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        align_weights_(loaded[0] if isinstance(loaded, tuple) else loaded)  # a tuple with output_loading_info=True
+        return loaded
 
     @property
     def layers(self) -> "list[CausalWanLayer]":

@@ -281,8 +281,25 @@ def load_into(net: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
         )
     on_meta = any(tensor.is_meta for tensor in wanted.values())
     if on_meta:
-        state = {name: state[name].to(tensor.dtype) for name, tensor in wanted.items()}
+        state = {name: aligned(state[name].to(tensor.dtype)) for name, tensor in wanted.items()}
     net.load_state_dict(dict(state), assign=on_meta)
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """Return a CPU tensor whose memory starts at a multiple of 64 bytes; other tensors are returned as they are.
+
+    Tensors mapped from a file start anywhere. On some CPUs, MKL and oneDNN choose another kernel for such matrices and
+    round the last bits differently, so the same weights would give other videos before and after saving.
+    """
+    if tensor.device.type != "cpu" or tensor.data_ptr() % 64 == 0:
+        return tensor
+    return tensor.clone()  # torch allocates CPU memory in multiples of 64 bytes
+
+
+def align_weights_(net: nn.Module) -> None:
+    """Move all parameters and buffers of a network on the CPU to aligned memory; see `aligned`."""
+    for tensor in (*net.parameters(), *net.buffers()):
+        tensor.data = aligned(tensor.data)
 
 
 def build(

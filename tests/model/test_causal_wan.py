@@ -389,6 +389,7 @@ def test_saved_and_loaded_it_is_the_same(net, text, tmp_path):
     net.save_pretrained(tmp_path)
     loaded = CausalWanModel.from_pretrained(tmp_path)
     assert loaded.config.num_layers == 3 and not loaded.training
+    assert not any(p.data_ptr() % 64 for p in loaded.parameters())
     assert torch.equal(loaded(clip(), torch.tensor([500.0]), PROMPT), net(clip(), torch.tensor([500.0]), PROMPT))
     theirs = WanTransformer3DModel.from_pretrained(tmp_path)
     actual = theirs(clip(), torch.tensor([500.0]), PROMPT, return_dict=False)[0]

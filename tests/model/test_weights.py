@@ -27,6 +27,7 @@ from model.weights import (
     WRAPPERS,
     ModelDirectory,
     State,
+    aligned,
     export_state,
     inverse,
     load_into,
@@ -297,6 +298,29 @@ def test_load_into_a_net_without_memory(state):
     assert_same(net.state_dict(), state)
     assert net.proj_out.weight.data_ptr() == state["proj_out.weight"].data_ptr()
     assert all(parameter.requires_grad for parameter in net.parameters())
+
+
+@pytest.mark.parametrize("name", ["model.pt", "old.pt", "model.safetensors"])
+def test_loaded_weights_start_at_multiples_of_64_bytes(tmp_path, state, name):
+    """On some CPUs unaligned matrices give other last bits, so mapped tensors are copied to aligned memory."""
+    file = tmp_path / name
+    if file.suffix == ".safetensors":
+        save_file(state, file, metadata={"comment": "shifts the data by a few bytes"})
+    else:
+        torch.save(state, file, _use_new_zipfile_serialization=name != "old.pt")
+    with init_empty_weights():
+        net = WanTransformer3DModel(**CONFIG)
+    load_into(net, read_checkpoint(file), name)
+    assert [p.data_ptr() % 64 for p in net.parameters()] == [0] * len(list(net.parameters()))
+    assert_same(net.state_dict(), state)
+
+
+def test_aligned_keeps_values_and_copies_only_when_needed():
+    whole = torch.arange(64.0)
+    assert aligned(whole).data_ptr() == whole.data_ptr()
+    copy = aligned(whole[1:])
+    assert copy.data_ptr() % 64 == 0 and torch.equal(copy, whole[1:])
+    assert aligned(torch.empty(3, device="meta")).is_meta
 
 
 @pytest.mark.parametrize(
