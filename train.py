@@ -53,8 +53,9 @@ def main() -> None:
 
     # Heavy imports wait until the arguments are known to be good.
     import shapes.objectives  # noqa: F401 -- registers the miniature's own objectives
+    from trainer.logging import check_wandb
     from trainer.objectives import build_objective
-    from trainer.trainer import Trainer, check_wandb
+    from trainer.trainer import Trainer
     from utils.device import pick_device
     from utils.process_group import process_group
 

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tqdm import tqdm
 
-from trainer.networks import load_caption_encoder
+from trainer.datasets.captions import load_caption_encoder
 from utils.config import load_config
 from utils.device import DTYPES, pick_device
 from utils.distributed import rank, world_size

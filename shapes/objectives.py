@@ -13,11 +13,8 @@ from model import presets
 from model.vae import channels_last_, decode_clip, encode_clip
 from model.weights import ModelDirectory
 from shapes import world as shapes
-from trainer.networks import (
-    Draws,
-    batch_positions,
-    preset,
-)
+from trainer.datasets.order import ClipRandom, batch_positions
+from trainer.networks import preset
 from trainer.objectives import OBJECTIVES
 from trainer.objectives.base import SingleNet, draw_length
 from trainer.objectives.losses import kl_to_standard_normal
@@ -91,7 +88,7 @@ class VAEReconstruction(SingleNet):
         pixels = torch.stack([self.clip(i, num_frames) for i in numbers])
         pixels = pixels.to(self.device, memory_format=torch.channels_last_3d)
         mean, log_variance = encode_clip(self.net, pixels)
-        noise = Draws(self.config, "posterior", iteration, micro_batch, num_clips).normal(mean.shape[1:]).to(mean)
+        noise = ClipRandom(self.config, "posterior", iteration, micro_batch, num_clips).normal(mean.shape[1:]).to(mean)
         latents = mean + noise * (0.5 * log_variance).exp()
         error = decode_clip(self.net, latents) - pixels
         kl = kl_to_standard_normal(mean, log_variance)

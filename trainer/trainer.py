@@ -1,30 +1,29 @@
 """The one training loop: optimizers, EMA, checkpoints, logging. What is learned is the objective's business."""
 
 import contextlib
-import json
 import math
-import secrets
 import signal
 import statistics
 import sys
 import threading
-import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from trainer.checkpoints import CONFIG, Checkpoints
-from trainer.optim import Muon
+from trainer.logging import MetricsLog
+from trainer.objectives.base import Objective
+from trainer.optim import build_optimizers, learning_rate_scale
 from trainer.sampling import read_captions
 from trainer.sharding import clip_gradients, local, local_micro_batches, loss_scale, settle, sum_gradients, whole
-from utils.config import Config, TrainConfig, load_config, num_micro_batches
+from utils.config import Config, load_config, num_micro_batches
 from utils.distributed import rank, world_size
 from utils.errors import UserError
 from utils.files import only_user, writable_folder, write_text
@@ -32,42 +31,6 @@ from utils.process_group import largest_of_processes
 
 LOSSES = ("loss", "critic", "forward_kl")
 """Metrics that stop a run when they grow beyond all proportion."""
-
-
-class Objective(Protocol):
-    """Networks, and the losses they are trained with."""
-
-    @property
-    def nets(self) -> Mapping[str, nn.Module]:
-        """What optimizers update, by name. The first is what the run is for: it has the EMA and is exported."""
-        ...
-
-    def learning_rate(self, name: str) -> float:
-        """AdamW's peak rate for a net."""
-        ...
-
-    def networks_to_update(self, iteration: int) -> list[str]:
-        """The nets that are updated in an iteration, in their order."""
-        ...
-
-    def backward(self, name: str, iteration: int, micro_batch: int, scale: float, last: bool) -> dict[str, float]:
-        """Add `scale` times the gradient of a part's loss to a net's gradients; returns the loss and what to log.
-
-        The last pass of the `last` part of this process is the one in which a sharded net's gradients are reduced
-        (`sync_gradients`).
-
-        All randomness is a pure function of (seed, iteration, clip of the batch), so that a resumed run goes on
-        exactly, and neither the number of processes nor that of parts changes what is trained on.
-        """
-        ...
-
-    def sample(self, folder: Path) -> None:
-        """Write a few videos that the first net makes as it is now, if it makes videos; all processes take part."""
-        ...
-
-    def export(self, folder: Path, weights: dict[str, Tensor]) -> None:
-        """Write finished `weights` of the first net in the diffusers layout."""
-        ...
 
 
 class Trainer:
@@ -374,141 +337,3 @@ def changed_keys(before: Config, now: Config) -> list[str]:
                 where = ", and the place in the data with it" if name in _PLACE else ""
                 lines.append(f"{name} was {was!r} and is {now_is!r} from here on{where}")
     return lines
-
-
-def learning_rate_scale(iteration: int, config: TrainConfig) -> float:
-    """Factor on the peak learning rate: linear warm-up, then constant or a cosine down to a twentieth."""
-    if iteration < config.warmup:
-        return (iteration + 1) / config.warmup
-    if config.decay == "constant":
-        return 1.0
-    progress = (iteration - config.warmup) / max(1, config.max_iterations - config.warmup)
-    return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-
-
-def build_optimizers(net: nn.Module, config: TrainConfig, learning_rate: float) -> list[torch.optim.Optimizer]:
-    """AdamW for everything, or Muon for the matrices and convolutions inside and AdamW for the rest.
-
-    Muon is not meant for embeddings, inputs and outputs, nor for vectors. Each group keeps its rate as `peak`. All
-    state exists from the start, so that a checkpoint can be loaded into it.
-    """
-    named = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
-    inside = [p for name, p in named if config.optimizer == "muon" and is_inner_matrix(name, p)]
-    chosen = {id(p) for p in inside}
-    others = [p for _, p in named if id(p) not in chosen]
-    beta1, beta2 = config.betas
-    group: dict[str, Any] = {"params": others, "peak": learning_rate}
-    adamw = torch.optim.AdamW([group], lr=learning_rate, betas=(beta1, beta2), weight_decay=config.weight_decay)
-    for p in others:
-        adamw.state[p] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-    optimizers: list[torch.optim.Optimizer] = [adamw]
-    if inside:
-        rate = config.muon_learning_rate
-        group = {"params": inside, "peak": rate}
-        muon = Muon([group], lr=rate, weight_decay=config.weight_decay)
-        for p in inside:
-            muon.state[p] = {"momentum": torch.zeros_like(p)}
-        optimizers.append(muon)
-    return optimizers
-
-
-def is_inner_matrix(name: str, parameter: nn.Parameter) -> bool:
-    """Whether a parameter is a weight matrix or convolution kernel between two hidden layers."""
-    outer = ("conv_in.", "conv_out.", "patch_embedding.", "proj_out.", "condition_embedder.", "heads.", "shared.")
-    is_kernel = name.endswith(".weight") and parameter.ndim >= 2
-    return is_kernel and not any(word in f"{name}." for word in outer)
-
-
-def check_wandb(mode: str) -> None:
-    """Find out, before anything is loaded, whether a run can be logged to W&B as `train.wandb` says.
-
-    Raises:
-        UserError: if online runs have no credentials. Nobody is asked for any.
-    """
-    if mode == "online" and rank() == 0:
-        import wandb
-
-        if not wandb.login(prompt=False):
-            raise UserError(
-                "train.wandb=online finds no credentials for W&B; set WANDB_API_KEY, or train.wandb=offline or off"
-            )
-
-
-def run_id(logdir: Path) -> str:
-    """W&B's name for the run, kept in its folder, so that a run that goes on is one run there too."""
-    file = logdir / "wandb_id"
-    if not file.exists():
-        write_text(file, secrets.token_hex(8))
-    return file.read_text()
-
-
-class MetricsLog:
-    """Means of the metrics since the last line: on the console, in logdir/metrics.jsonl, and to W&B if asked."""
-
-    def __init__(self, logdir: Path, train: TrainConfig, config: Config, iteration: int):
-        self.path = logdir / "metrics.jsonl"
-        self.train = train
-        self.sums: dict[str, float] = {}
-        self.counts: dict[str, int] = {}
-        self.started = time.perf_counter()
-        self.first_iteration = iteration
-        self.wandb: Any = None
-        if rank() > 0:
-            return
-        # A killed run may have logged iterations that were lost with it.
-        if self.path.exists():
-            lines = self.path.read_text().splitlines()
-            keep = [line for line in lines if line.endswith("}") and json.loads(line)["iteration"] <= iteration]
-            write_text(self.path, "".join(line + "\n" for line in keep))
-        if train.wandb != "off":
-            import wandb
-
-            try:
-                self.wandb = wandb.init(
-                    project=train.project,
-                    name=logdir.name,
-                    id=run_id(logdir),
-                    resume="allow",
-                    dir=writable_folder(train.wandb_dir or logdir),
-                    mode=train.wandb,
-                    config={"yaml": config.to_yaml()},
-                )
-            except wandb.Error as error:
-                raise UserError(f"W&B cannot start ({error}); train.wandb=offline keeps its log on the disk") from None
-
-    def __enter__(self) -> "MetricsLog":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self.wandb is not None:
-            self.wandb.finish()
-
-    def write(self, iteration: int, metrics: Mapping[str, float]) -> None:
-        """Take in one iteration's metrics; every `log_every` iterations write a line."""
-        if rank() > 0:
-            return
-        for name, value in metrics.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
-            self.counts[name] = self.counts.get(name, 0) + 1
-        if iteration % self.train.log_every and iteration != self.train.max_iterations:
-            return
-        means = {name: value / self.counts[name] for name, value in self.sums.items()}
-        seconds = (time.perf_counter() - self.started) / (iteration - self.first_iteration)
-        left = seconds * (self.train.max_iterations - iteration)
-        text = "  ".join(f"{name} {value:.4g}" for name, value in means.items())
-        print(
-            f"{iteration}/{self.train.max_iterations}  {text}  {seconds:.2f} s/it, {left / 60:.0f} min left", flush=True
-        )
-        with self.path.open("a") as file:
-            file.write(json.dumps({"iteration": iteration, **means}) + "\n")
-        if self.wandb is not None:
-            self.wandb.log(means, step=iteration)
-        self.sums, self.counts = {}, {}
-
-    def write_videos(self, iteration: int, folder: Path) -> None:
-        """Send the sample videos of an iteration to W&B, if that is asked for."""
-        if self.wandb is not None:
-            import wandb
-
-            files = [path for path in sorted(folder.glob("*.mp4")) if path.is_file()]
-            self.wandb.log({f"samples/{path.stem}": wandb.Video(str(path)) for path in files}, step=iteration)

@@ -15,7 +15,7 @@ import train
 from model import presets
 from model.causal_wan import CausalWanModel
 from model.weights import ModelDirectory
-from trainer.networks import load_caption_encoder
+from trainer.datasets.captions import load_caption_encoder
 from trainer.planner import Net, around, networks, of_rollouts, plan, seen_at_once, taken
 from utils.config import Config, load_config
 from utils.errors import UserError

@@ -16,8 +16,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from trainer import trainer as module
 from trainer.checkpoints import read_tensors
 from trainer.objectives.flow_matching import FlowMatching
-from trainer.optim import Muon
-from trainer.trainer import Trainer, build_optimizers, is_inner_matrix, learning_rate_scale
+from trainer.optim import Muon, build_optimizers, is_inner_matrix, learning_rate_scale
+from trainer.trainer import Trainer
 from utils.config import TrainConfig
 from utils.errors import UserError
 from utils.video import VideoWriter

@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 import torch
 
+from trainer.objectives.base import Objective
 from trainer.objectives.flow_matching import FlowMatching
 from trainer.objectives.ode_regression import ODERegression
 from trainer.objectives.score_distillation import ScoreDistillation
-from trainer.trainer import Objective
 from utils.config import Config
 
 OBJECTIVES: dict[str, Callable[[Config, torch.device], Objective]] = {

@@ -7,16 +7,10 @@ from torch import Tensor
 
 from model.causal_wan import BlockCausal
 from model.flow import add_noise, shift_sigma
+from trainer.datasets.captions import CaptionEmbeddings
 from trainer.datasets.clips import open_clips
-from trainer.networks import (
-    CaptionEmbeddings,
-    Draws,
-    Sampler,
-    batch_positions,
-    build_transformer,
-    compute_in,
-    export_transformer,
-)
+from trainer.datasets.order import ClipRandom, DataOrder, batch_positions
+from trainer.networks import build_transformer, compute_in, export_transformer
 from trainer.objectives.base import SingleNet, draw_length
 from trainer.objectives.losses import flow_matching_loss
 from trainer.sampling import VideoSampler
@@ -50,7 +44,7 @@ class FlowMatching(SingleNet):
             )
         self.text = CaptionEmbeddings(config, captions, device)
         self.sampler = VideoSampler(config, self.net, self.text.encoder, captions, bidirectional=not self.block_frames)
-        self.order = Sampler(len(captions), "clips", config.runtime.seed)
+        self.order = DataOrder(len(captions), "clips", config.runtime.seed)
 
     def loss(self, iteration: int, micro_batch: int) -> tuple[Tensor, dict[str, float]]:
         """Mean squared error of the flow (Wan2.1, section 4.2)."""
@@ -62,8 +56,8 @@ class FlowMatching(SingleNet):
         chosen = self.order.at(batch_positions(train, iteration, micro_batch)[:num_clips])
         x0 = self.clips.read(chosen.tolist())[:, :num_frames].to(self.device, torch.float32)
         num_blocks = num_frames // self.block_frames if self.block_frames else 1
-        draws = Draws(self.config, "flow matching", iteration, micro_batch, num_clips)
-        u = draws.even(num_blocks).repeat_interleave(num_frames // num_blocks, dim=1)
+        draws = ClipRandom(self.config, "flow matching", iteration, micro_batch, num_clips)
+        u = draws.stratified(num_blocks).repeat_interleave(num_frames // num_blocks, dim=1)
         sigma = shift_sigma(u, train.timestep_shift).to(self.device)
         noise = draws.normal(x0.shape[1:]).to(self.device)
         dropped = draws.uniform() < train.text_dropout

@@ -8,16 +8,10 @@ from torch import Tensor
 from model.causal_wan import BlockCausal
 from model.flow import flow_to_x0
 from pipeline.build import rollout_sigmas
+from trainer.datasets.captions import CaptionEmbeddings
 from trainer.datasets.ode_pairs import open_ode_pairs
-from trainer.networks import (
-    CaptionEmbeddings,
-    Draws,
-    Sampler,
-    batch_positions,
-    build_transformer,
-    compute_in,
-    export_transformer,
-)
+from trainer.datasets.order import ClipRandom, DataOrder, batch_positions
+from trainer.networks import build_transformer, compute_in, export_transformer
 from trainer.objectives.base import SingleNet
 from trainer.objectives.losses import masked_mse
 from trainer.sampling import VideoSampler
@@ -52,7 +46,7 @@ class ODERegression(SingleNet):
                 f"{rollout.block_frames} do not divide; set rollout.block_frames, or make pairs of another --num_frames"
             )
         self.text = CaptionEmbeddings(config, self.pairs.prompts, device)
-        self.order = Sampler(len(self.pairs), "pairs", config.runtime.seed)
+        self.order = DataOrder(len(self.pairs), "pairs", config.runtime.seed)
         self.sampler = VideoSampler(config, self.net, self.text.encoder, self.pairs.prompts)
 
     def loss(self, iteration: int, micro_batch: int) -> tuple[Tensor, dict[str, float]]:
@@ -62,7 +56,9 @@ class ODERegression(SingleNet):
         points = self.pairs.read(chosen.tolist()).to(self.device, torch.float32)  # [B, S + 1, F, C, h, w]
         num_frames = points.shape[2]
         num_blocks = num_frames // rollout.block_frames
-        levels = Draws(self.config, "ode regression", iteration, micro_batch).integers(len(self.sigmas), num_blocks)
+        levels = ClipRandom(self.config, "ode regression", iteration, micro_batch).integers(
+            len(self.sigmas), num_blocks
+        )
         levels = levels.repeat_interleave(rollout.block_frames, dim=1).to(self.device)  # [B, F]
         x = points.gather(1, levels[:, None, :, None, None, None].expand(-1, 1, -1, *points.shape[3:]))[:, 0]
         sigma = self.sigmas.to(self.device)[levels]

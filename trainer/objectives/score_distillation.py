@@ -20,17 +20,10 @@ from model.weights import ModelDirectory
 from pipeline.build import build_schedule, check_size, context_frames, latent_size, rollout_sigmas
 from pipeline.rollout import BlockLayout, Rollout
 from pipeline.teacher import guided_flow
+from trainer.datasets.captions import CaptionEmbeddings
 from trainer.datasets.ode_pairs import ODEPairs, open_ode_pairs
-from trainer.networks import (
-    CaptionEmbeddings,
-    Draws,
-    Sampler,
-    batch_positions,
-    build_transformer,
-    compute_in,
-    export_transformer,
-    prepare,
-)
+from trainer.datasets.order import ClipRandom, DataOrder, batch_positions
+from trainer.networks import build_transformer, compute_in, export_transformer, prepare
 from trainer.objectives.losses import dmd_gradient, dmd_loss, flow_matching_loss, forward_kl_loss, motion
 from trainer.sampling import VideoSampler
 from trainer.sharding import sync_gradients
@@ -88,8 +81,8 @@ class ScoreDistillation:
         self.text = CaptionEmbeddings(config, captions, device)
         self.negative = self.text.encode([config.teacher.negative_prompt])
         seed = config.runtime.seed
-        self.orders = {turn: Sampler(len(captions), "prompts", turn, seed) for turn in ROLES}
-        self.pair_order = Sampler(len(self.pairs) if self.pairs else 1, "pairs", seed)
+        self.orders = {turn: DataOrder(len(captions), "prompts", turn, seed) for turn in ROLES}
+        self.pair_order = DataOrder(len(self.pairs) if self.pairs else 1, "pairs", seed)
 
         check_size(config, ModelDirectory.open(config.model.base).transformer_config())
         self.generator = build_transformer(config, device)
@@ -236,7 +229,7 @@ class ScoreDistillation:
     @torch.no_grad()
     def score_difference(self, clip: Tensor, embeddings: Tensor, iteration: int, micro_batch: int) -> Tensor:
         """The DMD gradient at a clip, at one noise level per clip."""
-        sigma, x, _ = self._noised(clip, Draws(self.config, "score difference", iteration, micro_batch))
+        sigma, x, _ = self._noised(clip, ClipRandom(self.config, "score difference", iteration, micro_batch))
         negative = self.negative.expand(len(clip), -1, -1)
         with compute_in(self.config, self.device):
             critic = self.critic(x.transpose(1, 2), 1000 * sigma, embeddings).transpose(1, 2)
@@ -269,7 +262,7 @@ class ScoreDistillation:
         embeddings = self._embeddings("critic", iteration, micro_batch)
         with torch.no_grad():
             clip, _ = self.training_window(self.roll_out("critic", iteration, micro_batch, embeddings, trained=False))
-        sigma, x, noise = self._noised(clip, Draws(self.config, "critic", iteration, micro_batch))
+        sigma, x, noise = self._noised(clip, ClipRandom(self.config, "critic", iteration, micro_batch))
         with compute_in(self.config, self.device):
             flow = self.critic(x.transpose(1, 2), 1000 * sigma, embeddings).transpose(1, 2)
         loss = flow_matching_loss(flow, clip, noise)
@@ -380,11 +373,11 @@ class ScoreDistillation:
         with torch.set_grad_enabled(graph), compute_in(self.config, self.device):
             return Denoiser(self.generator, self.generator.encode_text(embeddings))
 
-    def _noised(self, clip: Tensor, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
+    def _noised(self, clip: Tensor, draws: ClipRandom) -> tuple[Tensor, Tensor, Tensor]:
         """A noise level for every clip [B], evenly drawn, shifted, clamped; the clips at it; their noise."""
         distill = self.config.distill
         noise = draws.normal(clip.shape[1:]).to(clip)
-        sigma = shift_sigma(draws.even()[:, 0], distill.timestep_shift)
+        sigma = shift_sigma(draws.stratified()[:, 0], distill.timestep_shift)
         sigma = sigma.clamp(distill.min_timestep / 1000, distill.max_timestep / 1000).to(self.device)
         return sigma, add_noise(clip, noise, sigma.view(-1, 1, 1, 1, 1)), noise
 
