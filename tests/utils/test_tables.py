@@ -1,0 +1,12 @@
+"""utils/tables.py: Markdown tables line up."""
+
+from utils.tables import markdown_table
+
+
+def test_markdown_table_aligns_its_columns():
+    table = markdown_table([["", "a long header"], ["row", "1"]])
+    assert table.splitlines() == [
+        "|     | a long header |",
+        "|-----|---------------|",
+        "| row | 1             |",
+    ]
