@@ -1,36 +1,47 @@
-# Every target makes its own virtual environment in .venv; nothing else needs to be installed but Python 3.11 and bash.
-PYTHON ?= python3
+# Every target creates the virtual environment .venv first. It needs bash and Python 3.11, 3.12 or 3.13.
+SHELL := bash
 VENV := .venv
 RUN := $(VENV)/bin/python
 # Processes that run tests.
 WORKERS ?= 2
 
-.PHONY: demo test quick-test lint clean
+# The newest suitable Python on the PATH, unless PYTHON names one: make demo PYTHON=/opt/python3.12/bin/python
+SUITABLE := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+PYTHON ?= $(shell for python in python3.13 python3.12 python3.11 python3; do \
+	$$python -c "$(SUITABLE)" 2> /dev/null && echo $$python && break; done)
 
-demo: $(VENV)/installed  ## generate ten videos of the miniature world and a contact sheet
+.PHONY: help demo test quick-test lint clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
+
+demo: $(VENV)/installed  ## make ten videos of the miniature world and a contact sheet
 	$(RUN) inference.py --config_path configs/shapes.yaml --data_path data/shapes_prompts.txt \
 		--output_folder outputs/demo --num_output_frames 21 --seed 7
 	$(RUN) scripts/contact_sheet.py outputs/demo
 
-test: $(VENV)/installed-dev  ## the whole test suite, on the CPU, without network
+test: $(VENV)/installed-dev  ## run all tests, on the CPU and without network; WORKERS=8 uses 8 processes
 	$(RUN) -m pytest -n $(WORKERS) --dist worksteal
 
-quick-test: $(VENV)/installed-dev  ## without the slow tests
+quick-test: $(VENV)/installed-dev  ## run all tests but the slow ones
 	$(RUN) -m pytest -n $(WORKERS) --dist worksteal -m "not slow"
 
-lint: $(VENV)/installed-dev  ## style and types
+lint: $(VENV)/installed-dev  ## check style and types
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
+clean:  ## delete .venv and the caches
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
 $(VENV)/installed: requirements.txt
+	@[ -n "$(PYTHON)" ] && $(PYTHON) -c "$(SUITABLE)" 2> /dev/null || \
+		{ echo "Python 3.11, 3.12 or 3.13 with its venv module is missing; install it or name it: make $(MAKECMDGOALS) PYTHON=..." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
-	touch $@
+	@touch $@
 
 $(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
-	touch $@
-
-clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@touch $@
