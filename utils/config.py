@@ -1,12 +1,11 @@
-"""The configuration schema: every key, its unit and its default, and the only place where they are read.
+"""The configuration: every key with its unit and default, and the functions that load a YAML file.
 
-A YAML file states what differs from these defaults; `key=value` words on the command line differ from the YAML. What
-comes back is plain dataclasses: a typo or a wrong type never gets past `load_config`.
+A YAML file states only what differs from the defaults below. `section.key=value` arguments override the YAML file.
+`load_config` returns plain dataclasses, and rejects unknown keys, wrong types and invalid values.
+
+The string after each field documents it; `scripts/write_config_docs.py` turns these strings into docs/config.md.
 """
 
-import itertools
-import json
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,260 +15,269 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from utils import config_checks
 from utils.errors import UserError
+from utils.files import read_json
 
 DType = Literal["float32", "bfloat16", "float16"]
 ObjectiveName = Literal[
     "", "text_attributes", "vae_reconstruction", "flow_matching", "ode_regression", "score_distillation"
 ]
 DIT_OBJECTIVES = ("flow_matching", "ode_regression", "score_distillation")
-"""Those that train a DiT; the others make what surrounds it."""
+"""Objectives that train a DiT. The others train the miniature's text encoder and VAE."""
 
 
 @dataclass
 class ModelConfig:
-    """Which networks, from where, and how they run."""
+    """The networks: where their weights are, and how they run."""
 
     base: str = "wan_models/Wan2.1-T2V-1.3B"
-    """Model directory, diffusers or native Wan layout: DiT, VAE, text encoder, tokenizer."""
+    """Model directory in the diffusers or native Wan layout, with DiT, VAE, text encoder and tokenizer."""
     generator: str = ""
-    """Weights of the causal generator: a checkpoint file or diffusers folder. Empty: the base's transformer."""
+    """Weights of the causal generator: a checkpoint file or a diffusers folder. Empty: the transformer of `base`."""
     use_ema: bool = False
-    """Take `generator_ema` from a checkpoint that holds both."""
+    """Load `generator_ema` from a checkpoint that holds both `generator` and `generator_ema`."""
     dtype: DType = "bfloat16"
-    """Type of the networks' weights and arithmetic. Latents are float32 throughout."""
+    """Type of the weights and of the computation. Latents are always float32."""
     attention_backend: str = "native"
-    """A diffusers attention backend: native (SDPA, every device), flash, _flash_3, sage, ..."""
+    """Attention backend of diffusers: native (PyTorch's SDPA, runs on every device), flash, _flash_3, sage, ..."""
     text_length: int = 512
-    """Text tokens that cross-attention sees; shorter prompts are padded with zero embeddings."""
+    """Text tokens in cross-attention. Shorter prompts are padded with zero embeddings."""
     text_cache: str = ""
-    """Folder in which prompt embeddings are kept between runs. Empty: none."""
+    """Folder that stores prompt embeddings between runs. Empty: embeddings are not stored."""
     lora: str = ""
-    """LoRA weights (diffusers or PEFT safetensors) that are fused into the generator. Empty: none."""
+    """LoRA weights (safetensors in the diffusers or PEFT layout) to merge into the generator. Empty: no LoRA."""
     lora_scale: float = 1.0
-    """Strength of the LoRA."""
+    """Factor on the LoRA's weights."""
     compile: bool = False
-    """torch.compile the generator's layers."""
+    """Compile the generator's layers with torch.compile."""
     offload: bool = True
-    """Move the text encoder to the CPU once the prompts are encoded."""
+    """Move the text encoder to the CPU after it has encoded the prompts, to free GPU memory."""
 
 
 @dataclass
 class RolloutConfig:
-    """The order of denoising, and what a block sees of its past. See pipeline/schedule.py."""
+    """The schedule: the order of the denoising passes, and the context that each block attends to."""
 
     schedule: Literal["timestep_first", "block_first"] = "timestep_first"
-    """timestep_first: one step over all blocks before the next (HiAR). block_first: all steps of a block first."""
+    """timestep_first (HiAR) runs one step over all blocks before the next step. block_first (Self-Forcing) runs all
+    steps of one block before the next block."""
     leading_blocks: int = 0
-    """Hybrid: so many leading blocks are denoised block-first, and every step sees them clean."""
+    """Number of leading blocks that timestep_first denoises block-first. All steps of later blocks see them clean."""
     leading_steps: int = 0
-    """Hybrid: so many leading steps are done block by block before the rest goes timestep-first."""
+    """Number of leading steps that timestep_first runs block by block, before it runs the other steps."""
     context: Literal["output", "input", "clean"] = "output"
-    """Level of a timestep-first context: the step's output (HiAR), its input (fully matched noise), or clean."""
+    """Noise level of the context under timestep_first: the level after the step (output, HiAR), the level before the
+    step (input), or zero (clean)."""
     order: Literal["step_major", "diagonal"] = "step_major"
-    """Order of the same ops. diagonal: blocks finish early and memory stays constant. Same latents either way."""
+    """Order of the same passes under timestep_first. diagonal finishes blocks early and needs constant memory. Both
+    orders give the same latents."""
     fuse_context: bool = True
-    """One pass writes a block's context and denoises the next block: fewer passes, the same latents up to rounding."""
+    """Write the context of one block and denoise the next block in one pass. This takes fewer passes; the latents are
+    equal up to rounding."""
     block_frames: int = 3
-    """Latent frames that are denoised together."""
+    """Latent frames per block."""
     denoising_step_list: list[float] = field(default_factory=lambda: [1000.0, 750.0, 500.0, 250.0])
-    """Timesteps of the steps' inputs, 1000 sigma (before warping); a trailing 0 means clean and may be left out."""
+    """Timestep (1000 sigma) at the input of each step, before warping. A trailing 0 means clean and is optional."""
     warp_denoising_step: bool = True
-    """Whether the list is positions on the unshifted grid, to be warped by the shift, or timesteps as they are."""
+    """Apply `timestep_shift` to denoising_step_list. false uses the listed timesteps unchanged."""
     timestep_shift: float = 5.0
-    """Shift of the noise levels: sigma = s u / (1 + (s-1) u)."""
+    """Shift s of the noise levels: sigma = s u / (1 + (s - 1) u), where u is the unshifted level."""
     use_ode_trajectory: bool = False
-    """Between steps: false re-noises the predicted x0 with fresh noise, true takes the Euler step along the flow."""
+    """Between steps, take a deterministic Euler step along the flow. false adds fresh noise to the predicted x0."""
     window: int = 21
-    """Latent frames that attention spans, the current block and the sink included. 0: the whole video."""
+    """Latent frames in the attention window, including the current block and the sink. 0: the whole video."""
     sink: int = 0
-    """Latent frames at the start of the video that never leave the window."""
+    """Latent frames at the start of the video that always stay in the window."""
 
 
 NEGATIVE_PROMPT = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"
     "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，"
     "杂乱的背景，三条腿，背景人很多，倒着走"
-)  # Wan2.1's own; its weights expect this very string
+)  # Wan2.1's own negative prompt; its weights expect exactly this string
 
 
 @dataclass
 class TeacherConfig:
-    """The bidirectional network, and how it is sampled."""
+    """The bidirectional teacher, and how it generates videos."""
 
     base: str = ""
-    """Score distillation's teacher, where it is of another size than the base: a model directory. Empty: model.base."""
+    """Model directory of the teacher, if its size differs from `model.base`. Empty: model.base."""
     path: str = ""
-    """Its weights: folder or checkpoint. Empty: the transformer of its base."""
+    """Weights of the teacher: a folder or a checkpoint file. Empty: the transformer of its base."""
     guidance_scale: float = 6.0
-    """Classifier-free guidance: unconditional + scale (conditional - unconditional)."""
+    """Scale s of classifier-free guidance: unconditional + s (conditional - unconditional)."""
     num_inference_steps: int = 48
-    """Euler steps of an ODE trajectory."""
+    """Euler steps per video."""
     timestep_shift: float = 8.0
-    """Shift of the solver's noise levels."""
+    """Shift of the noise levels of these steps."""
     negative_prompt: str = NEGATIVE_PROMPT
-    """What guidance leads away from."""
+    """Prompt of the unconditional prediction. The default is Wan2.1's negative prompt."""
 
 
 @dataclass
 class VideoConfig:
-    """Size and length of the videos."""
+    """Size and length of the generated videos."""
 
     height: int = 480
-    """Pixels."""
+    """Height in pixels."""
     width: int = 832
-    """Pixels."""
+    """Width in pixels."""
     fps: int = 16
-    """Pixel frames per second in the written file."""
+    """Pixel frames per second of the video file."""
     num_output_frames: int = 21
-    """Latent frames, given first frames included."""
+    """Length in latent frames F, including the prefix. The video has 4 (F - 1) + 1 pixel frames."""
 
 
 @dataclass
 class DataConfig:
-    """What a training run learns from."""
+    """The training data."""
 
     path: str = ""
-    """What the objective reads: encoded clips (flow matching) or ODE pairs (ODE regression, forward KL)."""
+    """Folder or LMDB: encoded clips for flow_matching, ODE pairs for ode_regression and for the forward KL loss."""
     prompts: str = ""
-    """File of prompts, one per line, that score distillation rolls out. Empty: those of the ODE pairs."""
+    """File with one prompt per line for score_distillation. Empty: the prompts of the ODE pairs."""
     num_frames: int = 21
-    """Latent frames of a training clip."""
+    """Latent frames per training clip."""
     sigmas: list[float] = field(default_factory=list)
-    """Noise levels of the ODE pairs' points, noisy to clean, for folders without a sigmas.json."""
+    """Noise levels of the points of an ODE pair, noisy to clean. Only for folders without a sigmas.json."""
 
 
 @dataclass
 class TrainConfig:
-    """One training run: an objective and the loop around it."""
+    """A training run: the objective, the optimizer and the training loop."""
 
     objective: ObjectiveName = ""
-    """What is learned. Empty: this configuration does not train."""
+    """What the run trains. Empty: this configuration is for inference only."""
     network: str = ""
-    """Preset of the network that is trained from nothing (model/presets.py)."""
+    """Preset of model/presets.py for a network that starts from random weights."""
     init: str = ""
-    """Folder or checkpoint of weights to start from. Empty: random."""
+    """Initial weights: a folder or a checkpoint file. Empty: random weights."""
     output: str = ""
-    """Folder that receives the finished (EMA) weights, in the diffusers layout."""
+    """Folder for the finished EMA weights, in the diffusers layout."""
     max_iterations: int = 1000
-    """Optimizer updates of the whole run."""
+    """Iterations (optimizer updates) of the whole run."""
     batch_size: int = 8
-    """Clips that go through the network at once, if of the shortest length in clip_frames (fewer of longer ones)."""
+    """Clips per micro-batch, at the shortest length in clip_frames. Micro-batches of longer clips hold fewer."""
     total_batch_size: int = 0
-    """Clips per iteration, over all processes; accumulated where it takes several passes. 0: batch_size each."""
+    """Clips per iteration over all ranks; gradients accumulate over micro-batches. 0: batch_size per rank."""
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """muon: Muon for matrices inside the layers, AdamW for everything else."""
+    """muon uses Muon for the matrices inside the layers and AdamW for all other parameters."""
     learning_rate: float = 1e-3
-    """Peak rate of AdamW."""
+    """Peak learning rate of AdamW."""
     muon_learning_rate: float = 5e-3
-    """Peak rate of Muon's matrices."""
+    """Peak learning rate of Muon."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    """AdamW's decay rates."""
+    """Decay rates of AdamW's two moments."""
     weight_decay: float = 0.01
     """Decoupled weight decay of both optimizers."""
     warmup: int = 100
-    """Iterations of linear warm-up."""
+    """Iterations of linear warm-up of the learning rate."""
     decay: Literal["cosine", "constant"] = "cosine"
-    """What rates do after it: fall to a twentieth along a cosine, or stay."""
+    """Learning rate after the warm-up: a cosine down to 1/20 of the peak, or constant."""
     grad_clip: float = 1.0
-    """Largest gradient norm; larger gradients are scaled down to it. 0: none is."""
+    """Largest gradient norm; larger gradients are scaled down to it. 0: no clipping."""
     stop_grad_norm: float = 1.0e4
-    """Gradient norm beyond which a run stops instead of taking the step."""
+    """Gradient norm above which the run stops before the update. .inf: never."""
     stop_loss_growth: float = 1000.0
-    """A loss so many times its median over the last hundred iterations stops a run as well."""
+    """The run stops at a loss above this multiple of the median of the last 100 iterations. .inf: never."""
     ema_decay: float = 0.999
-    """Decay of the exponential moving average of the weights; shortened early in a run that averages from the start."""
+    """Decay of the exponential moving average (EMA) of the weights. It is smaller early in a run with ema_start 0."""
     ema_start: int = 0
-    """Iteration from which on the average is taken; before it, it is the weights."""
+    """First iteration of the average. Until then, the EMA weights equal the trained weights."""
     text_dropout: float = 0.1
-    """Share of clips trained without their caption, for classifier-free guidance."""
+    """Fraction of the clips that are trained without their caption, for classifier-free guidance."""
     timestep_shift: float = 5.0
-    """Shift of the noise levels that are trained on."""
+    """Shift of the noise levels that are trained."""
     forcing: Literal["none", "diffusion", "teacher"] = "none"
-    """Flow matching: none trains a bidirectional net, at one noise level per clip; the others a causal one, at a level
-    per block, which sees the blocks before it as noisy as they come (diffusion forcing) or clean (teacher forcing)."""
+    """Flow matching: none trains a bidirectional network with one noise level per clip. diffusion and teacher train a
+    causal network with one level per block; earlier blocks are noisy (diffusion forcing) or clean (teacher forcing)."""
     first_frame_weight: float = 1.0
-    """Flow matching: how much the first latent frame counts. It holds one pixel frame, not four, and learns last."""
+    """Flow matching: weight of the first latent frame in the loss. It holds one pixel frame instead of four."""
     kl_weight: float = 1e-6
-    """Weight of the VAE's KL term."""
+    """Weight of the VAE's KL loss."""
     clip_frames: list[int] = field(default_factory=list)
-    """Pixel frames (4n+1) of the training clips of the VAE and of flow matching; one of these lengths is drawn per
-    iteration. Flow matching with none takes clips as they are."""
+    """Lengths of training clips in pixel frames (4n+1), for the VAE and for flow matching. Each iteration draws one.
+    Empty, flow matching only: whole clips."""
     decoder_only: bool = False
-    """Train the VAE's decoder beside a fixed encoder, so that latents made before stay valid."""
+    """Train only the VAE's decoder. Existing latents stay valid because the encoder does not change."""
     compile: bool = False
-    """torch.compile the layers of the trained network."""
+    """Compile the layers of the trained network with torch.compile."""
     activation_checkpointing: bool = False
-    """Keep no activations inside of layers; compute them again in the backward pass."""
+    """Recompute the activations inside each layer in the backward pass instead of storing them."""
     dtype: DType = "float32"
-    """Type that networks compute in while they are trained. Their weights, gradients and averages stay in float32."""
+    """Type of the computation. Weights, gradients and averages are float32."""
     sharding: Literal["replicate", "shard", "hybrid"] = "replicate"
-    """How processes share the weights: each has all; each a part (FSDP2); or parts within a machine, copies across."""
+    """replicate: each rank holds all weights. shard: the weights are split over all ranks (FSDP2). hybrid: they are
+    split within each machine and replicated across machines."""
     save: bool = True
     """Write checkpoints."""
     sample_every: int = 0
-    """Iterations between sample videos of the average weights, in logdir/samples. 0: none."""
+    """Iterations between sample videos of the EMA weights, in samples/ of the run's folder. 0: no samples."""
     sample_prompts: str = ""
-    """File of their prompts. Empty: the first of those that are trained on."""
+    """File of prompts for the sample videos. Empty: the first training prompts."""
     keep_checkpoints: int = 2
-    """So many of the latest checkpoints are kept."""
+    """Number of latest checkpoints to keep."""
     log_every: int = 20
     """Iterations between log lines."""
     checkpoint_every: int = 200
     """Iterations between checkpoints."""
     wandb: Literal["off", "offline", "online"] = "off"
-    """Weights & Biases mode; credentials come from its own environment variables."""
+    """Weights & Biases mode. Credentials come from the environment variables of W&B."""
     wandb_dir: str = ""
-    """Folder of its files. Empty: the run's own."""
+    """Folder for W&B files. Empty: the run's folder."""
     project: str = "hiar"
     """Weights & Biases project."""
 
 
 @dataclass
 class DistillConfig:
-    """Score distillation by self-rollout: DMD against the teacher, and forward KL onto its trajectories."""
+    """Score distillation with self-rollout: a DMD loss against the teacher, and a forward KL loss on ODE pairs."""
 
     generator_every: int = 5
-    """The generator is updated in every so many iterations, the critic in each."""
+    """Iterations between updates of the generator. The critic is updated in every iteration."""
     critic_learning_rate: float = 3e-7
-    """Peak rate of the critic's optimizer."""
+    """Peak learning rate of the critic."""
     guidance_scale: float = 4.0
-    """Guidance of the teacher's score: unconditional + scale (conditional - unconditional)."""
+    """Scale s of the teacher's guidance: unconditional + s (conditional - unconditional)."""
     timestep_shift: float = 5.0
-    """Shift of the noise levels at which teacher and critic are compared and the critic is trained."""
+    """Shift of the noise levels of the DMD loss and of the critic's loss."""
     min_timestep: float = 20.0
-    """Smallest timestep (1000 sigma) of those."""
+    """Smallest timestep (1000 sigma) of these noise levels."""
     max_timestep: float = 980.0
-    """Largest timestep of those."""
+    """Largest timestep of these noise levels."""
     min_exit_step: int = 0
-    """First step at which a rollout may end; the step is drawn evenly from there to the last."""
+    """Smallest exit step. The exit step is drawn uniformly from this step to the last step."""
     max_rollout_frames: int = 21
-    """Longest rollout in latent frames; its length is drawn evenly from data.num_frames up. Losses see its end."""
+    """Longest rollout in latent frames. The length is drawn uniformly from data.num_frames to this; the losses use its
+    last data.num_frames frames."""
     block_backward: bool = True
-    """Backward block by block, with one block's activations at a time, instead of through the whole rollout at once."""
+    """Run the backward pass block by block, with the activations of one block in memory. false: all blocks at once."""
     forward_kl_weight: float = 0.1
-    """Weight of the forward KL; 0 leaves it out, and data.path with it."""
+    """Weight of the forward KL loss. 0: no forward KL, and data.path is not read."""
     forward_kl_mode: Literal["bidirectional", "block_causal", "rollout"] = "bidirectional"
-    """How the generator sees a clip for it: all at once (HiAR's paper), causally at once, or by its own rollout."""
+    """Attention of the generator in the forward KL loss: one bidirectional pass (HiAR's paper), one block-causal pass,
+    or a rollout."""
     forward_kl_form: Literal["x0", "flow", "endpoint"] = "x0"
-    """What is compared: x0, the flow, or the end of the Euler step."""
+    """Compared quantity of the forward KL loss: x0, the flow, or the end point of the Euler step."""
     forward_kl_steps: int = 1
-    """It is applied to the first so many steps."""
+    """Number of leading steps with a forward KL loss."""
 
 
 @dataclass
 class RuntimeConfig:
-    """Where it runs."""
+    """Device and seed."""
 
     device: str = "auto"
-    """auto takes CUDA when there is one; or cuda, cuda:1, mps, cpu."""
+    """auto selects CUDA, else Apple's GPU, else the CPU. Or a device name: cuda, cuda:1, mps, cpu."""
     seed: int = 0
-    """All randomness is a pure function of it."""
+    """Seed of all random numbers."""
 
 
 @dataclass
 class Config:
-    """Everything that a YAML file may say."""
+    """All sections of a configuration file."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -281,204 +289,99 @@ class Config:
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
     def to_yaml(self) -> str:
-        """This configuration as YAML that `load_config` reads back."""
+        """Return the configuration as YAML that `load_config` can read."""
         return OmegaConf.to_yaml(OmegaConf.structured(self))
 
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file over the schema's defaults, then `section.key=value` overrides.
+    """Load a YAML file on top of the defaults, then apply the overrides.
 
-    A file that says `inherit: other.yaml` (beside it) states what differs from that one.
+    The key `inherit: other.yaml` names a file, relative to this one, that is loaded first. `path` may also be the
+    metadata (.json) beside a generated video; its configuration is loaded.
+
+    Args:
+        overrides: `section.key=value` arguments; `section.key=` sets an empty string.
 
     Raises:
-        UserError: for a missing or malformed file, an unknown key, a wrong type or a bad choice, naming the key.
+        UserError: for a missing or malformed file, an unknown key, a wrong type or an invalid value. It names the key.
     """
     if not os.path.isfile(path):
         raise UserError(f"no config file {path}; see configs/ for those that exist")
-    record = read_metadata(path)
-    files = _read_yaml(path) if record is None else [OmegaConf.create(record["config"])]
+    metadata = read_metadata(path)
+    files = _read_yaml(path) if metadata is None else [OmegaConf.create(metadata["config"])]
     for word in overrides:
         if "=" not in word or word.startswith("-"):
             raise UserError(f"cannot read {word!r}: options are --name value, config overrides are section.key=value")
     try:
-        # Nothing behind the sign is the empty word; YAML takes it for null.
+        # Quote the empty value of `key=`, because YAML would read it as null.
         changes = OmegaConf.from_dotlist([f"{word}''" if word.endswith("=") else word for word in overrides])
     except yaml.YAMLError as error:
         reason = " ".join(str(error).split())
         raise UserError(f"cannot read a value in {' '.join(overrides)}: it is not valid YAML ({reason})") from None
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(Config), *map(_off_is_a_word, [*files, changes]))
+        merged = OmegaConf.merge(OmegaConf.structured(Config), *map(_restore_off, [*files, changes]))
         config = OmegaConf.to_object(merged)
     except (OmegaConfBaseException, TypeError) as error:
         name = getattr(error, "full_key", "")
         key = f" (key {name})" if name else ""
         raise UserError(f"in {path} or the overrides: {str(error).splitlines()[0]}{key}") from None
     assert isinstance(config, Config)
-    check_config(config)
+    config_checks.check_config(config)
     return config
 
 
-def _off_is_a_word(given: Any) -> Any:
-    """W&B's mode as it was written: YAML takes an unquoted off for false."""
-    train = OmegaConf.select(given, "train")
+def _restore_off(values: Any) -> Any:
+    """Restore `wandb: off`, because YAML reads an unquoted off as false."""
+    train = OmegaConf.select(values, "train")
     if isinstance(train, DictConfig) and train.get("wandb") is False:
         train.wandb = "off"
-    return given
+    return values
 
 
-def _read_yaml(path: str, heirs: tuple[str, ...] = ()) -> list[DictConfig]:
-    """A YAML file after those that it inherits from; `heirs` inherit from it."""
+def _read_yaml(path: str, children: tuple[str, ...] = ()) -> list[DictConfig]:
+    """Return the files that `path` inherits from, oldest first, then `path` itself; `children` inherit from it."""
     path = os.path.normpath(path)
-    if path in heirs:
-        raise UserError(f"{heirs[-1]} inherits from {path}, which inherits from it")
+    if path in children:
+        raise UserError(f"{children[-1]} inherits from {path}, which inherits from it")
     try:
         loaded = OmegaConf.load(path)
     except OSError:
-        raise UserError(f"{heirs[-1]} inherits from {path}, which cannot be read") from None
+        raise UserError(f"{children[-1]} inherits from {path}, which cannot be read") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(loaded, DictConfig):
-        raise UserError(f"{path} must hold a mapping of sections, see utils/config.py")
+        raise UserError(f"{path} must hold a mapping of sections, see docs/config.md")
     parent = loaded.pop("inherit", None)
     if parent is None:
         return [loaded]
-    return [*_read_yaml(os.path.join(os.path.dirname(path), str(parent)), (*heirs, path)), loaded]
+    return [*_read_yaml(os.path.join(os.path.dirname(path), str(parent)), (*children, path)), loaded]
 
 
 def read_metadata(path: str) -> dict[str, Any] | None:
-    """The record beside a video, if `path` is one (.json): what was generated, and under "config" how; else None.
+    """Return the metadata of a video from its .json file; None if `path` does not end in .json.
 
     Raises:
-        UserError: if it is a JSON file of another kind.
+        UserError: if the file is no metadata of a video.
     """
     if not path.endswith(".json"):
         return None
-    try:
-        with open(path, encoding="utf-8") as file:
-            record = json.load(file)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
-    known = isinstance(record, dict) and {"config", "prompt", "name", "sample"} <= record.keys()
-    if not known or not isinstance(record["config"], dict):
-        raise UserError(f"{path} is not the record of a video: it lacks config, prompt, name or sample")
-    return record
+    metadata = read_json(path, "metadata file of a video")
+    complete = isinstance(metadata, dict) and {"config", "prompt", "name", "sample"} <= metadata.keys()
+    if not complete or not isinstance(metadata["config"], dict):
+        raise UserError(f"{path} is not the metadata of a video: it lacks config, prompt, name or sample")
+    return metadata
 
 
-_POSITIVE = (
-    *("rollout.block_frames", "rollout.timestep_shift", "video.height", "video.width", "video.fps"),
-    *("video.num_output_frames", "model.text_length", "teacher.num_inference_steps", "teacher.timestep_shift"),
-    *("data.num_frames", "train.timestep_shift", "train.max_iterations", "train.batch_size", "train.log_every"),
-    *("train.checkpoint_every", "train.keep_checkpoints", "distill.generator_every", "distill.timestep_shift"),
-    *("distill.forward_kl_steps", "distill.max_rollout_frames"),
-)
-_NOT_NEGATIVE = (
-    *("rollout.leading_blocks", "rollout.leading_steps", "rollout.window", "rollout.sink", "runtime.seed"),
-    *("train.learning_rate", "train.muon_learning_rate", "train.weight_decay", "train.grad_clip", "train.warmup"),
-    *("train.ema_start", "train.total_batch_size", "train.first_frame_weight", "train.kl_weight"),
-    *("train.sample_every", "distill.critic_learning_rate", "distill.forward_kl_weight"),
-)
-_FINITE = ("model.lora_scale", "teacher.guidance_scale", "distill.guidance_scale")
-
-
-def check_config(config: Config) -> None:
-    """Check what types cannot say.
+def num_micro_batches(train: TrainConfig, num_ranks: int) -> int:
+    """Return the number of micro-batches of `batch_size` clips per iteration, over all ranks.
 
     Raises:
-        UserError: naming the key and the values that would do.
+        UserError: if the ranks cannot have equally many micro-batches.
     """
-    for keys, fits, word in (
-        (_POSITIVE, lambda value: 0 < value < math.inf, "positive"),
-        (_NOT_NEGATIVE, lambda value: 0 <= value < math.inf, "0 or more"),
-        (_FINITE, math.isfinite, "a finite number"),
-    ):
-        for key in keys:
-            section, name = key.split(".")
-            value = getattr(getattr(config, section), name)
-            if not fits(value):  # NaN included
-                raise UserError(f"{key} must be {word}, not {value}")
-    _check_rollout(config.rollout)
-    _check_train(config.train)
-    _check_distill(config)
-    sigmas = config.data.sigmas
-    if sigmas and not are_noise_levels(sigmas):
-        raise UserError(f"data.sigmas must fall from at most 1 to at least 0, not {sigmas}")
-
-
-def are_noise_levels(sigmas: Sequence[float]) -> bool:
-    """Whether these fall from at most 1 to at least 0."""
-    return _falls(sigmas) and sigmas[0] <= 1 and sigmas[-1] >= 0
-
-
-def _falls(levels: Sequence[float]) -> bool:
-    """Whether every one of these is smaller than the one before; false with a NaN."""
-    return all(a > b for a, b in itertools.pairwise(levels)) and all(map(math.isfinite, levels))
-
-
-def _steps(rollout: RolloutConfig) -> list[float]:
-    steps = rollout.denoising_step_list
-    return steps[:-1] if steps and steps[-1] == 0 else steps
-
-
-def _check_rollout(rollout: RolloutConfig) -> None:
-    steps = _steps(rollout)
-    if not steps or not _falls([*steps, 0]) or not steps[0] <= 1000:
-        raise UserError(
-            f"rollout.denoising_step_list must fall from at most 1000 towards 0, not {rollout.denoising_step_list}"
-        )
-    if rollout.leading_steps > len(steps):
-        raise UserError(f"rollout.leading_steps is {rollout.leading_steps}, but there are only {len(steps)} steps")
-    if rollout.window and rollout.window < rollout.block_frames + rollout.sink:
-        raise UserError(
-            f"rollout.window {rollout.window} must hold a block ({rollout.block_frames}) and the sink "
-            f"({rollout.sink}), or be 0 for the whole video"
-        )
-
-
-def _check_train(train: TrainConfig) -> None:
-    if len(train.betas) != 2 or not all(0 <= beta < 1 for beta in train.betas):
-        raise UserError(f"train.betas must be two numbers from 0 to below 1, not {train.betas}")
-    if not 0 <= train.ema_decay < 1:
-        raise UserError(f"train.ema_decay must be from 0 to below 1, not {train.ema_decay}")
-    if not 0 <= train.text_dropout <= 1:
-        raise UserError(f"train.text_dropout must be from 0 to 1, not {train.text_dropout}")
-    for key, limit in ("stop_grad_norm", train.stop_grad_norm), ("stop_loss_growth", train.stop_loss_growth):
-        if not limit > 0:
-            raise UserError(f"train.{key} must be positive, not {limit}; .inf never stops")
-    needs_lengths = train.objective == "vae_reconstruction" and not train.clip_frames
-    if needs_lengths or any(frames < 1 or frames % 4 != 1 for frames in train.clip_frames):
-        raise UserError(f"train.clip_frames must be numbers of the form 4n+1, not {train.clip_frames}")
-    if train.dtype == "float16":
-        raise UserError("train.dtype=float16 would lose these losses' gradients; take bfloat16 or float32")
-
-
-def _check_distill(config: Config) -> None:
-    distill, steps = config.distill, _steps(config.rollout)
-    if not 0 <= distill.min_exit_step < len(steps):
-        raise UserError(f"distill.min_exit_step must be 0 to {len(steps) - 1}, not {distill.min_exit_step}")
-    if distill.forward_kl_steps > len(steps):
-        raise UserError(f"distill.forward_kl_steps must be 1 to {len(steps)}, not {distill.forward_kl_steps}")
-    if not 0 < distill.min_timestep < distill.max_timestep <= 1000:
-        raise UserError(
-            "distill.min_timestep and distill.max_timestep must rise within 0 and 1000, not "
-            f"{distill.min_timestep} and {distill.max_timestep}"
-        )
-    if config.train.objective == "score_distillation" and distill.max_rollout_frames < config.data.num_frames:
-        raise UserError(
-            f"distill.max_rollout_frames {distill.max_rollout_frames} must be at least "
-            f"data.num_frames {config.data.num_frames}"
-        )
-
-
-def num_micro_batches(train: TrainConfig, processes: int) -> int:
-    """In how many parts of `batch_size` an iteration's batch is computed, over all processes.
-
-    Raises:
-        UserError: if it does not divide into the same number of parts for each process.
-    """
-    total = train.total_batch_size or train.batch_size * processes
-    if total % (train.batch_size * processes):
+    total = train.total_batch_size or train.batch_size * num_ranks
+    if total % (train.batch_size * num_ranks):
         raise UserError(
             f"train.total_batch_size={total} must be a multiple of train.batch_size={train.batch_size} times the "
-            f"number of processes, {processes}"
+            f"number of processes, {num_ranks}"
         )
     return total // train.batch_size

@@ -551,7 +551,7 @@ BAD = [
     bad("no config", "--config_path", "{}/none.yaml", says="no config file"),
     bad("broken config", "--config_path", "{}/b.yaml", says="not valid YAML", prepare=text("b.yaml", "model: [")),
     bad("broken record", "--config_path", "{}/b.json", says="cannot read", prepare=text("b.json", '{"config": ')),
-    bad("other json", "--config_path", "{}/b.json", says="not the record of a video", prepare=text("b.json", "[1]")),
+    bad("other json", "--config_path", "{}/b.json", says="not the metadata of a video", prepare=text("b.json", "[1]")),
     bad("file for a folder", "--output_folder", "{}/f", says="cannot write to folder", prepare=text("f", "")),
     bad("file above folder", "--output_folder", "{}/f/out", says="cannot write to folder", prepare=text("f", "")),
     bad("no samples", "--num_samples", "0", says="--num_samples must be at least 1, not 0"),

@@ -1,21 +1,21 @@
-"""utils/config.py: a typo never gets past `load_config`.
+"""utils/config.py and utils/config_checks.py: `load_config` returns exactly what was stated, and rejects mistakes.
 
-Claims: every YAML of the repository loads; what a file or a word on the command line states is what comes back, and all
-else are the defaults; every mistake is one line that names the key; a printed configuration is read back as the same;
-the record beside a video is a configuration too.
+Every YAML file of the repository loads. Values come from overrides, then files, then defaults. Every mistake is one
+line that names the key. A printed configuration loads as the same configuration, and so does the metadata of a video.
 """
 
 import json
 import re
-import subprocess
-import sys
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 
 import pytest
 import yaml
 
-from utils.config import Config, RolloutConfig, check_config, load_config
+import train
+from scripts import write_config_docs
+from utils.config import Config, RolloutConfig, load_config
+from utils.config_checks import check_config
 from utils.errors import UserError
 
 ROOT = Path(__file__).parent.parent.parent
@@ -35,7 +35,7 @@ def write(folder: Path, text: str) -> str:
     return str(file)
 
 
-# ---- what is there ----
+# ---- Files and values ----
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: str(file.relative_to(ROOT)))
@@ -44,26 +44,26 @@ def test_every_config_of_the_repository_loads(file):
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: str(file.relative_to(ROOT)))
-def test_every_config_comes_back_from_its_yaml(file, tmp_path):
+def test_printed_yaml_loads_as_the_same_config(file, tmp_path):
     config = load_config(str(file))
     assert load_config(write(tmp_path, config.to_yaml())) == config
 
 
-def test_there_are_configs():
+def test_the_config_folder_is_not_empty():
     assert {"hiar.yaml", "self_forcing.yaml", "vae.yaml"} <= {file.name for file in CONFIGS}
 
 
-def test_methods_differ_in_the_schedule_and_the_forward_kl_alone():
+def test_hiar_and_self_forcing_differ_only_in_schedule_and_forward_kl():
     hiar, self_forcing = (asdict(load_config(str(ROOT / "configs" / f"{n}.yaml"))) for n in ("hiar", "self_forcing"))
     different = [(s, k) for s, keys in hiar.items() for k, v in keys.items() if self_forcing[s][k] != v]
     assert different == [("rollout", "schedule"), ("distill", "forward_kl_weight")]
 
 
-def test_an_empty_file_is_the_defaults(empty):
+def test_an_empty_file_gives_the_defaults(empty):
     assert load_config(empty) == Config()
 
 
-def test_files_are_over_defaults_and_words_are_over_files(tmp_path):
+def test_overrides_win_over_files_and_files_over_defaults(tmp_path):
     path = write(tmp_path, "rollout: {window: 12, sink: 3}\nvideo: {height: 64}\n")
     config = load_config(path, ["rollout.sink=1", "rollout.denoising_step_list=[1000, 500]", "model.text_cache=a=b"])
     assert (config.rollout.window, config.rollout.sink, config.video.height) == (12, 1, 64)
@@ -73,14 +73,14 @@ def test_files_are_over_defaults_and_words_are_over_files(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["off", "'off'", "offline", "online"])
-def test_every_mode_of_wandb_can_be_said(tmp_path, empty, mode):
+def test_every_wandb_mode_can_be_set(tmp_path, empty, mode):
     path = write(tmp_path, f"train: {{wandb: {mode}}}\n")
     assert load_config(path).train.wandb == mode.strip("'")
     online = write(tmp_path, "train: {wandb: online}\n")
     assert load_config(online, [f"train.wandb={mode}"]).train.wandb == mode.strip("'")
 
 
-def test_what_comes_back_is_plain(empty):
+def test_the_result_is_plain_dataclasses(empty):
     config = load_config(empty)
     assert isinstance(config.rollout, RolloutConfig) and type(config.rollout.denoising_step_list) is list
     for section in fields(config):
@@ -94,21 +94,24 @@ def test_what_comes_back_is_plain(empty):
         }
 
 
-def test_the_negative_prompt_survives(tmp_path):
+def test_the_negative_prompt_survives_a_round_trip(tmp_path):
     text = Config().to_yaml()
     assert load_config(write(tmp_path, text)).teacher.negative_prompt == Config().teacher.negative_prompt
     assert yaml.safe_load(text)["teacher"]["negative_prompt"].startswith("色调艳丽")
 
 
 def test_every_key_is_documented():
-    source = (ROOT / "utils" / "config.py").read_text().splitlines()
     for section in fields(Config):
-        for key in fields(section.default_factory):
-            line = next(i for i, line in enumerate(source) if line.strip().startswith(f"{key.name}:"))
-            assert source[line + 1].strip().startswith('"""'), key.name
+        docs = write_config_docs.field_docs(section.type)
+        assert [key.name for key in fields(section.type)] == list(docs) and all(docs.values())
 
 
-# ---- mistakes ----
+def test_the_config_docs_are_current():
+    """If this fails: python scripts/write_config_docs.py."""
+    assert (ROOT / "docs/config.md").read_text(encoding="utf-8") == write_config_docs.config_docs()
+
+
+# ---- Mistakes ----
 
 
 @pytest.mark.parametrize(
@@ -154,12 +157,12 @@ def test_a_mistake_is_one_line_that_names_the_key(tmp_path, text, words):
 
 
 @pytest.mark.parametrize("text", ["- a\n- b\n", "hello", "a: [1", "a: b: c", "\x00", "rollout: ${nowhere.at.all}"])
-def test_what_is_no_configuration_is_refused(tmp_path, text):
+def test_other_files_are_rejected(tmp_path, text):
     with pytest.raises(UserError):
         load_config(write(tmp_path, text))
 
 
-def test_files_that_are_not_there_or_not_text(tmp_path):
+def test_missing_and_binary_files_are_rejected(tmp_path):
     with pytest.raises(UserError, match="no config file"):
         load_config(str(tmp_path / "none.yaml"))
     with pytest.raises(UserError, match="no config file"):
@@ -182,7 +185,7 @@ def test_files_that_are_not_there_or_not_text(tmp_path):
         "=3",
     ],
 )
-def test_words_that_are_no_overrides(empty, word):
+def test_malformed_overrides_are_one_line(empty, word):
     with pytest.raises(UserError) as error:
         load_config(empty, [word])
     assert "\n" not in str(error.value)
@@ -192,89 +195,93 @@ def test_words_that_are_no_overrides(empty, word):
     ("words", "steps"),
     [(["rollout.window=0"], 4), (["rollout.window=3"], 4), (["rollout.denoising_step_list=[1000,757,522,0]"], 3)],
 )
-def test_what_is_at_the_border_is_allowed(empty, words, steps):
+def test_values_at_the_limits_are_allowed(empty, words, steps):
     config = load_config(empty, words)
     assert len([t for t in config.rollout.denoising_step_list if t > 0]) == steps
 
 
-def test_defaults_pass_their_own_checks():
+def test_the_defaults_are_valid():
     check_config(Config())
 
 
-# ---- records of videos ----
+# ---- Metadata of videos ----
 
 
-def record(**changes) -> dict:
+def metadata(**changes) -> dict:
     return {"prompt": "a", "name": "a", "sample": 0, "config": asdict(Config())} | changes
 
 
-def test_a_record_is_a_configuration(tmp_path):
+def test_metadata_of_a_video_is_a_configuration(tmp_path):
     sections = asdict(Config()) | {"rollout": asdict(RolloutConfig(window=12))}
     file = tmp_path / "video.json"
-    file.write_text(json.dumps(record(config=sections)))
+    file.write_text(json.dumps(metadata(config=sections)))
     config = load_config(str(file), ["video.fps=8"])
     assert config.rollout.window == 12 and config.video.fps == 8
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", json.dumps(record(config=3)), json.dumps({"config": {}})])
-def test_other_json_is_refused(tmp_path, text):
+@pytest.mark.parametrize("text", ["", "[]", "{}", json.dumps(metadata(config=3)), json.dumps({"config": {}})])
+def test_other_json_is_rejected(tmp_path, text):
     file = tmp_path / "video.json"
     file.write_text(text)
     with pytest.raises(UserError):
         load_config(str(file))
 
 
-# ---- the command ----
+# ---- train.py ----
 
 
-def train(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "train.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60
-    )
+@pytest.fixture
+def run_train(call, monkeypatch):
+    """run_train(word, ...): run train.py in this process; returns (exit code, stdout, stderr)."""
+    monkeypatch.chdir(ROOT)
+    return lambda *words: call(train, *words)
 
 
-def test_a_dry_run_prints_the_whole_configuration(tmp_path):
+def test_a_dry_run_prints_the_whole_configuration(run_train, tmp_path):
     path = "configs/shapes/vae.yaml"
-    done = train("--config_path", path, "--dry-run", "train.max_iterations=7")
-    assert done.returncode == 0 and done.stderr == ""
+    code, out, err = run_train("--config_path", path, "--dry-run", "train.max_iterations=7")
+    assert code == 0 and err == ""
     expected = load_config(str(ROOT / path), ["train.max_iterations=7"])
-    assert load_config(write(tmp_path, done.stdout)) == expected
+    assert load_config(write(tmp_path, out)) == expected
     assert expected.train.max_iterations == 7
 
 
 @pytest.mark.parametrize("processes", [7, 128])
-def test_processes_that_do_not_divide_the_batch_are_refused_before_anything_is_loaded(processes):
-    words = ["--config_path", "configs/hiar.yaml", "--dry-run", f"world_size={processes}"]
-    done = subprocess.run([sys.executable, "train.py", *words], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2 and not done.stdout
-    assert done.stderr == (
+def test_a_number_of_processes_that_does_not_divide_the_batch_is_rejected(run_train, processes):
+    code, out, err = run_train("--config_path", "configs/hiar.yaml", "--dry-run", f"world_size={processes}")
+    assert code == 2 and not out
+    assert err == (
         "error: train.total_batch_size=64 must be a multiple of train.batch_size=1 times the number of processes, "
         f"{processes}\n"
     )
 
 
-def test_every_option_of_train_means_its_key(tmp_path):
+def test_every_option_of_train_sets_its_key(run_train, tmp_path):
     words = ["--disable-wandb", "--wandb-save-dir", "logs", "--no_save", "--no_visualize", "--min_exit_step", "1"]
-    done = train("--config_path", "configs/hiar.yaml", "--dry-run", "train.sample_every=5", *words)
-    assert done.returncode == 0 and done.stderr == ""
-    config = load_config(write(tmp_path, done.stdout))
-    given = config.train
-    assert (given.wandb, given.wandb_dir, given.save, given.sample_every) == ("off", "logs", False, 0)
+    words += ["--config_path", "configs/shapes/vae.yaml", "--dry-run", "train.sample_every=5", "train.wandb=online"]
+    code, out, err = run_train(*words)
+    assert code == 0 and err == ""
+    config = load_config(write(tmp_path, out))
+    assert (config.train.wandb, config.train.wandb_dir) == ("off", "logs")
+    assert (config.train.save, config.train.sample_every) == (False, 0)
     assert config.distill.min_exit_step == 1
 
 
-def test_a_typo_ends_the_command_with_one_line():
-    done = train("--config_path", "configs/shapes/vae.yaml", "--dry-run", "train.iterashuns=7")
-    assert done.returncode == 2 and done.stdout == ""
-    assert len(done.stderr.splitlines()) == 1 and "iterashuns" in done.stderr
+def test_a_typo_ends_training_with_one_line(run_train):
+    code, out, err = run_train("--config_path", "configs/shapes/vae.yaml", "--dry-run", "train.iterashuns=7")
+    assert code == 2 and out == ""
+    assert len(err.splitlines()) == 1 and "iterashuns" in err
 
 
-def test_a_configuration_that_does_not_train_says_so():
-    done = train("--config_path", "configs/causvid.yaml", "--logdir", "/nowhere")
-    assert done.returncode == 2 and "train.objective" in done.stderr
+def test_a_configuration_without_objective_cannot_train(run_train):
+    code, _, err = run_train("--config_path", "configs/causvid.yaml", "--logdir", "/nowhere")
+    assert code == 2 and "train.objective" in err
 
 
-def test_a_file_states_what_differs_from_the_one_it_inherits_from(tmp_path):
+# ---- Inheritance ----
+
+
+def test_a_file_overrides_the_file_that_it_inherits_from(tmp_path):
     (tmp_path / "parent.yaml").write_text("video: {height: 64, width: 64}\nruntime: {seed: 3}\n")
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub/child.yaml").write_text("inherit: ../parent.yaml\nvideo: {width: 128}\n")
@@ -286,14 +293,17 @@ def test_a_file_states_what_differs_from_the_one_it_inherits_from(tmp_path):
     ("parent", "message"),
     [("child.yaml", "which inherits from it"), ("none.yaml", "cannot be read"), ("3", "cannot be read")],
 )
-def test_what_cannot_be_inherited_is_said(tmp_path, parent, message):
+def test_inheritance_errors(tmp_path, parent, message):
     (tmp_path / "child.yaml").write_text(f"inherit: {parent}\n")
     with pytest.raises(UserError, match=message):
         load_config(str(tmp_path / "child.yaml"))
 
 
+# ---- Ranges ----
+
+
 def numbers(kind: type) -> list[str]:
-    """The keys that are of this kind."""
+    """Return the keys of this type."""
     sections = {section.name: section.default_factory for section in fields(Config)}
     return [f"{name}.{key.name}" for name, make in sections.items() for key in fields(make) if key.type is kind]
 
@@ -315,17 +325,17 @@ def test_no_count_may_be_negative(empty, key):
     "word", ["train.ema_decay=1.5", "train.text_dropout=2", "train.learning_rate=.inf", "data.sigmas=[2,1]",
              "data.sigmas=[0.5,0.9]", "train.betas.0=0.5", "train=[1]"]
 )  # fmt: skip
-def test_values_that_cannot_be_meant(empty, word):
+def test_values_out_of_range_are_rejected(empty, word):
     with pytest.raises(UserError):
         load_config(empty, [word])
 
 
-def test_nothing_is_the_empty_word(empty):
+def test_a_key_without_value_sets_an_empty_string(empty):
     assert load_config(empty, ["train.output="]).train.output == ""
     with pytest.raises(UserError, match="batch_size"):
         load_config(empty, ["train.batch_size="])
 
 
-def test_no_limit_may_be_wanted(empty):
+def test_limits_may_be_infinite(empty):
     config = load_config(empty, ["train.stop_grad_norm=.inf", "train.stop_loss_growth=.inf"])
     assert config.train.stop_grad_norm == config.train.stop_loss_growth == float("inf")

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from utils.config import are_noise_levels
+from utils.config_checks import are_noise_levels
 from utils.distributed import rank
 from utils.errors import UserError
 from utils.files import atomic_path, write_json

@@ -1,0 +1,116 @@
+"""Checks of a configuration that types cannot express: ranges, and keys that depend on each other."""
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from utils.errors import UserError
+
+if TYPE_CHECKING:  # utils.config imports this module
+    from utils.config import Config, RolloutConfig, TrainConfig
+
+_POSITIVE = (
+    *("rollout.block_frames", "rollout.timestep_shift", "video.height", "video.width", "video.fps"),
+    *("video.num_output_frames", "model.text_length", "teacher.num_inference_steps", "teacher.timestep_shift"),
+    *("data.num_frames", "train.timestep_shift", "train.max_iterations", "train.batch_size", "train.log_every"),
+    *("train.checkpoint_every", "train.keep_checkpoints", "distill.generator_every", "distill.timestep_shift"),
+    *("distill.forward_kl_steps", "distill.max_rollout_frames"),
+)
+_NOT_NEGATIVE = (
+    *("rollout.leading_blocks", "rollout.leading_steps", "rollout.window", "rollout.sink", "runtime.seed"),
+    *("train.learning_rate", "train.muon_learning_rate", "train.weight_decay", "train.grad_clip", "train.warmup"),
+    *("train.ema_start", "train.total_batch_size", "train.first_frame_weight", "train.kl_weight"),
+    *("train.sample_every", "distill.critic_learning_rate", "distill.forward_kl_weight"),
+)
+_FINITE = ("model.lora_scale", "teacher.guidance_scale", "distill.guidance_scale")
+
+
+def check_config(config: "Config") -> None:
+    """Check the ranges of all values, and the keys that depend on each other.
+
+    Raises:
+        UserError: for the first invalid value. It names the key and the valid values.
+    """
+    for keys, is_valid, description in (
+        (_POSITIVE, lambda value: 0 < value < math.inf, "positive"),
+        (_NOT_NEGATIVE, lambda value: 0 <= value < math.inf, "0 or more"),
+        (_FINITE, math.isfinite, "a finite number"),
+    ):
+        for key in keys:
+            section, name = key.split(".")
+            value = getattr(getattr(config, section), name)
+            if not is_valid(value):  # NaN included
+                raise UserError(f"{key} must be {description}, not {value}")
+    _check_rollout(config.rollout)
+    _check_train(config.train)
+    _check_distill(config)
+    sigmas = config.data.sigmas
+    if sigmas and not are_noise_levels(sigmas):
+        raise UserError(f"data.sigmas must fall from at most 1 to at least 0, not {sigmas}")
+
+
+def are_noise_levels(sigmas: Sequence[float]) -> bool:
+    """Return whether `sigmas` (not empty) are strictly decreasing and lie in [0, 1]."""
+    return _is_decreasing(sigmas) and sigmas[0] <= 1 and sigmas[-1] >= 0
+
+
+def _is_decreasing(values: Sequence[float]) -> bool:
+    """Return whether `values` are finite and strictly decreasing."""
+    return all(a > b for a, b in itertools.pairwise(values)) and all(map(math.isfinite, values))
+
+
+def _noisy_timesteps(rollout: "RolloutConfig") -> list[float]:
+    """Return denoising_step_list without the optional trailing 0."""
+    timesteps = rollout.denoising_step_list
+    return timesteps[:-1] if timesteps and timesteps[-1] == 0 else timesteps
+
+
+def _check_rollout(rollout: "RolloutConfig") -> None:
+    timesteps = _noisy_timesteps(rollout)
+    if not timesteps or not _is_decreasing([*timesteps, 0]) or not timesteps[0] <= 1000:
+        raise UserError(
+            f"rollout.denoising_step_list must fall from at most 1000 towards 0, not {rollout.denoising_step_list}"
+        )
+    if rollout.leading_steps > len(timesteps):
+        raise UserError(f"rollout.leading_steps is {rollout.leading_steps}, but there are only {len(timesteps)} steps")
+    if rollout.window and rollout.window < rollout.block_frames + rollout.sink:
+        raise UserError(
+            f"rollout.window {rollout.window} must hold a block ({rollout.block_frames}) and the sink "
+            f"({rollout.sink}), or be 0 for the whole video"
+        )
+
+
+def _check_train(train: "TrainConfig") -> None:
+    if len(train.betas) != 2 or not all(0 <= beta < 1 for beta in train.betas):
+        raise UserError(f"train.betas must be two numbers from 0 to below 1, not {train.betas}")
+    if not 0 <= train.ema_decay < 1:
+        raise UserError(f"train.ema_decay must be from 0 to below 1, not {train.ema_decay}")
+    if not 0 <= train.text_dropout <= 1:
+        raise UserError(f"train.text_dropout must be from 0 to 1, not {train.text_dropout}")
+    for key, limit in ("stop_grad_norm", train.stop_grad_norm), ("stop_loss_growth", train.stop_loss_growth):
+        if not limit > 0:
+            raise UserError(f"train.{key} must be positive, not {limit}; use .inf for no limit")
+    needs_lengths = train.objective == "vae_reconstruction" and not train.clip_frames
+    if needs_lengths or any(frames < 1 or frames % 4 != 1 for frames in train.clip_frames):
+        raise UserError(f"train.clip_frames must be numbers of the form 4n+1, not {train.clip_frames}")
+    if train.dtype == "float16":
+        raise UserError("train.dtype=float16 is too coarse for the gradients of these losses; use bfloat16 or float32")
+
+
+def _check_distill(config: "Config") -> None:
+    distill, num_steps = config.distill, len(_noisy_timesteps(config.rollout))
+    if not 0 <= distill.min_exit_step < num_steps:
+        raise UserError(f"distill.min_exit_step must be 0 to {num_steps - 1}, not {distill.min_exit_step}")
+    if distill.forward_kl_steps > num_steps:
+        raise UserError(f"distill.forward_kl_steps must be 1 to {num_steps}, not {distill.forward_kl_steps}")
+    if not 0 < distill.min_timestep < distill.max_timestep <= 1000:
+        raise UserError(
+            "distill.min_timestep must be above 0 and below distill.max_timestep, which must be at most 1000; not "
+            f"{distill.min_timestep} and {distill.max_timestep}"
+        )
+    if config.train.objective == "score_distillation" and distill.max_rollout_frames < config.data.num_frames:
+        raise UserError(
+            f"distill.max_rollout_frames {distill.max_rollout_frames} must be at least "
+            f"data.num_frames {config.data.num_frames}"
+        )
