@@ -50,7 +50,7 @@ from pipeline.build import (
 from pipeline.generate import Files, VideoJob, VideoOutput
 from pipeline.parallel.profile import WORK, RecordedDenoiser, Recorder, Span
 from pipeline.rollout import Rollout
-from pipeline.schedule import Denoise, Fused, Op, WriteContext, WriteThenDenoise
+from pipeline.schedule import Denoise, DenoiseAndWrite, Op, WriteContext, WriteThenDenoise
 from pipeline.text_to_video import TextToVideo
 from utils.config import Config
 from utils.device import DTYPES
@@ -257,7 +257,7 @@ def rollout_flops(watch: Watch) -> int:
         count = context_flops if isinstance(op, WriteContext) else denoise_flops
         return count(net, frames, per_frame, held * per_frame, text)
 
-    return sum(of(op.denoise if isinstance(op, Fused) else op) for op in watch.ops)
+    return sum(of(op.denoise if isinstance(op, DenoiseAndWrite) else op) for op in watch.ops)
 
 
 # ---- The peer: no cache ----

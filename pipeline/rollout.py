@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from model.flow import add_noise
-from pipeline.schedule import Denoise, Fused, Op, WriteContext, WriteThenDenoise
+from pipeline.schedule import Denoise, DenoiseAndWrite, Op, WriteContext, WriteThenDenoise
 
 Cache = Any  # whatever the denoiser keeps its context in; a KVCache for the real one
 
@@ -179,7 +179,7 @@ class Rollout:
         if isinstance(op, WriteContext):
             x, sigma = self._context(op)
             self.denoiser.write_context(x, sigma, self.layout.start(op.block), cache)
-        elif isinstance(op, Fused):
+        elif isinstance(op, DenoiseAndWrite):
             assert op.write.noise_index == op.denoise.step, op
             if self._wants_graph(op.denoise):  # a context has none: it is written by a pass of its own
                 self._denoise(op.denoise, cache)

@@ -1,26 +1,32 @@
-"""In which order blocks are denoised: schedules as data. Knows no tensors.
+"""Schedules: in which order the blocks of a video are denoised. A schedule is data; this module imports no torch.
 
-A schedule is a few *streams* of ops, one per cache: each stream is in order by itself, and the streams together are
-interleaved step by step (`step_major`) or along anti-diagonals (`diagonal`). Any other interleaving that keeps the
-dependencies gives the same latents.
+An op is one unit of work on one block: `Denoise` it by one step, or `WriteContext` of it for the blocks that follow. A
+`Schedule` arranges the ops. It has one op sequence per KV cache. Each sequence has a fixed order; several sequences can
+be interleaved step by step (`step_major`) or along anti-diagonals (`diagonal`). Every interleaving that respects the
+dependencies gives the same latents (law 1, docs/method.md).
 
     block_first, 2 steps:        D00 D01 W0   D10 D11 W1   D20 D21 W2  ...
     timestep_first, step_major:  D00 W0 D10 W1 D20 W2 ...  then  D01 W0 D11 W1 D21 W2 ...
     timestep_first, diagonal:    D00 W0   D10 W1 D01 W0   D20 W2 D11 W1   D30 W3 D21 W2 ...
 
-(Dbs is Denoise of block b at step s; W is a WriteContext into the cache of that stream.)
+Dbs denoises block b at step s. Wb writes block b into the cache of its sequence. Block-first has one sequence and one
+cache. Timestep-first has one of each per step. `pipeline/rollout.py` executes the ops.
 """
 
 import heapq
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 
 @dataclass(frozen=True, slots=True)
 class Denoise:
-    """Take `block` from level `step` to level `step + 1`, attending to `cache`."""
+    """Predict the x0 of `block` at `step`, attending to `cache`, and move the block to noise index `step + 1`.
+
+    The block enters at noise index `step`. Its x0 is re-noised to the next level, and is the result after the last
+    step. The cache is read and stays as it is.
+    """
 
     block: int
     step: int
@@ -29,7 +35,10 @@ class Denoise:
 
 @dataclass(frozen=True, slots=True)
 class WriteContext:
-    """Append `block` at `level` to `cache`."""
+    """Run `block` at `noise_index` through the network and append its keys and values to `cache`.
+
+    The block itself stays as it is.
+    """
 
     block: int
     noise_index: int
@@ -37,26 +46,26 @@ class WriteContext:
 
 
 @dataclass(frozen=True, slots=True)
-class Fused:
-    """A Denoise and the WriteContext of the very same latents, by one forward pass."""
+class DenoiseAndWrite:
+    """Fused pair: one forward pass denoises a block and writes the same input latents as its context."""
 
     denoise: Denoise
     write: WriteContext
 
     @property
     def block(self) -> int:
-        """The block of both."""
+        """The block of both ops."""
         return self.denoise.block
 
     @property
     def cache(self) -> int:
-        """The cache of both."""
+        """The cache of both ops."""
         return self.denoise.cache
 
 
 @dataclass(frozen=True, slots=True)
 class WriteThenDenoise:
-    """A WriteContext of one block and the Denoise of the next beside it, by one forward pass over both."""
+    """Fused pair: one forward pass over two blocks writes the first and denoises the second, which attends to it."""
 
     write: WriteContext
     denoise: Denoise
@@ -68,64 +77,68 @@ class WriteThenDenoise:
 
     @property
     def cache(self) -> int:
-        """The cache of both."""
+        """The cache of both ops."""
         return self.denoise.cache
 
 
-Op = Denoise | WriteContext | Fused | WriteThenDenoise
+Op = Denoise | WriteContext | DenoiseAndWrite | WriteThenDenoise
 Context = Literal["output", "input", "clean"]
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Everything that fixes the ops: the method, the number of blocks and steps, and what blocks see of their past."""
+    """All ops of a video: which blocks and steps there are, and what each block attends to.
+
+    Raises:
+        ValueError: for combinations that have no ops, such as a prefix that fills the video.
+    """
 
     num_steps: int
+    """S, the number of denoising steps. Noise indices run from 0 to S; index S is clean."""
     num_blocks: int | None
-    """Blocks of the video, given ones included; None for a video without an end."""
+    """Blocks of the video, prefix included; None for an endless video."""
     method: Literal["timestep_first", "block_first"] = "timestep_first"
     context: Context = "output"
-    """Level of a timestep-first context: the step's output (HiAR), its input, or clean. Block-first is always clean."""
+    """Noise level of a timestep-first context: the step's output (HiAR), its input, or clean. Block-first: clean."""
     leading_blocks: int = 0
-    """Generated blocks at the start that are denoised block-first and seen clean by every later step."""
+    """Hybrid: this many blocks after the prefix are denoised block-first. Every step sees them clean."""
     leading_steps: int = 0
-    """Steps that each block takes at once, over one cache, before the rest goes timestep-first."""
+    """Hybrid: each block runs this many steps in a row over one shared cache; later steps are timestep-first."""
     prefix_blocks: int = 0
-    """Blocks at the start that are not generated: their clean latents are written into every cache."""
+    """Blocks of the prefix. They are not generated; their clean latents are written into every cache."""
 
     def __post_init__(self) -> None:
         if self.leading_steps > 1 and self.context == "input":
-            raise ValueError("leading steps share one cache, so they cannot each see their own input level")
+            raise ValueError("leading steps share one cache, so context 'input' allows at most one of them")
         if self.num_blocks is not None and self.num_blocks <= self.prefix_blocks:
-            raise ValueError(f"{self.num_blocks} blocks, of which {self.prefix_blocks} are given: nothing to generate")
+            raise ValueError(f"{self.num_blocks} blocks with a prefix of {self.prefix_blocks}: nothing to generate")
 
     @property
-    def phases(self) -> list[range]:
-        """Steps that share a cache; the cache has the number of its first step."""
-        all_leading = self.num_blocks is not None and self.prefix_blocks + self.leading_blocks >= self.num_blocks
-        if self.method == "block_first" or all_leading:
+    def steps_per_cache(self) -> list[range]:
+        """The steps that read each cache. A cache has the number of its first step."""
+        clean_only = self.num_blocks is not None and self.prefix_blocks + self.leading_blocks >= self.num_blocks
+        if self.method == "block_first" or clean_only:
             return [range(self.num_steps)]
-        together = max(1, self.leading_steps)
-        return [range(together), *(range(step, step + 1) for step in range(together, self.num_steps))]
+        shared = max(1, self.leading_steps)
+        return [range(shared), *(range(step, step + 1) for step in range(shared, self.num_steps))]
 
     @property
     def caches(self) -> list[int]:
-        """The caches that the ops use."""
-        return [phase[0] for phase in self.phases]
+        """Numbers of the caches that the ops use, ascending."""
+        return [steps[0] for steps in self.steps_per_cache]
 
     def ops_per_cache(self) -> list[Iterator[Op]]:
-        """The ops, one ordered stream per cache."""
-        return [self._cache_ops(phase[0], phase, first=phase[0] == 0) for phase in self.phases]
+        """Return the op sequence of each cache."""
+        return [self._cache_ops(steps) for steps in self.steps_per_cache]
 
-    def _cache_ops(self, cache: int, steps: range, first: bool) -> Iterator[Op]:
-        """All ops on one cache, which serves `steps`."""
-        clean = self.num_steps
+    def _cache_ops(self, steps: range) -> Iterator[Op]:
+        cache, clean = steps[0], self.num_steps
         leading_end = self.prefix_blocks + self.leading_blocks
         for block in itertools.count() if self.num_blocks is None else range(self.num_blocks):
             if block < self.prefix_blocks:
                 yield WriteContext(block, clean, cache)
             elif block < leading_end:
-                if first:
+                if cache == 0:  # all steps of a leading block run over the first cache
                     yield from (Denoise(block, step, cache) for step in range(self.num_steps))
                 yield WriteContext(block, clean, cache)
             else:
@@ -138,135 +151,152 @@ class Schedule:
         return steps[-1] if self.context == "input" else steps[-1] + 1
 
     def handoff_index(self, block: int, caches: Sequence[int]) -> int | None:
-        """The level at which a rank that owns `caches` hands a block on to the rank after it; None if there is none."""
+        """Return the noise index at which a rank with `caches` hands `block` to the next rank; None on the last."""
         later = [cache for cache in self.caches if cache > max(caches)]
         if not later:
             return None
         return self.num_steps if block < self.prefix_blocks + self.leading_blocks else later[0]
 
-    def caches_until(self, exit_step: int) -> list[int]:
-        """The caches that the ops of `until` use."""
-        return [cache for cache in self.caches if cache <= exit_step]
+    def ops(self, order: Literal["step_major", "diagonal"] = "step_major", fuse_context: bool = False) -> Iterator[Op]:
+        """Return all ops in one order, without unread writes.
 
-    def until(self, exit_step: int) -> Iterator[Op]:
-        """The ops of a rollout of which only the x0 predicted at `exit_step` is wanted, as training does; step-major.
+        A Denoise and the write of its own input are always fused: one pass gives the same bits as two.
 
-        Contexts are those of the whole rollout as far as they exist by then: clean ones are written from that x0.
+        Args:
+            fuse_context: also fuse each context write with the Denoise of the next block: fewer passes, equal up to
+                rounding.
+
+        Raises:
+            ValueError: for an endless video in step-major order, whose second step would never start.
+        """
+        sequences: Sequence[Iterable[Op]] = self.ops_per_cache()
+        if fuse_context:
+            sequences = [fuse_write_with_next(fuse_write_of_input(ops)) for ops in sequences]
+        if order == "step_major" and len(sequences) > 1 and self.num_blocks is None:
+            raise ValueError("an endless video needs the diagonal order: step-major never finishes a block of it")
+        ops = step_major(sequences) if order == "step_major" else diagonal(sequences)
+        return fuse_write_of_input(ops if self.num_blocks is None else drop_unread_writes(ops))
+
+    def ops_until(self, exit_step: int) -> Iterator[Op]:
+        """Return the step-major ops of a training rollout that stops at `exit_step`.
+
+        Contexts equal those of the whole rollout where their noise level is reached by then. A clean context is the x0
+        that `exit_step` predicts.
         """
         assert 0 <= exit_step < self.num_steps and self.num_blocks is not None
         ops = (op for op in step_major(self.ops_per_cache()) if op.cache <= exit_step)
-        kept = (op for op in ops if not isinstance(op, Denoise) or op.step <= exit_step)
-        return fuse(drop_unread_writes(_reachable(op, exit_step, self.num_steps) for op in kept))
+        ops = (op for op in ops if not isinstance(op, Denoise) or op.step <= exit_step)
+        ops = (self._limit_noise_index(op, exit_step + 1) for op in ops)
+        return fuse_write_of_input(drop_unread_writes(ops))
 
-    def ops(self, order: Literal["step_major", "diagonal"] = "step_major", fuse_context: bool = False) -> Iterator[Op]:
-        """All ops in one order, without writes that nobody reads, with those fused that one forward can serve.
+    def _limit_noise_index(self, op: Op, last_index: int) -> Op:
+        """Make a WriteContext beyond noise index `last_index` write `last_index`; clean writes stay clean."""
+        if isinstance(op, WriteContext) and last_index < op.noise_index < self.num_steps:
+            return WriteContext(op.block, last_index, op.cache)
+        return op
 
-        Args:
-            fuse_context: also join a context write with the denoising of the next block on the same cache.
-
-        Raises:
-            ValueError: for step_major order of a video without an end: its second step would never come.
-        """
-        streams: Sequence[Iterable[Op]] = self.ops_per_cache()
-        if fuse_context:
-            streams = [join_writes(fuse(stream)) for stream in streams]
-        if order == "step_major" and len(streams) > 1 and self.num_blocks is None:
-            raise ValueError("a video without an end needs the diagonal order: step-major finishes no block of it")
-        ops = step_major(streams) if order == "step_major" else diagonal(streams)
-        return fuse(ops if self.num_blocks is None else drop_unread_writes(ops))
+    def caches_until(self, exit_step: int) -> list[int]:
+        """Return the caches that `ops_until` uses."""
+        return [cache for cache in self.caches if cache <= exit_step]
 
 
-def step_major(streams: Sequence[Iterable[Op]]) -> Iterator[Op]:
-    """One stream after the other: a step over all blocks before the next."""
-    return itertools.chain.from_iterable(streams)
+# ---- Orders ----
 
 
-def diagonal(streams: Sequence[Iterable[Op]]) -> Iterator[Op]:
-    """Streams in parallel, each one block behind the one before: blocks finish early, few are under way at a time."""
+def step_major(sequences: Sequence[Iterable[Op]]) -> Iterator[Op]:
+    """Chain op sequences: one step over all blocks, then the next step."""
+    return itertools.chain.from_iterable(sequences)
 
-    def numbered(index: int, stream: Iterable[Op]) -> Iterator[tuple[int, int, Op]]:
-        return ((op.block + index, index, op) for op in stream)
 
-    merged = heapq.merge(*(numbered(i, s) for i, s in enumerate(streams)), key=lambda item: item[:2])
+def diagonal(sequences: Sequence[Iterable[Op]]) -> Iterator[Op]:
+    """Interleave op sequences, each one block behind the one before.
+
+    Blocks finish early, and only a few are in progress at a time.
+    """
+
+    def with_keys(index: int, ops: Iterable[Op]) -> Iterator[tuple[int, int, Op]]:
+        return ((op.block + index, index, op) for op in ops)
+
+    merged = heapq.merge(*(with_keys(i, ops) for i, ops in enumerate(sequences)), key=lambda item: item[:2])
     return (op for _, _, op in merged)
 
 
-def _reachable(op: Op, exit_step: int, clean: int) -> Op:
-    """A write of a level that a cut rollout never comes to writes the last one that it does."""
-    if isinstance(op, WriteContext) and exit_step + 1 < op.noise_index < clean:
-        return WriteContext(op.block, exit_step + 1, op.cache)
-    return op
+def for_stage(ops: Iterable[Op], caches: Iterable[int]) -> Iterator[Op]:
+    """Return the ops of the rank that owns `caches`, in their order."""
+    owned = frozenset(caches)
+    return (op for op in ops if op.cache in owned)
+
+
+# ---- Fewer passes ----
 
 
 def drop_unread_writes(ops: Iterable[Op]) -> Iterator[Op]:
-    """Leave out the writes into a cache after its last Denoise: the last block's context."""
+    """Drop each WriteContext after the last Denoise on its cache, such as that of the last block."""
     ops = list(ops)
     last_read = {op.cache: i for i, op in enumerate(ops) if not isinstance(op, WriteContext)}
     return (op for i, op in enumerate(ops) if not isinstance(op, WriteContext) or i < last_read.get(op.cache, -1))
 
 
-def fuse(ops: Iterable[Op]) -> Iterator[Op]:
-    """Join a Denoise with the write of its own input that follows it (context `input`): one pass does both."""
-    held: Op | None = None
+def fuse_write_of_input(ops: Iterable[Op]) -> Iterator[Op]:
+    """Fuse a Denoise with a directly following write of its own input (context `input`)."""
+
+    def fuse(first: Op, second: Op) -> Op | None:
+        if not (isinstance(first, Denoise) and isinstance(second, WriteContext)):
+            return None
+        same_input = (first.block, first.step, first.cache) == (second.block, second.noise_index, second.cache)
+        return DenoiseAndWrite(first, second) if same_input else None
+
+    return _fuse_neighbours(ops, fuse)
+
+
+def fuse_write_with_next(ops: Iterable[Op]) -> Iterator[Op]:
+    """Fuse a WriteContext with a directly following Denoise. `ops` is the sequence of one cache."""
+
+    def fuse(first: Op, second: Op) -> Op | None:
+        fusible = isinstance(first, WriteContext) and isinstance(second, Denoise)
+        return WriteThenDenoise(first, second) if fusible else None
+
+    return _fuse_neighbours(ops, fuse)
+
+
+def _fuse_neighbours(ops: Iterable[Op], fuse: Callable[[Op, Op], Op | None]) -> Iterator[Op]:
+    """Replace neighbours by `fuse(first, second)` wherever that is not None, reading one op ahead."""
+    pending: Op | None = None
     for op in ops:
-        if (
-            isinstance(held, Denoise)
-            and isinstance(op, WriteContext)
-            and (held.block, held.step, held.cache) == (op.block, op.noise_index, op.cache)
-        ):
-            held = Fused(held, op)
-            continue
-        if held is not None:
-            yield held
-        held = op
-    if held is not None:
-        yield held
+        fused = None if pending is None else fuse(pending, op)
+        if fused is None and pending is not None:
+            yield pending
+        pending = op if fused is None else fused
+    if pending is not None:
+        yield pending
 
 
-def join_writes(stream: Iterable[Op]) -> Iterator[Op]:
-    """Join every write on a cache with the Denoise of the next block that follows it: one pass over both blocks."""
-    held: Op | None = None
-    for op in stream:
-        if isinstance(held, WriteContext) and isinstance(op, Denoise):
-            held = WriteThenDenoise(held, op)
-            continue
-        if held is not None:
-            yield held
-        held = op
-    if held is not None:
-        yield held
-
-
-def for_stage(ops: Iterable[Op], caches: Iterable[int]) -> Iterator[Op]:
-    """Only the ops of the rank that owns `caches`, in their order."""
-    owned = frozenset(caches)
-    return (op for op in ops if op.cache in owned)
+# ---- Dependencies ----
 
 
 def dependencies(ops: Sequence[Op]) -> list[set[int]]:
-    """For every op the indices of earlier ops that must come before it in any order.
+    """Return, for every op, the indices of earlier ops that must precede it in any order.
 
-    A Denoise reads its cache and changes its block; a WriteContext reads its block and its cache, and changes the
-    cache.
-    Whatever reads a thing stays between the changes that it stood between.
+    A Denoise reads its cache and changes its block. A WriteContext reads its block and changes its cache. A read stays
+    between the two changes that surround it in `ops`.
     """
-    changed: dict[tuple[str, int], int] = {}
-    readers: dict[tuple[str, int], set[int]] = {}
+    last_change: dict[tuple[str, int], int] = {}
+    readers: dict[tuple[str, int], set[int]] = {}  # since the last change
     result: list[set[int]] = []
     for index, op in enumerate(ops):
         block, cache = ("block", op.block), ("cache", op.cache)
         changes = {block} if isinstance(op, Denoise) else {cache} if isinstance(op, WriteContext) else {block, cache}
-        things = [block, cache]
+        touches = [block, cache]
         if isinstance(op, WriteThenDenoise):
-            things.append(("block", op.write.block))  # which it reads
+            touches.append(("block", op.write.block))
         before: set[int] = set()
-        for thing in things:
-            if thing in changed:
-                before.add(changed[thing])
-            if thing in changes:
-                before |= readers.pop(thing, set())
-                changed[thing] = index
+        for resource in touches:
+            if resource in last_change:
+                before.add(last_change[resource])
+            if resource in changes:
+                before |= readers.pop(resource, set())
+                last_change[resource] = index
             else:
-                readers.setdefault(thing, set()).add(index)
+                readers.setdefault(resource, set()).add(index)
         result.append(before)
     return result

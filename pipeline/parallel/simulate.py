@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from pipeline.parallel.stages import Pipeline, plan_pipelines
-from pipeline.schedule import Denoise, Fused, Op, Schedule, WriteContext, WriteThenDenoise, for_stage
+from pipeline.schedule import Denoise, DenoiseAndWrite, Op, Schedule, WriteContext, WriteThenDenoise, for_stage
 
 
 @dataclass(frozen=True)
@@ -145,8 +145,8 @@ class _Stage:
         else:
             self._have(op.block)
             self._work(self.times.at("denoise", op.block))
-            self._reached(op.denoise if isinstance(op, Fused) else op)
-            if isinstance(op, Fused) and op.block == self._held:
+            self._reached(op.denoise if isinstance(op, DenoiseAndWrite) else op)
+            if isinstance(op, DenoiseAndWrite) and op.block == self._held:
                 self.flush()
 
     def flush(self) -> None:

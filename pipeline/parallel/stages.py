@@ -4,7 +4,7 @@
     ranks = steps     a step each; the first rank encodes the text as well, the last one decodes
     ranks > steps     the next rank decodes, the one after it encodes the text, further ones are pipelines of their own
 
-What is dealt out are caches: a step's own, or that of the steps which share one (`Schedule.phases`).
+What is dealt out are caches: a step's own, or that of the steps which share one (`Schedule.steps_per_cache`).
 """
 
 import itertools
@@ -44,8 +44,8 @@ class Pipeline:
 
     def duties(self, rank: int, schedule: Schedule) -> str:
         """What a rank does, in words."""
-        phases = {phase[0]: phase for phase in schedule.phases}
-        steps = [step for cache in self.caches(rank) for step in phases[cache]]
+        steps_of = {steps[0]: steps for steps in schedule.steps_per_cache}
+        steps = [step for cache in self.caches(rank) for step in steps_of[cache]]
         words = ["text"] if rank == self.text else []
         if steps:
             words.append(f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]}-{steps[-1]}")
@@ -71,7 +71,7 @@ def split_caches(schedule: Schedule, num_stages: int) -> list[tuple[int, ...]]:
 
     Of those equally good, the one that gives the later runs more: the first rank also encodes text.
     """
-    passes = [len(phase) + 1 for phase in schedule.phases]  # a context write beside the steps
+    passes = [len(steps) + 1 for steps in schedule.steps_per_cache]  # a context write beside the steps
     caches = schedule.caches
 
     def runs(cuts: Sequence[int]) -> list[range]:

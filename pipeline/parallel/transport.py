@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pipeline.parallel.profile import Recorder
 from pipeline.rollout import BlockLayout
-from pipeline.schedule import Denoise, Fused, Op, Schedule, WriteThenDenoise
+from pipeline.schedule import Denoise, DenoiseAndWrite, Op, Schedule, WriteThenDenoise
 
 AHEAD = 2  # messages that may be on their way from a rank to another; what bounds its memory
 PATIENCE = timedelta(
@@ -145,7 +145,7 @@ class Neighbours:
 
     def after_op(self, op: Op) -> None:
         """To be told of every op that is done: what is held back waits for its block's context."""
-        written = op.write.block if isinstance(op, Fused | WriteThenDenoise) else op.block
+        written = op.write.block if isinstance(op, DenoiseAndWrite | WriteThenDenoise) else op.block
         if self._held is not None and not isinstance(op, Denoise) and written == self._held[0]:
             self._flush()
 

@@ -1,8 +1,8 @@
-"""pipeline/schedule.py: the ops of every method, and that their order may be changed.
+"""pipeline/schedule.py: which ops a schedule has, and which orders of them are allowed.
 
-Claims: exact sequences of small cases; every step of every generated block once; a Denoise finds exactly the earlier
-blocks in its cache; `diagonal` is `step_major` in another order that keeps the dependencies; forward passes per block
-(5 block-first, 8 timestep-first, 4 with context `input`); endless videos stream; no torch.
+Claims: exact op sequences of small cases; every generated block takes every step once; a Denoise finds exactly the
+earlier blocks in its cache; `diagonal` reorders `step_major` without breaking a dependency; forward passes per block
+(5 block-first, 8 timestep-first, 4 with context `input`); endless videos stream; the module imports no torch.
 """
 
 import ast
@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from pipeline import schedule as module
 from pipeline.schedule import (
     Denoise,
-    Fused,
+    DenoiseAndWrite,
     Op,
     Schedule,
     WriteContext,
@@ -27,31 +27,34 @@ from pipeline.schedule import (
     diagonal,
     drop_unread_writes,
     for_stage,
-    fuse,
+    fuse_write_of_input,
     step_major,
 )
 
 ORDERS = ("step_major", "diagonal")
 
 
-def words(ops) -> str:
-    """Ops as words: D10/1 is Denoise(block 1, step 0, cache 1), W1@2/0 writes block 1 at level 2, F is a Fused."""
-    return " ".join(word(op) for op in ops)
+def as_text(ops) -> str:
+    """Format ops: D10/1 is Denoise(block 1, step 0, cache 1), W1@2/0 writes block 1 at noise index 2 into cache 0, and
+    F10/0 is a DenoiseAndWrite."""
+    return " ".join(op_as_text(op) for op in ops)
 
 
-def word(op: Op) -> str:
+def op_as_text(op: Op) -> str:
     if isinstance(op, WriteContext):
         return f"W{op.block}@{op.noise_index}/{op.cache}"
-    denoise = op.denoise if isinstance(op, Fused) else op
-    return f"{type(op).__name__[0]}{denoise.block}{denoise.step}/{denoise.cache}"
+    fused = isinstance(op, DenoiseAndWrite)
+    denoise = op.denoise if fused else op
+    return f"{'F' if fused else 'D'}{denoise.block}{denoise.step}/{denoise.cache}"
 
 
-def parts(op: Op) -> list[Denoise | WriteContext]:
-    return [op.denoise, op.write] if isinstance(op, Fused) else [op]
+def unfused(op: Op) -> list[Denoise | WriteContext]:
+    return [op.denoise, op.write] if isinstance(op, DenoiseAndWrite) else [op]
 
 
 @st.composite
 def schedules(draw) -> Schedule:
+    """Draw any valid schedule with up to 4 steps and 7 blocks."""
     num_steps = draw(st.integers(1, 4))
     context = draw(st.sampled_from(["output", "input", "clean"]))
     prefix_blocks = draw(st.integers(0, 2))
@@ -66,7 +69,7 @@ def schedules(draw) -> Schedule:
     )
 
 
-# ---- exact sequences ----
+# ---- Exact sequences ----
 
 
 @pytest.mark.parametrize(
@@ -95,7 +98,7 @@ def schedules(draw) -> Schedule:
     ids=str,
 )
 def test_step_major_sequences(schedule, expected):
-    assert words(schedule.ops("step_major")).split() == expected.split()
+    assert as_text(schedule.ops("step_major")).split() == expected.split()
 
 
 @pytest.mark.parametrize(
@@ -110,37 +113,38 @@ def test_step_major_sequences(schedule, expected):
     ids=str,
 )
 def test_diagonal_sequences(schedule, expected):
-    assert words(schedule.ops("diagonal")).split() == expected.split()
+    assert as_text(schedule.ops("diagonal")).split() == expected.split()
 
 
-# ---- what holds for all schedules ----
+# ---- Properties of all schedules ----
 
 
 @given(schedules(), st.sampled_from(ORDERS))
-def test_every_step_of_every_generated_block_once(schedule, order):
-    denoised = Counter((p.block, p.step) for op in schedule.ops(order) for p in parts(op) if isinstance(p, Denoise))
+def test_every_generated_block_takes_every_step_once(schedule, order):
+    denoised = Counter((p.block, p.step) for op in schedule.ops(order) for p in unfused(op) if isinstance(p, Denoise))
     generated = range(schedule.prefix_blocks, schedule.num_blocks)
     assert denoised == Counter(itertools.product(generated, range(schedule.num_steps)))
 
 
 @given(schedules(), st.sampled_from(ORDERS))
-def test_a_denoise_finds_all_earlier_blocks_in_its_cache_and_its_block_at_its_level(schedule, order):
+def test_a_denoise_finds_all_earlier_blocks_in_its_cache_and_its_block_at_its_noise_index(schedule, order):
     caches: dict[int, list[int]] = {}
-    levels = dict.fromkeys(range(schedule.prefix_blocks), schedule.num_steps)
-    for part in (p for op in schedule.ops(order) for p in parts(op)):
-        written = caches.setdefault(part.cache, [])
-        if isinstance(part, WriteContext):
-            assert part.block == len(written)
-            assert part.noise_index in (levels[part.block], levels[part.block] - 1, schedule.num_steps)
-            written.append(part.block)
+    noise_indices = dict.fromkeys(range(schedule.prefix_blocks), schedule.num_steps)
+    for single in (p for op in schedule.ops(order) for p in unfused(op)):
+        written = caches.setdefault(single.cache, [])
+        if isinstance(single, WriteContext):
+            assert single.block == len(written)
+            reached = noise_indices[single.block]
+            assert single.noise_index in (reached, reached - 1, schedule.num_steps)
+            written.append(single.block)
         else:
-            assert written == list(range(part.block))
-            assert levels.get(part.block, 0) == part.step
-            levels[part.block] = part.step + 1
+            assert written == list(range(single.block))
+            assert noise_indices.get(single.block, 0) == single.step
+            noise_indices[single.block] = single.step + 1
 
 
 @given(schedules())
-def test_diagonal_is_step_major_in_an_order_that_keeps_the_dependencies(schedule):
+def test_diagonal_reorders_step_major_and_keeps_the_dependencies(schedule):
     first, second = list(schedule.ops("step_major")), list(schedule.ops("diagonal"))
     assert Counter(first) == Counter(second) and len(set(first)) == len(first)
     assert keeps_dependencies(first, second) and keeps_dependencies(second, first)
@@ -154,12 +158,11 @@ def keeps_dependencies(ops, other) -> bool:
 
 
 @given(schedules(), st.sampled_from(ORDERS))
-def test_writes_are_read(schedule, order):
+def test_every_write_is_read_later(schedule, order):
     ops = list(schedule.ops(order))
-    read_later = [
-        any(not isinstance(o, WriteContext) and o.cache == op.cache for o in ops[i + 1 :]) for i, op in enumerate(ops)
-    ]
-    assert all(read for op, read in zip(ops, read_later, strict=True) if not isinstance(op, Denoise))
+    for index, op in enumerate(ops):
+        if not isinstance(op, Denoise):
+            assert any(not isinstance(later, WriteContext) and later.cache == op.cache for later in ops[index + 1 :])
 
 
 def test_dependencies_of_a_small_case():
@@ -167,20 +170,20 @@ def test_dependencies_of_a_small_case():
         Denoise(0, 0, 0),
         WriteContext(0, 1, 0),  # reads block 0
         Denoise(1, 0, 0),  # reads cache 0
-        Denoise(0, 1, 1),  # changes block 0: not before its write
+        Denoise(0, 1, 1),  # changes block 0, which op 1 reads
         WriteContext(1, 1, 0),  # reads block 1, changes cache 0, which op 2 reads
-        Fused(Denoise(1, 1, 1), WriteContext(1, 1, 1)),  # changes block 1 and cache 1
+        DenoiseAndWrite(Denoise(1, 1, 1), WriteContext(1, 1, 1)),  # changes block 1 and cache 1
     ]
     assert dependencies(ops) == [set(), {0}, {1}, {0, 1}, {1, 2}, {2, 3, 4}]
 
 
-def test_an_op_that_moves_over_its_dependency_is_noticed():
+def test_an_order_that_breaks_a_dependency_is_detected():
     ops = list(Schedule(2, 2).ops())
     assert keeps_dependencies(ops, ops)
     assert not keeps_dependencies(ops, [ops[1], ops[0], *ops[2:]])
 
 
-# ---- cost ----
+# ---- Cost ----
 
 
 @pytest.mark.parametrize(
@@ -194,15 +197,15 @@ def test_an_op_that_moves_over_its_dependency_is_noticed():
         (dict(leading_blocks=2), 8),
     ],
 )
-def test_forward_passes_of_a_block(changes, passes):
-    """METHOD section 3, with 4 steps: what one block more costs."""
+def test_forward_passes_per_block(changes, passes):
+    """docs/method.md: passes that one more block costs with 4 steps."""
     assert len(list(Schedule(4, 12, **changes).ops())) - len(list(Schedule(4, 11, **changes).ops())) == passes
     endless = itertools.takewhile(lambda op: op.block < 60, Schedule(4, None, **changes).ops("diagonal"))
     assert Counter(op.block for op in Schedule(4, 60, **changes).ops("diagonal"))[30] == passes
     assert Counter(op.block for op in endless)[30] == passes
 
 
-def test_the_last_block_needs_no_context():
+def test_the_last_block_is_not_written():
     assert Counter(op.block for op in Schedule(4, 3).ops())[2] == 4
     assert Counter(op.block for op in Schedule(4, 3, "block_first").ops())[2] == 4
 
@@ -211,61 +214,61 @@ def test_a_video_of_leading_blocks_only_uses_one_cache():
     assert {op.cache for op in Schedule(4, 2, leading_blocks=2).ops()} == {0}
 
 
-# ---- endless videos ----
+# ---- Endless videos ----
 
 
 @pytest.mark.parametrize("changes", [dict(), dict(context="input"), dict(leading_blocks=2), dict(leading_steps=3)])
-def test_an_endless_schedule_begins_like_a_long_one(changes):
+def test_an_endless_schedule_starts_like_a_long_one(changes):
     endless = itertools.islice(Schedule(4, None, **changes).ops("diagonal"), 500)
     long = itertools.islice(Schedule(4, 1000, **changes).ops("diagonal"), 500)
     assert list(endless) == list(long)
 
 
-def test_an_endless_schedule_of_one_cache_needs_no_diagonal():
+def test_an_endless_schedule_of_one_cache_may_be_step_major():
     ops = Schedule(2, None, "block_first").ops("step_major")
-    assert words(itertools.islice(ops, 6)) == "D00/0 D01/0 W0@2/0 D10/0 D11/0 W1@2/0"
+    assert as_text(itertools.islice(ops, 6)) == "D00/0 D01/0 W0@2/0 D10/0 D11/0 W1@2/0"
 
 
-def test_step_major_without_an_end_is_refused():
+def test_step_major_order_of_an_endless_video_is_an_error():
     with pytest.raises(ValueError, match="diagonal"):
         Schedule(2, None).ops("step_major")
 
 
-# ---- the passes ----
+# ---- Functions on ops ----
 
 
-def test_drop_unread_writes_keeps_what_is_read():
+def test_drop_unread_writes_keeps_writes_that_are_read():
     ops = [WriteContext(0, 2, 0), WriteContext(0, 2, 1), Denoise(1, 0, 0), WriteContext(1, 1, 0), WriteContext(1, 2, 1)]
     assert list(drop_unread_writes(iter(ops))) == [WriteContext(0, 2, 0), Denoise(1, 0, 0)]
 
 
-def test_drop_unread_writes_counts_a_fused_pass_as_a_reader():
-    fused = Fused(Denoise(1, 0, 0), WriteContext(1, 0, 0))
+def test_drop_unread_writes_counts_a_fused_pair_as_a_reader():
+    fused = DenoiseAndWrite(Denoise(1, 0, 0), WriteContext(1, 0, 0))
     assert list(drop_unread_writes([WriteContext(0, 0, 0), fused])) == [WriteContext(0, 0, 0), fused]
 
 
-def test_fuse_joins_a_denoise_and_the_write_of_its_input_only():
+def test_a_denoise_is_fused_only_with_the_write_of_its_input():
     pair = [Denoise(0, 1, 0), WriteContext(0, 1, 0)]
-    assert list(fuse(pair)) == [Fused(*pair)]
+    assert list(fuse_write_of_input(pair)) == [DenoiseAndWrite(*pair)]
     others = [WriteContext(0, 2, 0), WriteContext(1, 1, 0), WriteContext(0, 1, 1), Denoise(0, 2, 0)]
     for other in others:
-        assert list(fuse([Denoise(0, 1, 0), other])) == [Denoise(0, 1, 0), other]
-    assert list(fuse([])) == []
+        assert list(fuse_write_of_input([Denoise(0, 1, 0), other])) == [Denoise(0, 1, 0), other]
+    assert list(fuse_write_of_input([])) == []
 
 
-def test_fused_passes_are_the_same_parts():
+def test_fused_ops_are_the_same_ops_in_pairs():
     schedule = Schedule(3, 4, context="input")
-    unfused = list(drop_unread_writes(diagonal(schedule.ops_per_cache())))
-    assert [p for op in schedule.ops("diagonal") for p in parts(op)] == unfused
-    assert len(list(schedule.ops("diagonal"))) == 12 < len(unfused)
+    single = list(drop_unread_writes(diagonal(schedule.ops_per_cache())))
+    assert [p for op in schedule.ops("diagonal") for p in unfused(op)] == single
+    assert len(list(schedule.ops("diagonal"))) == 12 < len(single)
 
 
-def test_step_major_goes_through_the_streams_one_by_one():
+def test_step_major_chains_the_sequences():
     assert list(step_major([iter("ab"), iter("c")])) == ["a", "b", "c"]
 
 
 @given(schedules(), st.sampled_from(ORDERS))
-def test_stages_share_the_ops(schedule, order):
+def test_stages_partition_the_ops(schedule, order):
     ops = list(schedule.ops(order))
     stages = [list(for_stage(ops, caches)) for caches in ([0], [1, 2], [3])]
     assert sum(map(Counter, stages), Counter()) == Counter(ops)
@@ -275,20 +278,20 @@ def test_stages_share_the_ops(schedule, order):
 
 def test_a_stage_of_an_endless_schedule_streams():
     stage = for_stage(Schedule(2, None).ops("diagonal"), [1])
-    assert words(itertools.islice(stage, 4)) == "D01/1 W0@2/1 D11/1 W1@2/1"
+    assert as_text(itertools.islice(stage, 4)) == "D01/1 W0@2/1 D11/1 W1@2/1"
 
 
-# ---- refusals and imports ----
+# ---- Errors and imports ----
 
 
-def test_what_cannot_be_is_refused():
+def test_impossible_schedules_are_errors():
     with pytest.raises(ValueError, match="cache"):
         Schedule(4, 3, context="input", leading_steps=2)
     with pytest.raises(ValueError, match="nothing to generate"):
         Schedule(4, 2, prefix_blocks=2)
 
 
-def test_the_schedule_knows_no_torch():
+def test_the_module_imports_no_torch():
     tree = ast.parse(Path(module.__file__).read_text())
     froms = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
@@ -299,5 +302,5 @@ def test_the_schedule_knows_no_torch():
 
 @settings(max_examples=20)
 @given(schedules())
-def test_a_schedule_is_a_value_that_is_not_used_up(schedule):
+def test_ops_can_be_listed_twice(schedule):
     assert list(schedule.ops()) == list(schedule.ops())

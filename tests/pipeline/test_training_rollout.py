@@ -22,7 +22,7 @@ def exits(schedule: Schedule, sigmas: list[float], exit_step: int) -> dict[int, 
     """What the blocks are at the exit step of a cut rollout with the fake denoiser."""
     rollout = Rollout(FakeDenoiser(), sigmas, noise_of(LAYOUT), FakeLane, LAYOUT, exit_step=exit_step)
     caches = schedule.caches_until(exit_step)
-    return dict(rollout.run(list(schedule.until(exit_step)), caches))
+    return dict(rollout.run(list(schedule.ops_until(exit_step)), caches))
 
 
 def whole(schedule: Schedule, sigmas: list[float], step: int) -> dict[int, Tensor]:
@@ -57,7 +57,7 @@ def test_block_first_writes_the_x0_of_the_exit_step_as_clean(exit_step):
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("exit_step", range(4))
 def test_no_op_is_left_that_nothing_comes_of(variant, exit_step):
-    ops = list(Schedule(4, 3, **VARIANTS[variant]).until(exit_step))
+    ops = list(Schedule(4, 3, **VARIANTS[variant]).ops_until(exit_step))
     denoise = [op if isinstance(op, Denoise) else op.denoise for op in ops if not isinstance(op, WriteContext)]
     assert {op.step for op in denoise} == set(range(exit_step + 1))
     assert {(op.block, op.step) for op in denoise} == {(b, s) for b in range(3) for s in range(exit_step + 1)}
@@ -97,7 +97,7 @@ def gradients(net) -> dict[str, Tensor]:
 def test_block_by_block_gradients_are_those_of_the_whole_graph(net, variant, context, history, checkpointing):
     exit_step = 2
     schedule = Schedule(4, NUM_BLOCKS, **VARIANTS[variant])
-    ops, used = list(schedule.until(exit_step)), schedule.caches_until(exit_step)
+    ops, used = list(schedule.ops_until(exit_step)), schedule.caches_until(exit_step)
     wanted = range(2, NUM_BLOCKS)
     weight = {b: torch.randn(2, 2, *FRAME, generator=torch.Generator().manual_seed(b)) for b in wanted}
 
@@ -132,11 +132,11 @@ def test_gradients_do_not_cross_blocks(net):
     """A block's x0 depends on the parameters through its own Denoise only: the context is a constant."""
     schedule = Schedule(4, 3)
     rollout = rollout_of(net, 4, 0, 1, [], with_grad=lambda block: True)
-    outputs = dict(rollout.run(list(schedule.until(1)), [0, 1]))
+    outputs = dict(rollout.run(list(schedule.ops_until(1)), [0, 1]))
     outputs[2].sum().backward(retain_graph=True)
     alone = gradients(net)
     again = rollout_of(net, 4, 0, 1, [], with_grad=lambda block: block == 2)
-    dict(again.run(list(schedule.until(1)), [0, 1]))[2].sum().backward()
+    dict(again.run(list(schedule.ops_until(1)), [0, 1]))[2].sum().backward()
     for name, gradient in gradients(net).items():
         torch.testing.assert_close(gradient, alone[name], msg=name)
 
@@ -153,6 +153,6 @@ def test_inference_keeps_nothing(net):
 def test_a_block_whose_context_is_gone_is_not_denoised_again(net):
     schedule = Schedule(4, NUM_BLOCKS)
     rollout = rollout_of(net, 2, 1, 0, [])
-    list(rollout.run(list(schedule.until(0)), [0]))
+    list(rollout.run(list(schedule.ops_until(0)), [0]))
     with pytest.raises(ValueError, match="does not hold the context before frame 4"):
         rollout.denoise_again(2)

@@ -206,7 +206,7 @@ class ScoreDistillation:
             with_grad=lambda block: graph and block in blocks,
         )
         with compute_in(config, self.device):
-            finished = dict(rollout.run(list(schedule.until(exit_step)), schedule.caches_until(exit_step)))
+            finished = dict(rollout.run(list(schedule.ops_until(exit_step)), schedule.caches_until(exit_step)))
         return Generated(rollout, finished, blocks, exit_step)
 
     def training_window(self, generated: Generated) -> tuple[Tensor, Tensor | None]:
@@ -353,7 +353,7 @@ class ScoreDistillation:
             exit_step=exit_step,
             with_grad=lambda block: True,
         )
-        blocks = dict(rollout.run(list(schedule.until(exit_step)), schedule.caches_until(exit_step)))
+        blocks = dict(rollout.run(list(schedule.ops_until(exit_step)), schedule.caches_until(exit_step)))
         x0 = torch.cat([blocks[block] for block in sorted(blocks)], dim=1)
         point = torch.cat([rollout.exits[block].x for block in sorted(blocks)], dim=1)
         return point, (point - x0) / self.pairs.sigmas[exit_step]
