@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from model.weights import export_state, save_transformer, save_weights
 from scripts.convert_checkpoint import TORCH_SUFFIXES, folder_or_suffix
-from trainer.checkpoints import CONFIG, find_checkpoint, read_tensors
+from trainer.checkpoints import CONFIG_FILE, find_checkpoint, read_tensors
 from trainer.planner import student_config
 from utils.config import DIT_OBJECTIVES, load_config
 from utils.errors import UserError, command
@@ -33,7 +33,9 @@ def main() -> None:
     if suffix not in ("", ".safetensors", *TORCH_SUFFIXES):
         raise UserError(f"--output {args.output} must end in .pt or .safetensors, or be a folder without a suffix")
     checkpoint = find_checkpoint(args.logdir, args.iteration)
-    config = load_config(str(checkpoint / CONFIG if (checkpoint / CONFIG).exists() else args.logdir / CONFIG))
+    config = load_config(
+        str(checkpoint / CONFIG_FILE if (checkpoint / CONFIG_FILE).exists() else args.logdir / CONFIG_FILE)
+    )
     if config.train.objective not in DIT_OBJECTIVES:
         raise UserError(f"{args.logdir} is a run of {config.train.objective}, which trains no generator")
     weights = "nets/generator/" if config.train.objective == "score_distillation" else "nets/net/"

@@ -20,7 +20,7 @@ from utils.distributed import rank
 from utils.errors import UserError
 from utils.files import write_text
 
-CONFIG = "config.yaml"
+CONFIG_FILE = "config.yaml"
 """In a checkpoint: the configuration of the run that wrote it."""
 _NAME = re.compile(r"\d{8}")
 _RESUMED = "resumed_from"  # beside checkpoints that descend from another: where that was
@@ -50,7 +50,7 @@ class Checkpoints:
         partial = self._partial(iteration)
         if rank() == 0:
             partial.mkdir(parents=True, exist_ok=True)  # another process may have begun to write
-            write_text(partial / CONFIG, config)
+            write_text(partial / CONFIG_FILE, config)
         # What lies on the CPU would be written while training changes it.
         copy = {name: x.detach().clone() if x.device.type == "cpu" else x for name, x in state.items()}
         self._pending = dcp.async_save(copy, checkpoint_id=partial, process_group=self._group), iteration  # type: ignore[assignment]

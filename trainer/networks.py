@@ -1,4 +1,4 @@
-"""Builds the networks that training updates: loaded or new, compiled, checkpointed and sharded."""
+"""Builds the networks that training uses, compiled, checkpointed and sharded, and exports them."""
 
 import contextlib
 from contextlib import AbstractContextManager
@@ -12,14 +12,14 @@ from model import presets
 from model.causal_wan import CausalWanModel
 from model.weights import ModelDirectory, save_transformer
 from pipeline.build import choose_attention_backend
-from trainer.sharding import shard
+from trainer.sharding import shard_transformer
 from utils.config import Config
 from utils.device import DTYPES
 from utils.errors import UserError
 
 
 def build_transformer(config: Config, device: torch.device) -> CausalWanModel:
-    """The DiT to train: `train.init`'s weights, or a preset's random ones; prepared as `prepare` does."""
+    """Return the DiT to train, with the weights of `train.init` or random ones of preset `train.network`, float32."""
     torch.manual_seed(config.runtime.seed)
     if config.train.init:
         directory = ModelDirectory.open(config.model.base)
@@ -27,11 +27,11 @@ def build_transformer(config: Config, device: torch.device) -> CausalWanModel:
     else:
         net = CausalWanModel(**preset(presets.TRANSFORMERS, config))
         net.init_weights()
-    return prepare(net, config, device)
+    return prepare_transformer(net, config, device)
 
 
-def prepare(net: CausalWanModel, config: Config, device: torch.device) -> CausalWanModel:
-    """Put a DiT on its device, compiled, checkpointed and sharded as `config.train` says."""
+def prepare_transformer(net: CausalWanModel, config: Config, device: torch.device) -> CausalWanModel:
+    """Apply the `train` section to a DiT: device, activation checkpointing, attention backend, compile, sharding."""
     train = config.train
     if train.sharding == "replicate":
         net.to(device)
@@ -40,29 +40,29 @@ def prepare(net: CausalWanModel, config: Config, device: torch.device) -> Causal
     choose_attention_backend(net, config.model.attention_backend)
     if train.compile:
         net.compile_layers()
-    shard(net, train, device)
+    shard_transformer(net, train, device)
     return net
 
 
-def compute_in(config: Config, device: torch.device) -> AbstractContextManager:
-    """The context in which networks compute in `train.dtype`; sharded ones are cast as they are gathered instead."""
+def mixed_precision(config: Config, device: torch.device) -> AbstractContextManager:
+    """Return the context in which replicated networks compute in `train.dtype`. FSDP2 casts sharded ones itself."""
     train = config.train
     if train.sharding != "replicate" or train.dtype == "float32":
         return contextlib.nullcontext()
-    # Without its cache: a weight that was cast without autograd would be taken where autograd needs it.
+    # The autocast cache would reuse weights that were cast under no_grad in passes that need their gradient.
     return torch.autocast(device.type, DTYPES[train.dtype], cache_enabled=False)
 
 
 def preset(table: dict[str, dict[str, Any]], config: Config) -> dict[str, Any]:
-    """The sizes that `config.train.network` names.
+    """Return the network sizes that `train.network` names.
 
     Raises:
-        UserError: if there are none of this name.
+        UserError: if the table has no such name.
     """
     name = config.train.network
     if name not in table:
         raise UserError(
-            f"train.network={name!r} is no preset of {config.train.objective}; choose from {', '.join(table)}"
+            f"train.network={name!r} is not a preset for {config.train.objective}; choose from {', '.join(table)}"
         )
     return table[name]
 

@@ -15,8 +15,8 @@ from model.vae import WanVAE
 from model.weights import ModelDirectory
 from pipeline.teacher import guided_flow, sample_unipc
 from pipeline.text_to_video import TextToVideo
-from trainer.networks import compute_in
-from trainer.sharding import whole_copy
+from trainer.networks import mixed_precision
+from trainer.sharding import unsharded_copy
 from utils.config import Config
 from utils.device import DTYPES
 from utils.distributed import rank, world_size
@@ -70,7 +70,7 @@ class VideoSampler:
         for another: what goes wrong with a video is printed, and training goes on without it.
         """
         sharded, dtype = self.config.train.sharding != "replicate", DTYPES[self.config.train.dtype]
-        net = whole_copy(self.net, dtype) if sharded else self.net
+        net = unsharded_copy(self.net, dtype) if sharded else self.net
         pipeline = TextToVideo(self.config, net, self.encoder, self.vae)
         prompts = self.prompts
         guides = [self.config.teacher.negative_prompt] if self.bidirectional else []
@@ -79,7 +79,7 @@ class VideoSampler:
         for prompt in prompts[rank() :: world_size()]:
             path = folder / f"{stems[prompt.index][0]}.mp4"
             try:
-                with compute_in(self.config, net.device):
+                with mixed_precision(self.config, net.device):
                     latents = self.latents(pipeline, prompt.text)
                 writable_folder(path.parent)
                 with VideoWriter(path, fps=self.config.video.fps) as video:

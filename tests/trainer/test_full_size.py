@@ -15,7 +15,7 @@ from trainer.datasets.ode_pairs import pair_file, write_ode_pair, write_sigmas
 from trainer.networks import export_transformer
 from trainer.objectives.score_distillation import ScoreDistillation
 from trainer.planner import networks
-from trainer.sharding import whole
+from trainer.sharding import full_tensor
 from trainer.trainer import Trainer
 from utils.config import load_config
 
@@ -64,12 +64,14 @@ def test_one_iteration_at_full_width_in_bfloat16(tmp_path, sharding):
     data = {"path": str(tmp_path / "pairs"), "num_frames": 6}
     config = load_config(str(write_config(tmp_path / "config.yaml", model, data=data, **sections)))
     objective = ScoreDistillation(config, torch.device("cpu"))
-    before = {name: whole(p.detach()).clone() for name, p in objective.generator.named_parameters()}
+    before = {name: full_tensor(p.detach()).clone() for name, p in objective.generator.named_parameters()}
     trainer = Trainer(config, objective, str(tmp_path / "run"))
     metrics = trainer.step()
     assert metrics["dmd_output_gradient"] > 0 and metrics["forward_kl_output_gradient"] > 0 and metrics["critic"] > 0
     moved = [
-        name for name, p in objective.generator.named_parameters() if not torch.equal(whole(p.detach()), before[name])
+        name
+        for name, p in objective.generator.named_parameters()
+        if not torch.equal(full_tensor(p.detach()), before[name])
     ]
     # Steps of 2e-6: float32 masters keep them, which bfloat16 weights would round away.
     assert all(p.dtype == torch.float32 for p in objective.generator.parameters())

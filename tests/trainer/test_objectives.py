@@ -429,7 +429,7 @@ def test_wandb_without_credentials_is_said_at_once(tmp_path, monkeypatch, capsys
     monkeypatch.setattr("trainer.objectives.build_objective", lambda *_: pytest.fail("something was loaded"))
     assert run_train(monkeypatch, "--config_path", config, "--logdir", tmp_path / "log") == 2
     err = capsys.readouterr().err
-    assert err.splitlines()[-1].startswith("error: train.wandb=online finds no credentials") and "Traceback" not in err
+    assert err.splitlines()[-1].startswith("error: train.wandb=online needs credentials") and "Traceback" not in err
 
 
 def test_train_dry_run_prints_the_configuration(monkeypatch, capsys):

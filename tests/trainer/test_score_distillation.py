@@ -344,7 +344,7 @@ def test_a_loss_that_is_not_finite_is_named(make, tmp_path):
     run = Trainer(objective.config, objective, str(tmp_path))
     forward = objective._forward_kl
     objective._forward_kl = lambda *words: forward(*words) | {"forward_kl": float("nan")}
-    with pytest.raises(UserError, match="iteration 0: forward_kl is nan; nothing was saved yet"):
+    with pytest.raises(UserError, match="iteration 0: forward_kl is nan; no checkpoint was saved yet"):
         run.train()
 
 
@@ -364,7 +364,7 @@ def test_sample_videos_are_the_averages_and_change_nothing(make, tmp_path):
     sample = sampled.objective.sample
 
     def spied_sample(folder):
-        seen.append(torch.equal(sampled.objective.generator.proj_out.weight, sampled.ema["proj_out.weight"]))
+        seen.append(torch.equal(sampled.objective.generator.proj_out.weight, sampled.ema.weights["proj_out.weight"]))
         sample(folder)
         (tmp_path / "sampled/samples/00000004").mkdir(exist_ok=True)
         (tmp_path / "sampled/samples/00000004/a red circle-0.mp4").mkdir(exist_ok=True)  # in the way of the next

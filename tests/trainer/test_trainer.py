@@ -17,6 +17,7 @@ from trainer import trainer as module
 from trainer.checkpoints import read_tensors
 from trainer.objectives.flow_matching import FlowMatching
 from trainer.optim import Muon, build_optimizers, is_inner_matrix, learning_rate_scale
+from trainer.sharding import local_micro_batches
 from trainer.trainer import Trainer
 from utils.config import TrainConfig
 from utils.errors import UserError
@@ -244,15 +245,15 @@ def test_what_a_resumed_run_does_differently_is_said(tmp_path, toy, make_config,
 
     assert notes(max_iterations=2, decay="constant") == []
     assert notes(max_iterations=4, decay="constant", sample_every=0) == []  # just so much more of the same
-    assert notes(max_iterations=3, decay="constant") == ["note: that is beyond train.max_iterations=3"]
+    assert notes(max_iterations=3, decay="constant") == ["note: this is beyond train.max_iterations=3"]
     assert notes(max_iterations=4, learning_rate=0.5, decay="constant") == [
-        "note: train.learning_rate was 0.001 and is 0.5 from here on"
+        "note: train.learning_rate changes from 0.001 to 0.5"
     ]
     shutil.rmtree(tmp_path / "checkpoints")
     assert notes(max_iterations=2, total_batch_size=2) == []
     assert notes(max_iterations=4, total_batch_size=4) == [  # a cosine is another one if it ends elsewhere
-        "note: train.max_iterations was 2 and is 4 from here on",
-        "note: train.total_batch_size was 2 and is 4 from here on, and the place in the data with it",
+        "note: train.max_iterations changes from 2 to 4",
+        "note: train.total_batch_size changes from 2 to 4, which also moves the position in the data",
     ]
 
 
@@ -395,13 +396,13 @@ def test_parts_add_up_to_the_mean_over_the_whole_batch(tmp_path, toy, make_confi
 
 def test_every_process_takes_its_own_parts_of_the_same_batch(monkeypatch):
     config = TrainConfig(batch_size=2, total_batch_size=12)
-    assert list(module.local_micro_batches(config)) == [0, 1, 2, 3, 4, 5]
+    assert list(local_micro_batches(config)) == [0, 1, 2, 3, 4, 5]
     monkeypatch.setenv("WORLD_SIZE", "3")
     parts = []
     for rank in range(3):
         monkeypatch.setenv("RANK", str(rank))
-        parts += module.local_micro_batches(config)
-        assert list(module.local_micro_batches(TrainConfig(batch_size=2))) == [rank]  # without a total: batch_size each
+        parts += local_micro_batches(config)
+        assert list(local_micro_batches(TrainConfig(batch_size=2))) == [rank]  # without a total: batch_size each
     assert parts == [0, 1, 2, 3, 4, 5]
 
 
@@ -409,7 +410,7 @@ def test_every_process_takes_its_own_parts_of_the_same_batch(monkeypatch):
 def test_a_batch_that_does_not_divide_is_refused(monkeypatch, total):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="must be a multiple of"):
-        module.local_micro_batches(TrainConfig(batch_size=2, total_batch_size=total))
+        local_micro_batches(TrainConfig(batch_size=2, total_batch_size=total))
 
 
 # ---- What can go wrong ----
@@ -420,7 +421,9 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(tmp_pat
     run = Trainer(make_config(), toy(), str(tmp_path))
     loss = run.objective.loss
     run.objective.loss = lambda number, part: (loss(number, part)[0] * (value if number == 4 else 1), {})
-    with pytest.raises(UserError, match=rf"iteration 4: loss is {value}.*; the last good state is .*00000004, go on"):
+    with pytest.raises(
+        UserError, match=rf"iteration 4: loss is {value}.*; the last good checkpoint is .*00000004; resume"
+    ):
         run.train()
     saved = read_tensors(run.checkpoints.saved()[-1], "nets/net/")
     assert all(weight.isfinite().all() for weight in saved.values())
@@ -432,7 +435,9 @@ def test_a_gradient_out_of_all_proportion_ends_the_run(tmp_path, toy, make_confi
     run = Trainer(make_config(stop_grad_norm=1000.0), toy(), str(tmp_path))
     loss = run.objective.loss
     run.objective.loss = lambda number, part: (loss(number, part)[0] * (1e6 if number == 2 else 1), {})
-    with pytest.raises(UserError, match=r"iteration 2: the gradient norm of the net is .*; the last good state is"):
+    with pytest.raises(
+        UserError, match=r"iteration 2: the gradient norm of the net is .*; the last good checkpoint is"
+    ):
         run.train()
 
 
@@ -453,7 +458,8 @@ def test_a_loss_out_of_all_proportion_ends_the_run(tmp_path, toy, make_config):
     run(900.0).train()
     bad = run(1e5)
     with pytest.raises(
-        UserError, match=r"iteration 25: loss is .* where .* is usual; the last good state is .*00000024"
+        UserError,
+        match=r"iteration 25: loss is .*, and its recent median is .*; the last good checkpoint is .*00000024",
     ):
         bad.train()
 
@@ -464,11 +470,13 @@ def test_a_ruined_state_takes_no_good_ones_place(tmp_path, toy, make_config):
 
     def ruining(number: int, part: int):
         if number == 3:
-            run.ema["0.bias"][1] = math.nan
+            run.ema.weights["0.bias"][1] = math.nan
         return loss(number, part)
 
     run.objective.loss = ruining
-    with pytest.raises(UserError, match=r"iteration 4: ema/0\.bias is not finite; the last good state is .*00000002"):
+    with pytest.raises(
+        UserError, match=r"iteration 4: ema/0\.bias is not finite; the last good checkpoint is .*00000002"
+    ):
         run.train()
 
 
@@ -558,8 +566,8 @@ def test_ema_follows_by_hand(tmp_path, toy, make_config):
         run.step()
         run.iteration += 1
         expected = decay * expected + (1 - decay) * run.objective.net[0].weight.detach()
-    torch.testing.assert_close(run.ema["0.weight"], expected)
-    assert run.ema["3.calls"] == 3  # what is no average is copied
+    torch.testing.assert_close(run.ema.weights["0.weight"], expected)
+    assert run.ema.weights["3.calls"] == 3  # what is no average is copied
 
 
 def test_ema_that_starts_later_is_the_weights_and_then_has_its_decay(tmp_path, toy, make_config):
@@ -570,7 +578,7 @@ def test_ema_that_starts_later_is_the_weights_and_then_has_its_decay(tmp_path, t
         run.iteration += 1
         weight = run.objective.net[0].weight.detach()
         expected = weight.clone() if iteration <= 2 else 0.9 * expected + 0.1 * weight
-        torch.testing.assert_close(run.ema["0.weight"], expected)
+        torch.testing.assert_close(run.ema.weights["0.weight"], expected)
 
 
 def test_metrics_are_means_since_the_last_line(tmp_path, toy, make_config):

@@ -88,7 +88,7 @@ def test_an_exported_generator_makes_the_samples_of_the_run_itself(world, tmp_pa
         inference = TextToVideo.load(config, CPU)  # all of it but the net
         own = TextToVideo(config, trainer.net, inference.text_encoder, inference.vae)
         expected = {False: sampled(own)}
-        with trainer.average_weights():
+        with trainer.ema.applied_to(trainer.net):
             expected[True] = sampled(own)
     assert not torch.equal(expected[False], expected[True])
     assert call(export_generator, "--logdir", tmp_path / "run", "--output", tmp_path / "g.pt")[0] == 0

@@ -12,38 +12,48 @@ from utils.config import Config
 
 
 class Objective(Protocol):
-    """Networks, and the losses they are trained with."""
+    """The networks of a training run and the losses that train them."""
 
     @property
     def nets(self) -> Mapping[str, nn.Module]:
-        """What optimizers update, by name. The first is what the run is for: it has the EMA and is exported."""
+        """The trained networks by name. The first one has the EMA and is exported."""
+        ...
+
+    @property
+    def frozen_nets(self) -> Mapping[str, nn.Module]:
+        """The networks that only provide targets, by name."""
+        ...
+
+    def data_summary(self) -> str:
+        """Return the kind and the number of training items in one line."""
         ...
 
     def learning_rate(self, name: str) -> float:
-        """AdamW's peak rate for a net."""
+        """Return AdamW's peak learning rate for a network."""
         ...
 
     def networks_to_update(self, iteration: int) -> list[str]:
-        """The nets that are updated in an iteration, in their order."""
+        """Return the names of the networks that an iteration updates, in order."""
         ...
 
     def backward(self, name: str, iteration: int, micro_batch: int, scale: float, last: bool) -> dict[str, float]:
-        """Add `scale` times the gradient of a part's loss to a net's gradients; returns the loss and what to log.
+        """Add `scale` times the gradient of a micro-batch's loss to a network's gradients, and return the metrics.
 
-        The last pass of the `last` part of this process is the one in which a sharded net's gradients are reduced
-        (`sync_gradients`).
+        All randomness depends only on (seed, iteration, clip of the batch). So a resumed run continues exactly, and
+        neither the world size nor the micro-batch size changes the training data.
 
-        All randomness is a pure function of (seed, iteration, clip of the batch), so that a resumed run goes on
-        exactly, and neither the number of processes nor that of parts changes what is trained on.
+        Args:
+            last: whether this is the rank's last micro-batch of the iteration. A sharded network reduces its gradients
+                in the last backward pass of that micro-batch (`sync_gradients`).
         """
         ...
 
     def sample(self, folder: Path) -> None:
-        """Write a few videos that the first net makes as it is now, if it makes videos; all processes take part."""
+        """Write a few videos with the first network's current weights. All ranks take part."""
         ...
 
     def export(self, folder: Path, weights: dict[str, Tensor]) -> None:
-        """Write finished `weights` of the first net in the diffusers layout."""
+        """Write `weights` of the first network to `folder` in the diffusers layout."""
         ...
 
 
@@ -57,6 +67,15 @@ class SingleNet:
     def nets(self) -> dict[str, nn.Module]:
         """The one network."""
         return {"net": self.net}
+
+    @property
+    def frozen_nets(self) -> dict[str, nn.Module]:
+        """None."""
+        return {}
+
+    def data_summary(self) -> str:
+        """Return where the data comes from."""
+        return "rendered during training"
 
     def learning_rate(self, name: str) -> float:
         """The configuration's."""

@@ -10,7 +10,7 @@ from model.flow import add_noise, shift_sigma
 from trainer.datasets.captions import CaptionEmbeddings
 from trainer.datasets.clips import open_clips
 from trainer.datasets.order import ClipRandom, DataOrder, batch_positions
-from trainer.networks import build_transformer, compute_in, export_transformer
+from trainer.networks import build_transformer, export_transformer, mixed_precision
 from trainer.objectives.base import SingleNet, draw_length
 from trainer.objectives.losses import flow_matching_loss
 from trainer.sampling import VideoSampler
@@ -46,6 +46,10 @@ class FlowMatching(SingleNet):
         self.sampler = VideoSampler(config, self.net, self.text.encoder, captions, bidirectional=not self.block_frames)
         self.order = DataOrder(len(captions), "clips", config.runtime.seed)
 
+    def data_summary(self) -> str:
+        """Return the number and the length of the clips."""
+        return f"{len(self.clips.captions):,} clips of {self.clips.shape[0]} latent frames in {self.config.data.path}"
+
     def loss(self, iteration: int, micro_batch: int) -> tuple[Tensor, dict[str, float]]:
         """Mean squared error of the flow (Wan2.1, section 4.2)."""
         train = self.config.train
@@ -62,7 +66,7 @@ class FlowMatching(SingleNet):
         noise = draws.normal(x0.shape[1:]).to(self.device)
         dropped = draws.uniform() < train.text_dropout
         x = add_noise(x0, noise, sigma.view(*sigma.shape, 1, 1, 1))
-        with compute_in(self.config, self.device):
+        with mixed_precision(self.config, self.device):
             flow = self._flow(x0, x, sigma, self.text.of(chosen, dropped))
         weight = torch.ones(x0.shape[:2], device=self.device)
         weight[:, 0] = train.first_frame_weight

@@ -11,7 +11,7 @@ from pipeline.build import rollout_sigmas
 from trainer.datasets.captions import CaptionEmbeddings
 from trainer.datasets.ode_pairs import open_ode_pairs
 from trainer.datasets.order import ClipRandom, DataOrder, batch_positions
-from trainer.networks import build_transformer, compute_in, export_transformer
+from trainer.networks import build_transformer, export_transformer, mixed_precision
 from trainer.objectives.base import SingleNet
 from trainer.objectives.losses import masked_mse
 from trainer.sampling import VideoSampler
@@ -49,6 +49,10 @@ class ODERegression(SingleNet):
         self.order = DataOrder(len(self.pairs), "pairs", config.runtime.seed)
         self.sampler = VideoSampler(config, self.net, self.text.encoder, self.pairs.prompts)
 
+    def data_summary(self) -> str:
+        """Return the number of ODE pairs."""
+        return f"{len(self.pairs):,} ODE pairs in {self.config.data.path}"
+
     def loss(self, iteration: int, micro_batch: int) -> tuple[Tensor, dict[str, float]]:
         """Mean squared error of x0 over the frames that are not clean already."""
         train, rollout = self.config.train, self.config.rollout
@@ -63,7 +67,7 @@ class ODERegression(SingleNet):
         x = points.gather(1, levels[:, None, :, None, None, None].expand(-1, 1, -1, *points.shape[3:]))[:, 0]
         sigma = self.sigmas.to(self.device)[levels]
         causal = BlockCausal((rollout.block_frames,) * num_blocks)
-        with compute_in(self.config, self.device):
+        with mixed_precision(self.config, self.device):
             flow = self.net(x.transpose(1, 2), 1000 * sigma, self.text.of(chosen), causal=causal).transpose(1, 2)
         x0 = flow_to_x0(x, flow, sigma[:, :, None, None, None])
         noisy = (levels < len(self.sigmas) - 1).float()

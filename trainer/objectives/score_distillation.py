@@ -23,7 +23,7 @@ from pipeline.teacher import guided_flow
 from trainer.datasets.captions import CaptionEmbeddings
 from trainer.datasets.ode_pairs import ODEPairs, open_ode_pairs
 from trainer.datasets.order import ClipRandom, DataOrder, batch_positions
-from trainer.networks import build_transformer, compute_in, export_transformer, prepare
+from trainer.networks import build_transformer, export_transformer, mixed_precision, prepare_transformer
 from trainer.objectives.losses import dmd_gradient, dmd_loss, flow_matching_loss, forward_kl_loss, motion
 from trainer.sampling import VideoSampler
 from trainer.sharding import sync_gradients
@@ -87,7 +87,7 @@ class ScoreDistillation:
         check_size(config, ModelDirectory.open(config.model.base).transformer_config())
         self.generator = build_transformer(config, device)
         directory = ModelDirectory.open(config.model.base)
-        self.critic = prepare(directory.load_transformer(CausalWanModel, torch.float32), config, device)
+        self.critic = prepare_transformer(directory.load_transformer(CausalWanModel, torch.float32), config, device)
         self.teacher = self._load_teacher()
         longer = distill.max_rollout_frames > num_frames
         self.vae = WanVAE(directory.load_vae(DTYPES[config.train.dtype]).to(device)) if longer else None
@@ -99,7 +99,7 @@ class ScoreDistillation:
         directory = ModelDirectory.open(config.teacher.base or config.model.base)
         dtype = DTYPES[config.train.dtype]
         net = directory.load_transformer(CausalWanModel, dtype, weights=config.teacher.path or None)
-        return prepare(net.requires_grad_(False), config, self.device).eval()
+        return prepare_transformer(net.requires_grad_(False), config, self.device).eval()
 
     # ---- What the loop asks for ----
 
@@ -107,6 +107,16 @@ class ScoreDistillation:
     def nets(self) -> Mapping[str, nn.Module]:
         """The generator, whose EMA is the result, and the critic."""
         return {"generator": self.generator, "critic": self.critic}
+
+    @property
+    def frozen_nets(self) -> Mapping[str, nn.Module]:
+        """The teacher."""
+        return {"teacher": self.teacher}
+
+    def data_summary(self) -> str:
+        """Return the number of prompts and ODE pairs."""
+        pairs = f", {len(self.pairs):,} ODE pairs in {self.config.data.path}" if self.pairs else ""
+        return f"{len(self.text.captions):,} prompts{pairs}"
 
     def learning_rate(self, name: str) -> float:
         """Generator and critic have rates of their own."""
@@ -205,7 +215,7 @@ class ScoreDistillation:
             exit_step=exit_step,
             with_grad=lambda block: graph and block in blocks,
         )
-        with compute_in(config, self.device):
+        with mixed_precision(config, self.device):
             finished = dict(rollout.run(list(schedule.ops_until(exit_step)), schedule.caches_until(exit_step)))
         return Generated(rollout, finished, blocks, exit_step)
 
@@ -231,7 +241,7 @@ class ScoreDistillation:
         """The DMD gradient at a clip, at one noise level per clip."""
         sigma, x, _ = self._noised(clip, ClipRandom(self.config, "score difference", iteration, micro_batch))
         negative = self.negative.expand(len(clip), -1, -1)
-        with compute_in(self.config, self.device):
+        with mixed_precision(self.config, self.device):
             critic = self.critic(x.transpose(1, 2), 1000 * sigma, embeddings).transpose(1, 2)
             teacher = guided_flow(self.teacher, x, sigma, embeddings, negative, self.config.distill.guidance_scale)
         levels = sigma.view(-1, 1, 1, 1, 1)
@@ -250,7 +260,7 @@ class ScoreDistillation:
             return
         for block, gradient in parts.items():
             sync_gradients(self.generator, last and block == generated.trained[-1])
-            with compute_in(self.config, self.device):
+            with mixed_precision(self.config, self.device):
                 generated.rollout.denoiser = self._denoiser(embeddings, graph=True)
                 x0 = generated.rollout.denoise_again(block)
             x0.backward(gradient)
@@ -263,7 +273,7 @@ class ScoreDistillation:
         with torch.no_grad():
             clip, _ = self.training_window(self.roll_out("critic", iteration, micro_batch, embeddings, trained=False))
         sigma, x, noise = self._noised(clip, ClipRandom(self.config, "critic", iteration, micro_batch))
-        with compute_in(self.config, self.device):
+        with mixed_precision(self.config, self.device):
             flow = self.critic(x.transpose(1, 2), 1000 * sigma, embeddings).transpose(1, 2)
         loss = flow_matching_loss(flow, clip, noise)
         sync_gradients(self.critic, last)
@@ -288,7 +298,7 @@ class ScoreDistillation:
         sigma, next_sigma = self.pairs.sigmas[step : step + 2]
         embeddings = self.text.encode([self.pairs.prompts[i] for i in chosen])
         sync_gradients(self.generator, last)
-        with compute_in(config, self.device):
+        with mixed_precision(config, self.device):
             if distill.forward_kl_mode == "rollout":
                 seen, flow = self._roll_out_from(points[:, 0], step, embeddings)
             else:
@@ -312,7 +322,7 @@ class ScoreDistillation:
         come to stand still while this still moves (HiAR, arXiv 2603.08703, section 3.3)."""
         length = self.config.data.num_frames // self.config.rollout.block_frames
         noise = torch.cat([generated.rollout.noise(block, 0) for block in sorted(generated.blocks)[-length:]], dim=1)
-        with compute_in(self.config, self.device):
+        with mixed_precision(self.config, self.device):
             flow = self._flow_of_clip(noise, self.sigmas[0], embeddings, bidirectional=True)
         return motion(flow_to_x0(noise, flow, self.sigmas[0])).item()
 
@@ -370,7 +380,7 @@ class ScoreDistillation:
         return self.text.of(self.orders[turn].at(self._positions(turn, iteration, micro_batch)))
 
     def _denoiser(self, embeddings: Tensor, graph: bool) -> Denoiser:
-        with torch.set_grad_enabled(graph), compute_in(self.config, self.device):
+        with torch.set_grad_enabled(graph), mixed_precision(self.config, self.device):
             return Denoiser(self.generator, self.generator.encode_text(embeddings))
 
     def _noised(self, clip: Tensor, draws: ClipRandom) -> tuple[Tensor, Tensor, Tensor]:
