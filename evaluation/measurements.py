@@ -1,101 +1,142 @@
-"""What is seen in a video, kept on disk: looked at once, judged as often and in as many ways as one likes.
+"""Per-frame measurements of a video, cached on disk.
 
-Looking (decoding, optical flow, explaining every frame) is nearly all of the work. What was seen of a beginning is the
-beginning of what is seen of the whole, so a video that was looked at whole is never opened again for a part of it.
+Decoding and optical flow take nearly all the time of an evaluation. Measurements are therefore kept, and metrics are
+computed from them. Each frame is measured from itself and earlier frames only. So the measurements of a whole video
+also serve evaluations of its beginning.
 """
 
 import hashlib
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Protocol
 from zipfile import BadZipFile
 
 import numpy as np
 
-from evaluation import video_metrics as video_measures
-from shapes import metrics as shapes_measures
-from shapes import world as shapes
-from shapes.metrics import Findings
+from evaluation import video_metrics
+from evaluation.metrics import Metric, MetricCurve
 from utils import video
 from utils.files import atomic_path
 from utils.video import VideoReader, read_video
 
+_DETECTION = "found_"  # prefix of a detection's array in a cache file
+
+
+class World(Protocol):
+    """A synthetic world: the prompt of a video states its ground truth. Implementations must be picklable."""
+
+    @property
+    def metrics(self) -> Sequence[Metric]:
+        """The metrics that compare a video with the ground truth."""
+
+    @property
+    def plotted_curves(self) -> Sequence[str]:
+        """Names of the curves to plot over time."""
+
+    @property
+    def source_files(self) -> Sequence[Path]:
+        """The Python files that determine the result of `detect`."""
+
+    def is_caption(self, prompt: str) -> bool:
+        """Return whether a prompt describes a scene of this world."""
+
+    def detect(self, frames: np.ndarray) -> dict[str, np.ndarray]:
+        """Detect objects in frames, uint8 [T, H, W, 3]; return named arrays with one row per frame.
+
+        Raises:
+            ValueError: if the frames cannot be of this world.
+        """
+
+    def curves(self, detections: Mapping[str, np.ndarray], prompt: str, block_frames: int) -> dict[str, MetricCurve]:
+        """Compare detections with the scene that a prompt describes; `block_frames` are latent frames per block."""
+
 
 @dataclass(frozen=True)
-class Observed:
-    """What was seen in the T frames of a video.
+class FrameMeasurements:
+    """Measurements of the first T pixel frames of a video.
 
     Attributes:
-        pixels: of any video, for `video_measures.measure`: [T, number of things].
-        found: of one of the miniature's world, for `shapes_measures.judge`.
-        whole: whether the video ends with these frames.
+        pixels: input of `video_metrics.pixel_curves`, float [T, K].
+        detections: input of `World.curves`, arrays [T, ...]; None for a video outside of a world.
+        fps: frames per second.
+        complete: the video has no more frames than these.
     """
 
     pixels: np.ndarray
-    found: Findings | None
+    detections: Mapping[str, np.ndarray] | None
     fps: float
-    whole: bool
+    complete: bool
 
-    def beginning(self, num_frames: int | None) -> "Observed":
-        """Its first frames; everything for None."""
+    def beginning(self, num_frames: int | None) -> "FrameMeasurements":
+        """Return the measurements of the first frames; all of them for None."""
         if num_frames is None or num_frames >= len(self.pixels):
             return self
-        found = self.found and self.found.beginning(num_frames)
-        return Observed(self.pixels[:num_frames], found, self.fps, False)
+        detections = self.detections
+        if detections is not None:
+            detections = {name: rows[:num_frames] for name, rows in detections.items()}
+        return FrameMeasurements(self.pixels[:num_frames], detections, self.fps, False)
 
 
-def observe(path: Path, in_shapes_world: bool, max_frames: int | None, kept: Path) -> Observed:
-    """Look at the first `max_frames` frames of a video (None: at all), unless the folder `kept` has what is seen there.
+def cached_measurements(
+    path: Path, world: World | None, max_frames: int | None, cache_folder: Path
+) -> FrameMeasurements:
+    """Return the measurements of a video from the cache, or measure the video and cache the result.
 
-    What is kept belongs to one version of the video and of the code that looks at it.
+    A cache entry is valid for one version of the video file and of the measuring code.
+
+    Args:
+        world: the world to detect objects of; None measures pixels only.
+        max_frames: measure only the first frames; None for all.
 
     Raises:
-        ValueError: if it cannot be read, or is not of the miniature's world though it should be.
+        UserError: if the video cannot be read.
+        ValueError: if its frames cannot be of `world`.
     """
-    file = kept / f"{_name(path, in_shapes_world)}.npz"
-    seen = _load(file)
-    if seen is None or not (seen.whole or (max_frames is not None and len(seen.pixels) >= max_frames)):
-        seen = look(path, in_shapes_world, max_frames)
-        _save(file, seen)
-    return seen.beginning(max_frames)
+    file = cache_folder / f"{_cache_key(path, world)}.npz"
+    found = _load(file)
+    if found is None or not (found.complete or (max_frames is not None and len(found.pixels) >= max_frames)):
+        found = measure_file(path, world, max_frames)
+        _save(file, found)
+    return found.beginning(max_frames)
 
 
-def look(path: Path, in_shapes_world: bool, max_frames: int | None = None) -> Observed:
-    """What is seen in the first frames of a video, kept nowhere. Raises as `observe` does."""
-    if in_shapes_world:
+def measure_file(path: Path, world: World | None, max_frames: int | None = None) -> FrameMeasurements:
+    """Measure the first frames of a video without a cache; arguments and errors as in `cached_measurements`."""
+    if world is not None:
         frames, fps = read_video(path, max_frames)
-        pixels, found = video_measures.observe(frames), shapes_measures.explain(frames)
+        pixels, detections = video_metrics.measure_frames(frames), world.detect(frames)
     else:
         with VideoReader(path, max_frames) as reader:
-            pixels, found, fps = video_measures.observe(reader), None, reader.fps
-    return Observed(pixels, found, fps, max_frames is None or len(pixels) < max_frames)
+            pixels, detections, fps = video_metrics.measure_frames(reader), None, reader.fps
+    return FrameMeasurements(pixels, detections, fps, max_frames is None or len(pixels) < max_frames)
 
 
-def _name(path: Path, in_shapes_world: bool) -> str:
+def _cache_key(path: Path, world: World | None) -> str:
     status = path.stat()
-    words = path.resolve(), status.st_size, status.st_mtime_ns, in_shapes_world, _code()
-    return hashlib.sha256(repr(words).encode()).hexdigest()[:32]
+    sources = (str(video.__file__), str(video_metrics.__file__), *(map(str, world.source_files) if world else ()))
+    parts = path.resolve(), status.st_size, status.st_mtime_ns, world is not None, _code_hash(sources)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
 @cache
-def _code() -> str:
-    """Of the code that looks."""
-    sources = (Path(str(module.__file__)).read_bytes() for module in (shapes, shapes_measures, video, video_measures))
-    return hashlib.sha256(b"".join(sources)).hexdigest()
+def _code_hash(sources: tuple[str, ...]) -> str:
+    return hashlib.sha256(b"".join(Path(source).read_bytes() for source in sources)).hexdigest()
 
 
-def _save(file: Path, seen: Observed) -> None:
-    found = {f"found_{f.name}": getattr(seen.found, f.name) for f in fields(Findings)} if seen.found else {}
+def _save(file: Path, measurements: FrameMeasurements) -> None:
+    detections = {_DETECTION + name: rows for name, rows in (measurements.detections or {}).items()}
     with atomic_path(file) as temporary:
-        np.savez(temporary, pixels=seen.pixels, fps=seen.fps, whole=seen.whole, **found)
+        np.savez(temporary, pixels=measurements.pixels, fps=measurements.fps, whole=measurements.complete, **detections)
 
 
-def _load(file: Path) -> Observed | None:
-    """None if there is nothing, or nothing that can be read."""
+def _load(file: Path) -> FrameMeasurements | None:
+    """Return the content of a cache file; None if it is missing or damaged."""
     try:
         with np.load(file) as stored:
-            columns = [stored[name] for f in fields(Findings) if (name := f"found_{f.name}") in stored]
-            found = Findings(*columns) if columns else None
-            return Observed(stored["pixels"], found, float(stored["fps"]), bool(stored["whole"]))
+            names = [name for name in stored.files if name.startswith(_DETECTION)]
+            detections = {name.removeprefix(_DETECTION): stored[name] for name in names} or None
+            return FrameMeasurements(stored["pixels"], detections, float(stored["fps"]), bool(stored["whole"]))
     except (OSError, EOFError, ValueError, KeyError, BadZipFile):
         return None

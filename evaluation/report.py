@@ -1,4 +1,4 @@
-"""One HTML page that holds everything: tables, curves, frames and videos, readable anywhere and by anyone."""
+"""One self-contained HTML page: tables, curves, frames and videos."""
 
 import base64
 import io
@@ -13,32 +13,37 @@ from PIL import Image
 from utils.contact_sheet import thumbnail
 from utils.files import write_text
 
-_SMALLEST, _LARGEST = 96, 240  # pixels of a shown frame's longer side
+_SMALLEST, _LARGEST = 96, 240  # pixels of the longer side of a thumbnail
 _GAP = 4  # pixels
 
 
 @dataclass(frozen=True)
-class Example:
-    """One row of the page: a prompt, and what every method made of it."""
+class ReportExample:
+    """One prompt with the videos of all methods.
+
+    Attributes:
+        strips: per method, a few frames side by side, uint8 [H, W, 3].
+        video: an mp4 file of all methods side by side.
+    """
 
     prompt: str
-    strips: Sequence[np.ndarray]  # per method, frames side by side: uint8 [H, W, 3]
-    video: bytes  # an mp4 of all methods side by side
+    strips: Sequence[np.ndarray]
+    video: bytes
 
 
 @dataclass(frozen=True)
-class Table:
-    """Rows of cells, the first of which is the head, under a title."""
+class ReportTable:
+    """A titled table; the first row is the header."""
 
     title: str
     rows: Sequence[Sequence[str]]
 
 
-def strip(frames: np.ndarray) -> np.ndarray:
-    """Frames [T, H, W, 3] next to each other [H', W', 3]: tiny ones enlarged without smoothing, large ones reduced."""
-    shown = [np.asarray(thumbnail(frame, _SMALLEST, _LARGEST)) for frame in frames]
-    gap = np.full((shown[0].shape[0], _GAP, 3), 255, np.uint8)
-    return np.concatenate([part for frame in shown for part in (frame, gap)][:-1], axis=1)
+def frame_strip(frames: np.ndarray) -> np.ndarray:
+    """Place frames [T, H, W, 3] side by side as thumbnails; returns uint8 [H', W', 3]."""
+    thumbnails = [np.asarray(thumbnail(frame, _SMALLEST, _LARGEST)) for frame in frames]
+    gap = np.full((thumbnails[0].shape[0], _GAP, 3), 255, np.uint8)
+    return np.concatenate([piece for image in thumbnails for piece in (image, gap)][:-1], axis=1)
 
 
 def write_report(
@@ -46,18 +51,18 @@ def write_report(
     title: str,
     labels: Sequence[str],
     commands: Sequence[tuple[str, str]],
-    tables: Sequence[Table],
+    tables: Sequence[ReportTable],
     meanings: Sequence[tuple[str, str]],
     curves: Path,
-    examples: Sequence[Example],
+    examples: Sequence[ReportExample],
 ) -> None:
-    """Write the page; it needs no other file, and appears complete or not at all.
+    """Write the page atomically. It needs no other file.
 
     Args:
-        labels: of the methods, in the order of every example's strips.
-        commands: what was made, and by which command.
-        meanings: figures, and what they are.
-        curves: a PNG.
+        labels: names of the methods, in the order of every example's strips.
+        commands: (title, command line) pairs.
+        meanings: (metric, explanation) pairs.
+        curves: a PNG file with the metrics over time.
     """
     page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(_PAGE)
     text = page.render(
@@ -66,12 +71,12 @@ def write_report(
         commands=commands,
         tables=tables,
         meanings=meanings,
-        curves=_data("image/png", curves.read_bytes()),
+        curves=_data_url("image/png", curves.read_bytes()),
         examples=[
             {
                 "prompt": example.prompt,
-                "strips": [_data("image/webp", _webp(image)) for image in example.strips],
-                "video": _data("video/mp4", example.video),
+                "strips": [_data_url("image/webp", _encode_webp(image)) for image in example.strips],
+                "video": _data_url("video/mp4", example.video),
             }
             for example in examples
         ],
@@ -79,14 +84,14 @@ def write_report(
     write_text(path, text)
 
 
-def _webp(image: np.ndarray) -> bytes:
+def _encode_webp(image: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="WEBP", quality=90)
     return buffer.getvalue()
 
 
-def _data(kind: str, content: bytes) -> str:
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+def _data_url(media_type: str, content: bytes) -> str:
+    return f"data:{media_type};base64,{base64.b64encode(content).decode()}"
 
 
 _PAGE = """<!doctype html>
@@ -116,9 +121,9 @@ _PAGE = """<!doctype html>
 </head>
 <body>
 <h1>{{ title }}</h1>
-<nav><a href="#figures">Figures</a><a href="#time">Over time</a><a href="#videos">Videos</a>
+<nav><a href="#metrics">Metrics</a><a href="#time">Over time</a><a href="#videos">Videos</a>
 <a href="#commands">Commands</a></nav>
-<h2 id="figures">Figures</h2>
+<h2 id="metrics">Metrics</h2>
 {% for table in tables %}
 <p>{{ table.title }}</p>
 <div class="wide"><table>
@@ -128,11 +133,11 @@ _PAGE = """<!doctype html>
 {% endfor %}
 </table></div>
 {% endfor %}
-<details><summary>What they mean</summary>
+<details><summary>Explanation of the metrics</summary>
 <dl>{% for name, meaning in meanings %}<dt>{{ name }}</dt><dd>{{ meaning }}</dd>{% endfor %}</dl>
 </details>
 <h2 id="time">Over time</h2>
-<img src="{{ curves }}" alt="Every figure over time, a line per method">
+<img src="{{ curves }}" alt="Metrics over time, one line per method">
 <h2 id="videos">Videos</h2>
 {% for example in examples %}
 <div class="example">
@@ -146,11 +151,11 @@ _PAGE = """<!doctype html>
 <video controls loop muted playsinline preload="metadata" src="{{ example.video }}"></video>
 </div>
 {% else %}
-<p>The methods have no video in common.</p>
+<p>No videos to show: the report was made without examples, or the methods have no video in common.</p>
 {% endfor %}
 <h2 id="commands">Commands</h2>
-{% for what, command in commands %}
-<p>{{ what }}</p>
+{% for title, command in commands %}
+<p>{{ title }}</p>
 <pre>{{ command }}</pre>
 {% endfor %}
 </body>

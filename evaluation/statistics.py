@@ -1,4 +1,4 @@
-"""Means with bootstrap confidence intervals, over videos that come in groups (several seeds of one prompt)."""
+"""Means with bootstrap confidence intervals over videos that come in groups (several seeds of one prompt)."""
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -12,75 +12,79 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean with its confidence interval."""
+    """A mean with its confidence interval; all three are NaN if there are no values."""
 
-    mean: float  # NaN where nothing counted
+    mean: float
     low: float
     high: float
-    num_videos: int  # that anything counted in
+    num_videos: int  # videos with at least one value
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether the interval lies on one side of zero: for a difference, that it is significant."""
+        """Whether the interval lies on one side of zero. A difference is then significant."""
         return bool(self.low > 0 or self.high < 0)
 
 
 @dataclass(frozen=True)
-class Part:
-    """What one video contributes to a mean: the sum of its values and how many there are."""
+class GroupedSum:
+    """One video's contribution to a mean: the sum and the number of its values.
 
-    group: Hashable  # the prompt: videos of a group are drawn together
+    Attributes:
+        group: the prompt. Videos of one group are resampled together.
+    """
+
+    group: Hashable
     total: float
     count: float
 
 
-def estimate(parts: Sequence[Part]) -> Estimate:
-    """Sum of totals over sum of counts, with a percentile interval from resampling groups with replacement.
+def estimate(sums: Sequence[GroupedSum]) -> Estimate:
+    """Return the ratio of totals to counts with a percentile bootstrap interval.
 
-    Groups and not videos are resampled, because seeds of one prompt succeed and fail together (Davison and Hinkley
-    1997, section 3.8). The resampling is seeded: the same parts give the same interval.
+    Groups are resampled instead of videos, because seeds of one prompt succeed and fail together (Davison and Hinkley
+    1997, section 3.8). The resampling has a fixed seed: equal sums give equal intervals.
     """
-    totals, counts = _by_group([parts])
-    means = _resampled(totals[0], counts[0], _weights(totals.shape[1]))
-    num_videos = sum(part.count > 0 for part in parts)
+    totals, counts = _sum_by_group([sums])
+    means = _resampled_means(totals[0], counts[0], _group_counts(totals.shape[1]))
+    num_videos = sum(video.count > 0 for video in sums)
     return Estimate(_ratio(totals[0].sum(), counts[0].sum()), *_interval(means), num_videos)
 
 
-def difference(parts: Sequence[Part], others: Sequence[Part]) -> Estimate:
-    """Mean of `parts` minus mean of `others`, pair by pair: part i of both is of the same prompt and seed.
+def estimate_difference(sums: Sequence[GroupedSum], others: Sequence[GroupedSum]) -> Estimate:
+    """Return the mean of `sums` minus the mean of `others`; entry i of both has the same prompt and seed.
 
     Raises:
-        ValueError: if the groups of the two do not correspond.
+        ValueError: if the groups of the two differ.
     """
-    if [part.group for part in parts] != [part.group for part in others]:
-        raise ValueError("paired parts must be of the same groups in the same order")
-    totals, counts = _by_group([parts, others])
-    weights = _weights(totals.shape[1])
-    means = [_resampled(total, count, weights) for total, count in zip(totals, counts, strict=True)]
+    if [video.group for video in sums] != [video.group for video in others]:
+        raise ValueError("paired sums must have the same groups in the same order")
+    totals, counts = _sum_by_group([sums, others])
+    weights = _group_counts(totals.shape[1])
+    means = [_resampled_means(total, count, weights) for total, count in zip(totals, counts, strict=True)]
     mean = _ratio(totals[0].sum(), counts[0].sum()) - _ratio(totals[1].sum(), counts[1].sum())
-    num_videos = sum(a.count > 0 and b.count > 0 for a, b in zip(parts, others, strict=True))
+    num_videos = sum(a.count > 0 and b.count > 0 for a, b in zip(sums, others, strict=True))
     return Estimate(mean, *_interval(means[0] - means[1]), num_videos)
 
 
-def _by_group(samples: Sequence[Sequence[Part]]) -> tuple[np.ndarray, np.ndarray]:
-    """Totals and counts [samples, groups]."""
-    number = {group: i for i, group in enumerate(dict.fromkeys(part.group for part in samples[0]))}
+def _sum_by_group(samples: Sequence[Sequence[GroupedSum]]) -> tuple[np.ndarray, np.ndarray]:
+    """Return totals and counts, [samples, groups] each."""
+    number = {group: i for i, group in enumerate(dict.fromkeys(video.group for video in samples[0]))}
     totals, counts = np.zeros((2, len(samples), len(number)))
-    for row, parts in enumerate(samples):
-        for part in parts:
-            totals[row, number[part.group]] += part.total
-            counts[row, number[part.group]] += part.count
+    for row, sums in enumerate(samples):
+        for video in sums:
+            totals[row, number[video.group]] += video.total
+            counts[row, number[video.group]] += video.count
     return totals, counts
 
 
 @cache
-def _weights(num_groups: int) -> np.ndarray:
-    """How often each group is drawn in each resampling: [resamplings, groups]."""
+def _group_counts(num_groups: int) -> np.ndarray:
+    """Return how often each resample contains each group, [resamples, groups]."""
     rng = np.random.default_rng(0)
     return rng.multinomial(num_groups, np.full(num_groups, 1 / num_groups), size=NUM_RESAMPLES)
 
 
-def _resampled(totals: np.ndarray, counts: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def _resampled_means(totals: np.ndarray, counts: np.ndarray, weights: np.ndarray) -> np.ndarray:
     sums = weights @ counts
     return np.divide(weights @ totals, sums, out=np.full(len(weights), np.nan), where=sums > 0)
 

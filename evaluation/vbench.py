@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evaluation.methods import find_videos
+from evaluation.videos import find_videos
 from utils.errors import UserError
 from utils.files import write_json
 
@@ -309,7 +309,7 @@ def find_method(label: str, source: str, folder: Path, suite: Sequence[dict] | N
     """
     prompts = None if suite is None else {entry["prompt_en"] for entry in suite}
     count: dict[str, int] = defaultdict(int)
-    found = [(record.get("name") or key.prompt, key, path) for path, key, record in find_videos(source)]
+    found = [(v.metadata.get("name") or v.key.prompt, v.key, v.path) for v in find_videos(source)]
     videos = []
     for number, (prompt, key, path) in enumerate(sorted(found, key=lambda v: (v[0], v[1].seed, v[1].sample))):
         stem = f"{number:05d}"

@@ -20,9 +20,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tqdm import tqdm
 
-from evaluation.methods import Key, find_videos, require_distinct
-from evaluation.plots import split_label
 from evaluation.side_by_side import write_side_by_side
+from evaluation.videos import VideoKey as Key
+from evaluation.videos import find_videos, parse_labelled_path
+from evaluation.videos import require_distinct_labels as require_distinct
 from utils.errors import UserError, command
 from utils.files import writable_folder, write_json
 
@@ -55,7 +56,7 @@ def main() -> None:
     args = parser.parse_args()
     if min(args.columns, args.scale, args.fps, args.limit) < 0:
         raise UserError("--columns, --scale, --fps and --limit must not be negative")
-    methods = [split_label(word) for word in args.methods]
+    methods = [parse_labelled_path(word) for word in args.methods]
     if len(methods) < 2:
         raise UserError(f"there is nothing to compare {methods[0][1]} with; give at least two folders or two files")
     are_files = [is_file(path) for _, path in methods]
@@ -105,7 +106,7 @@ def prompt_of(video: Path) -> str:
 def of_folders(methods: Sequence[tuple[str, str]], output: str) -> list[Comparison]:
     """A comparison for every prompt, seed and sample that all folders have, in their order."""
     require_distinct(methods)
-    found = {label: {key: (path, record) for path, key, record in find_videos(path)} for label, path in methods}
+    found = {label: {v.key: (v.path, v.metadata) for v in find_videos(path)} for label, path in methods}
     first, *others = found.values()
     common = [key for key in first if all(key in other for other in others)]
     if not common:

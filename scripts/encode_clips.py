@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from model.vae import channels_last_, encode_clip, normalise
 from model.weights import VAE_FILES, ModelDirectory
-from shapes import world as shapes
+from shapes import world
 from trainer.datasets.clips import holds_clips, shard_files, write_shard
 from utils.device import pick_device
 from utils.distributed import rank, world_size
@@ -56,14 +56,14 @@ def main() -> None:
     channels_last_(vae)
     for start in tqdm(list(names)[rank() :: world_size()], unit="shard", disable=rank() > 0):
         file = folder / names[start]
-        clips = [shapes.sample_clip(args.seed, i) for i in range(start, min(start + SHARD, args.num_clips))]
+        clips = [world.sample_clip(args.seed, i) for i in range(start, min(start + SHARD, args.num_clips))]
         captions = [clip.scene.caption for clip in clips]
         if holds_clips(file, args.num_frames, captions, encoded_by):
             continue
         latents = []
         for i in range(0, len(clips), BATCH):
-            rendered = [shapes.render(clip, 4 * (args.num_frames - 1) + 1) for clip in clips[i : i + BATCH]]
-            pixels = torch.stack([shapes.to_pixels(frames) for frames in rendered])
+            rendered = [world.render(clip, 4 * (args.num_frames - 1) + 1) for clip in clips[i : i + BATCH]]
+            pixels = torch.stack([world.to_pixels(frames) for frames in rendered])
             pixels = pixels.to(device, memory_format=torch.channels_last_3d)
             with torch.no_grad():
                 latents.append(normalise(vae, encode_clip(vae, pixels)[0]).transpose(1, 2).cpu())

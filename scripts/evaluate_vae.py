@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from evaluation.figures import Curve
+from evaluation.metrics import MetricCurve
 from model.vae import WanVAE
 from model.weights import ModelDirectory
-from shapes import world as shapes
-from shapes.metrics import explain, judge
+from shapes import world
+from shapes.metrics import detect_shapes, ground_truth_curves
 from utils.errors import UserError, command
 from utils.video import to_uint8
 
@@ -41,15 +41,15 @@ def main() -> None:
     squared = np.zeros((args.num_clips, args.num_frames))
     errors: dict[str, list[list[float]]] = {"pixel_error": [], "color_error": [], "background_error": []}
     for index in tqdm(range(args.num_clips), unit="clip"):
-        clip = shapes.sample_clip(args.seed, index, held_out=True)
-        pixels = shapes.to_pixels(shapes.render(clip, args.num_frames)).transpose(0, 1)[None]
+        clip = world.sample_clip(args.seed, index, held_out=True)
+        pixels = world.to_pixels(world.render(clip, args.num_frames)).transpose(0, 1)[None]
         decoded = vae.decode(vae.encode(pixels))
         squared[index] = (decoded - pixels).square().mean(dim=(0, 2, 3, 4)).numpy()
-        curves = judge(explain(to_uint8(decoded[0])), clip.scene)
+        curves = ground_truth_curves(detect_shapes(to_uint8(decoded[0])), clip.scene)
         pixel_error = 127.5 * (decoded - pixels).abs().mean(dim=(0, 2, 3, 4)).numpy()
-        curves["pixel_error"] = Curve(pixel_error, np.ones(args.num_frames, dtype=bool))
+        curves["pixel_error"] = MetricCurve(pixel_error, np.ones(args.num_frames, dtype=bool))
         for name, rows in errors.items():
-            sums = [curves[name].over(q / QUARTERS, (q + 1) / QUARTERS) for q in range(QUARTERS)]
+            sums = [curves[name].sum_between(q / QUARTERS, (q + 1) / QUARTERS) for q in range(QUARTERS)]
             rows.append([total / max(count, 1) for total, count in sums])
     mean = np.mean([psnr(clip) for clip in squared])
     print(

@@ -21,9 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tqdm import tqdm
 
-from evaluation.methods import require_distinct
-from evaluation.plots import split_label
 from evaluation.vbench import CUSTOM, DIMENSIONS, USUAL, Installation, Method, Protocol, find_method
+from evaluation.videos import parse_labelled_path, require_distinct_labels
 from utils.errors import UserError, command
 from utils.files import only_user, writable_folder, write_json, write_text
 from utils.tables import markdown_table
@@ -57,10 +56,10 @@ def main() -> None:
     if args.write_prompts:
         write_prompts(args.write_prompts, Installation.find(args.python))
         return
-    labelled = [split_label(word) for word in args.folders]
+    labelled = [parse_labelled_path(word) for word in args.folders]
     if not labelled:
         raise UserError("give at least one folder of videos: [name=]folder")
-    require_distinct(labelled)
+    require_distinct_labels(labelled)
     for label, _ in labelled:
         if Path(label).name != label:
             raise UserError(f"the name {label!r} cannot be a folder's; choose another: name=folder")

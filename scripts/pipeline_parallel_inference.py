@@ -197,7 +197,7 @@ def run_together(request: Request, missing: list[str]) -> None:
 
 def report(request: Request, recorder: "Recorder", store: "Store") -> None:
     """Write this rank's profile; rank 0 sums all of them up and draws them."""
-    from evaluation.plots import save_timeline
+    from evaluation.plots import save_timeline_plot
     from pipeline.parallel.profile import Span, summary, write_profile
 
     prefix, spans = Path(request.args.profile_output), recorder.spans()
@@ -213,7 +213,7 @@ def report(request: Request, recorder: "Recorder", store: "Store") -> None:
         profiles.append((other, duties, [Span(*values) for values in json.loads(store.get(f"profile/{other}"))]))
     print(summary(profiles))
     rows = [(f"rank {r}: {duties}", [(s.name, s.start, s.end) for s in own]) for r, duties, own in profiles]
-    save_timeline(Path(f"{prefix}.png"), rows)
+    save_timeline_plot(Path(f"{prefix}.png"), rows)
     print(f"wrote {prefix}.png and {prefix}_rank*.json")
 
 

@@ -12,7 +12,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from evaluation.plots import save_lines, split_label
+from evaluation.plots import save_line_plot
+from evaluation.videos import parse_labelled_path
 from utils.errors import UserError, command
 from utils.files import writable_folder
 
@@ -37,13 +38,13 @@ def main() -> None:
     missing = [name for name in names if not any(name in curves for _, curves in runs)]
     if missing:
         raise UserError(f"no run has logged {', '.join(missing)}")
-    save_lines(args.output, names, [(label, curves, "-") for label, curves in runs], "iteration")
+    save_line_plot(args.output, names, [(label, curves, "-") for label, curves in runs], "iteration")
     print(f"wrote {args.output}")
 
 
 def read_run(word: str, smooth: int) -> tuple[str, dict[str, tuple[np.ndarray, np.ndarray]]]:
     """Label and curves (iterations, values) of a run."""
-    label, folder = split_label(word)
+    label, folder = parse_labelled_path(word)
     file = Path(folder) / "metrics.jsonl"
     try:
         lines = [json.loads(line) for line in file.read_text().splitlines()]

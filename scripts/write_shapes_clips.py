@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tqdm import tqdm
 
-from shapes import world as shapes
+from shapes import world
 from utils.errors import UserError, command
 from utils.files import writable_folder, write_text
 from utils.video import VideoWriter
@@ -33,13 +33,13 @@ def main() -> None:
     if args.num_clips < 1 or args.num_frames < 1:
         raise UserError("--num_clips and --num_frames must be positive")
     folder = writable_folder(args.output)
-    clips = [shapes.sample_clip(args.seed, index, args.held_out) for index in range(args.num_clips)]
+    clips = [world.sample_clip(args.seed, index, args.held_out) for index in range(args.num_clips)]
     write_text(folder / "captions.txt", "".join(clip.scene.caption + "\n" for clip in clips))
     if args.captions_only:
         return
     for index, clip in enumerate(tqdm(clips, unit="clip")):
-        with VideoWriter(folder / f"{index:05d}.mp4", fps=shapes.FPS) as video:
-            video.write(shapes.render(clip, args.num_frames))
+        with VideoWriter(folder / f"{index:05d}.mp4", fps=world.FPS) as video:
+            video.write(world.render(clip, args.num_frames))
 
 
 if __name__ == "__main__":

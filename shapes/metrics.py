@@ -1,76 +1,82 @@
-"""Measuring videos of the miniature world against the truth that their prompts state.
+"""Ground-truth metrics of the miniature world: compare a video with the scene that its caption states.
 
-Every frame is explained from its pixels alone: a background (a colour for every row), a coverage map of what stands out
-from it, the shape template and the position on the torus that explain the coverage best. The prompt enters only when
-those findings are judged, so that a wrong colour does not cost the shape its shape.
+Objects are detected from a frame's pixels alone: the background (a colour for every row), a coverage map of the
+foreground, and the shape template and torus position that match this map best. The caption enters only when
+detections are compared with the scene. A wrong colour therefore does not affect the shape metric.
 """
 
 import itertools
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 
-from evaluation.figures import Curve, Figure, change, distance
+from evaluation.metrics import Metric, MetricCurve, quarter_change, quarter_distance
 from evaluation.video_metrics import borders
-from shapes import world as shapes
+from shapes import world
 from shapes.world import SIZE, Scene
 
-PRESENT = 0.8  # overlap with the best template from which on a shape counts as there; a blob of half the area has .67
-CONTRAST = 40.0  # least distance in RGB of what stands out from its background
-LAG = 4  # frames over which velocities are taken: one latent frame
-STILL = 0.25  # pixels per frame; slower is standing still
-_CHUNK = 256  # frames explained at once
+PRESENT = 0.8  # least overlap with the best template that counts as a shape; a blob of half the area has 0.67
+CONTRAST = 40.0  # least RGB distance between the shape and its background
+LAG = 4  # frames between the two positions of a velocity: one latent frame
+STILL = 0.25  # pixels per frame; a slower shape counts as standing still
+_CHUNK = 256  # frames processed at once
+
+
+# ---- Detection ----
 
 
 @dataclass(frozen=True)
-class Findings:
-    """What is seen in each of T frames, without knowing the prompt."""
+class ShapeDetections:
+    """Objects detected in T frames, without reference to a caption.
 
-    present: np.ndarray  # [T] bool: something of the size of a shape stands out
-    overlap: np.ndarray  # [T] soft Dice overlap with the best template, 0..1
-    shape: np.ndarray  # [T] index into SHAPES
-    color: np.ndarray  # [T, 3] RGB of what stands out
-    position: np.ndarray  # [T, 2] its centre (x, y) in pixels on the torus
-    background: np.ndarray  # [T, 2, 3] mean RGB of its upper and lower half
-    background_errors: np.ndarray  # [T, background, plain or graded] mean distance from each there is
+    Attributes:
+        present: [T] bool, an object of the size of a shape stands out.
+        overlap: [T] soft Dice overlap with the best template, 0 to 1.
+        shape: [T] index into `world.SHAPES`.
+        color: [T, 3] RGB of the foreground.
+        position: [T, 2] centre (x, y) in pixels on the torus.
+        background: [T, 2, 3] mean RGB of the upper and lower half of the background.
+        background_errors: [T, backgrounds, 2] mean RGB distance from each plain and each graded background.
+    """
 
-    def beginning(self, num_frames: int) -> "Findings":
-        """Those of the first frames."""
-        return Findings(*(getattr(self, column.name)[:num_frames] for column in fields(self)))
+    present: np.ndarray
+    overlap: np.ndarray
+    shape: np.ndarray
+    color: np.ndarray
+    position: np.ndarray
+    background: np.ndarray
+    background_errors: np.ndarray
 
 
-def explain(frames: np.ndarray) -> Findings:
-    """Find background, shape, colour and position in every frame of uint8 [T, SIZE, SIZE, 3].
+def detect_shapes(frames: np.ndarray) -> ShapeDetections:
+    """Detect background, shape, colour and position in every frame of uint8 [T, SIZE, SIZE, 3].
 
     Raises:
         ValueError: for frames of another size.
     """
     if frames.ndim != 4 or frames.shape[1:] != (SIZE, SIZE, 3) or not len(frames):
         raise ValueError(f"frames of the shapes world are [T, {SIZE}, {SIZE}, 3], not {list(frames.shape)}")
-    parts = [_explain(frames[i : i + _CHUNK].astype(np.float32)) for i in range(0, len(frames), _CHUNK)]
-    return Findings(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+    chunks = [_detect(frames[i : i + _CHUNK].astype(np.float32)) for i in range(0, len(frames), _CHUNK)]
+    return ShapeDetections(*(np.concatenate(column) for column in zip(*chunks, strict=True)))
 
 
-def _explain(frames: np.ndarray) -> tuple[np.ndarray, ...]:
-    background = _straight(np.median(frames, axis=2))  # [T, H, 3]
-    for tolerance in (0.35, 0.15):  # then whatever it is between the edges: means of the pixels that are near it
-        distance = np.linalg.norm(frames - background[:, :, None], axis=-1)  # [T, H, W]
-        behind = distance <= tolerance * np.quantile(distance, 0.97, axis=(1, 2), keepdims=True)
-        count = behind.sum(2)[..., None]
-        mean = (frames * behind[..., None]).sum(2) / np.maximum(count, 1)
-        background = np.where(count >= SIZE // 8, mean, background)
+def _detect(frames: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Return the fields of `ShapeDetections` for float32 frames [T, H, W, 3]."""
+    background = _background_rows(frames)
     difference = frames - background[:, :, None]
-    flat = np.linalg.norm(difference, axis=-1).reshape(len(frames), -1)
-    # The smallest shape covers a tenth of the frame, so that its inside holds the top percents.
-    strongest = np.quantile(flat, 0.97, axis=1)
-    inside = flat >= 0.8 * strongest[:, None]
+    distance = np.linalg.norm(difference, axis=-1).reshape(len(frames), -1)
+    # The smallest shape covers a tenth of the frame, so the top 3% of the pixels lie inside it.
+    strongest = np.quantile(distance, 0.97, axis=1)
+    inside = distance >= 0.8 * strongest[:, None]
     pixels = frames.reshape(len(frames), -1, 3)
     color = np.stack([np.median(p[m], axis=0) for p, m in zip(pixels, inside, strict=True)])
     contrast = color[:, None, None] - background[:, :, None]  # [T, H, 1, 3]
     coverage = (difference * contrast).sum(-1) / np.maximum((contrast**2).sum(-1), 1.0)
     coverage = np.clip(coverage, 0, 1)
-    coverage[coverage < 0.1] = 0  # compression noise all over the frame would outweigh the shape
+    coverage[coverage < 0.1] = 0  # otherwise compression noise over the whole frame outweighs the shape
 
     spectra, energies = _templates()
     correlation = np.fft.irfft2(np.fft.rfft2(coverage)[:, None] * spectra.conj(), s=(SIZE, SIZE))  # [T, shape, H, W]
@@ -81,13 +87,28 @@ def _explain(frames: np.ndarray) -> tuple[np.ndarray, ...]:
     position = _centroid(coverage, peak % SIZE, peak // SIZE)
     best = overlap.max(1)
     halves = background.reshape(len(frames), 2, SIZE // 2, 3).mean(2)
-    errors = np.abs(background[:, None, None] - _backgrounds()).mean((3, 4))
+    errors = np.abs(background[:, None, None] - _known_backgrounds()).mean((3, 4))
     return (best >= PRESENT) & (strongest >= CONTRAST), best, shape, color, position, halves, errors
 
 
-def _straight(rows: np.ndarray) -> np.ndarray:
-    """Row colours [T, H, 3] as a straight line through most of them (Theil-Sen): a triangle's base is wider than half
-    a row and has the median of a few rows for itself."""
+def _background_rows(frames: np.ndarray) -> np.ndarray:
+    """Estimate the background's colour in each row of frames [T, H, W, 3]; returns [T, H, 3]."""
+    background = _fit_line(np.median(frames, axis=2))
+    # Replace the line by the mean of the nearby pixels of each row, twice with a smaller tolerance.
+    for tolerance in (0.35, 0.15):
+        distance = np.linalg.norm(frames - background[:, :, None], axis=-1)  # [T, H, W]
+        behind = distance <= tolerance * np.quantile(distance, 0.97, axis=(1, 2), keepdims=True)
+        count = behind.sum(2)[..., None]
+        mean = (frames * behind[..., None]).sum(2) / np.maximum(count, 1)
+        background = np.where(count >= SIZE // 8, mean, background)
+    return background
+
+
+def _fit_line(rows: np.ndarray) -> np.ndarray:
+    """Fit a straight line to row colours [T, H, 3] with a robust slope (Theil-Sen).
+
+    A triangle's base is wider than half a row, so the medians of a few rows have the colour of the shape.
+    """
     lag = SIZE // 4
     slope = np.median((rows[:, lag:] - rows[:, :-lag]) / lag, axis=1, keepdims=True)
     ramp = np.arange(SIZE, dtype=np.float32)[None, :, None]
@@ -96,134 +117,168 @@ def _straight(rows: np.ndarray) -> np.ndarray:
 
 @cache
 def _templates() -> tuple[np.ndarray, np.ndarray]:
-    """Spectrum [shape, H, W // 2 + 1] and energy [shape] of every shape's coverage, centred on pixel (0, 0)."""
-    maps = np.stack([shapes.coverage(name, np.zeros(1), np.zeros(1))[0] for name in shapes.SHAPES])
+    """Return spectrum [shape, H, W // 2 + 1] and energy [shape] of every shape's coverage, centred on pixel (0, 0)."""
+    maps = np.stack([world.coverage(name, np.zeros(1), np.zeros(1))[0] for name in world.SHAPES])
     return np.fft.rfft2(maps), (maps**2).sum((1, 2))
 
 
 def _centroid(coverage: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Centre of mass [T, 2] of the coverage within a shape's reach of pixel (x, y), on the torus."""
+    """Return the centre of mass [T, 2] of the coverage around pixel (x, y), on the torus."""
     grid = np.arange(SIZE)
-    dx, dy = wrapped(grid[None] - x[:, None]), wrapped(grid[None] - y[:, None])
-    reach = np.hypot(dx[:, None, :], dy[:, :, None]) < shapes.RADIUS * 1.4
-    weight = coverage * reach
+    dx, dy = torus_difference(grid[None] - x[:, None]), torus_difference(grid[None] - y[:, None])
+    near = np.hypot(dx[:, None, :], dy[:, :, None]) < world.RADIUS * 1.4
+    weight = coverage * near
     total = np.maximum(weight.sum((1, 2)), 1e-6)
     mean_x = (weight * dx[:, None, :]).sum((1, 2)) / total
     mean_y = (weight * dy[:, :, None]).sum((1, 2)) / total
     return np.stack([(x + mean_x) % SIZE, (y + mean_y) % SIZE], axis=1)
 
 
-def wrapped(step: np.ndarray) -> np.ndarray:
-    """The shortest way between two points on the torus: each coordinate into [-SIZE / 2, SIZE / 2)."""
+def torus_difference(step: np.ndarray) -> np.ndarray:
+    """Wrap coordinate differences into [-SIZE / 2, SIZE / 2): the shortest path on the torus."""
     return (step + SIZE / 2) % SIZE - SIZE / 2
 
 
-# ---- Judging ----
+@cache
+def _known_backgrounds() -> np.ndarray:
+    """Return the row colours of every plain and graded background: [backgrounds, 2, SIZE, 3]."""
+    scenes = [
+        Scene("red", "circle", name, graded, "up", "fast") for name in world.BACKGROUNDS for graded in (False, True)
+    ]
+    rows = np.stack([world.background(scene)[:, 0] for scene in scenes])
+    return rows.reshape(len(world.BACKGROUNDS), 2, SIZE, 3)
 
-COLOR_CURVES = tuple(f"color_of_{channel}" for channel in range(3))
-BACKGROUND_CURVES = tuple(f"background_of_{half}{channel}" for half in range(2) for channel in range(3))
-FIGURES = (
-    Figure("presence", "frames in which a shape is there"),
-    Figure("shape", "of those, with the right shape"),
-    Figure("color", "of those, in the right colour"),
-    Figure("direction", "of those, moving in the right direction"),
-    Figure("speed", "of those, at the right one of the speeds"),
-    Figure("speed_ratio", "speed along the right direction over the prompt's", "x", 1.0, 2),
-    Figure("background", "frames with the right background"),
-    Figure("grading", "frames whose background is graded or plain, as it should be"),
-    Figure("overlap", "overlap with the best fitting shape"),
-    Figure("color_error", "shape's colour against the prompt's", "of 255", 1.0, 1),
-    Figure("background_error", "background against the prompt's", "of 255", 1.0, 1),
-    Figure("moving", f"frames in which the shape moves faster than {STILL} pixels"),
-    Figure("color_drift", "shape's colour, last quarter against first", "of 255", 1.0, 1, COLOR_CURVES, distance),
-    Figure("background_drift", "background, last quarter against first", "of 255", 1.0, 1, BACKGROUND_CURVES, distance),
-    Figure("presence_drift", "presence, last quarter minus first", of=("presence",), take=change),
-    Figure("speed_drift", "speed_ratio, last quarter minus first", "x", 1.0, 2, ("speed_ratio",), change),
-    Figure("seam", "step that departs from the usual, at block borders", "pixels", 1.0, 2),
-    Figure("inside", "the same between latent frames inside blocks", "pixels", 1.0, 2),
+
+# ---- Comparison with the ground truth ----
+
+_COLOR_CURVES = tuple(f"color_of_{channel}" for channel in range(3))
+_BACKGROUND_CURVES = tuple(f"background_of_{half}{channel}" for half in range(2) for channel in range(3))
+SHAPE_METRICS = (
+    Metric("presence", "frames with a shape"),
+    Metric("shape", "of those, with the right shape"),
+    Metric("color", "of those, with the right colour"),
+    Metric("direction", "of those, with the right direction of motion"),
+    Metric("speed", "of those, with the right one of the speeds"),
+    Metric("speed_ratio", "speed along the right direction over the caption's speed", "x", 1.0, 2),
+    Metric("background", "frames with the right background"),
+    Metric("grading", "frames with a graded or plain background, as in the caption"),
+    Metric("overlap", "overlap with the best template"),
+    Metric("color_error", "error of the shape's colour", "of 255", 1.0, 1),
+    Metric("background_error", "error of the background's colour", "of 255", 1.0, 1),
+    Metric("moving", f"frames in which the shape moves faster than {STILL} pixels"),
+    Metric(
+        *("color_drift", "change of the shape's colour from first to last quarter", "of 255", 1.0, 1),
+        *(_COLOR_CURVES, quarter_distance),
+    ),
+    Metric(
+        *("background_drift", "change of the background from first to last quarter", "of 255", 1.0, 1),
+        *(_BACKGROUND_CURVES, quarter_distance),
+    ),
+    Metric("presence_drift", "presence, last quarter minus first", inputs=("presence",), reduce=quarter_change),
+    Metric("speed_drift", "speed_ratio, last quarter minus first", "x", 1.0, 2, ("speed_ratio",), quarter_change),
+    Metric("seam", "deviation from the usual step at block borders", "pixels", 1.0, 2),
+    Metric("inside", "the same between latent frames inside blocks", "pixels", 1.0, 2),
 )
-# A frozen video does not drift: what drifts is never shown without what moves.
-assert [f.name for f in FIGURES].index("moving") + 1 == [f.name for f in FIGURES].index("color_drift")
-CURVES = (
-    *("presence", "shape", "color", "background", "grading", "direction", "speed_ratio", "moving"),
-    *("overlap", "color_error", "background_error"),
-)
+# A frozen video does not drift: tables show the amount of motion directly before the drift.
+assert [m.name for m in SHAPE_METRICS].index("moving") + 1 == [m.name for m in SHAPE_METRICS].index("color_drift")
 
 
-def judge(found: Findings, scene: Scene, block_frames: int = 3) -> dict[str, Curve]:
-    """Every figure of a video over time, against the scene that its prompt states.
+def ground_truth_curves(detections: ShapeDetections, scene: Scene, block_frames: int = 3) -> dict[str, MetricCurve]:
+    """Compare a video with its scene; return one curve per name.
 
-    Presence and background count in every frame; colour and shape where a shape is present; direction and speed where
-    it is present and present again one latent frame later.
+    Presence and background are valid in every frame. Colour and shape are valid where a shape is present. Direction and
+    speed are valid where it is present now and one latent frame later.
 
     Args:
-        found: what `explain` saw in it.
-        scene: what the prompt says.
-        block_frames: latent frames per block; `seam` and `inside` compare positions across the borders between
-            blocks and across those between latent frames inside of them.
+        block_frames: latent frames per block, for `seam` (at block borders) and `inside` (at other latent frames).
     """
-    num_frames = len(found.present)
-    always = np.ones(num_frames, dtype=bool)
-    labels = scene.labels
-    palette = np.array(list(shapes.COLORS.values()), dtype=np.float32)
-    nearest_color = np.linalg.norm(found.color[:, None] - palette, axis=-1).argmin(1)
-    errors = found.background_errors
-    nearest_background = errors.min(2).argmin(1)
-    grading = errors[np.arange(num_frames), nearest_background].argmin(1)
-
-    curves = {
-        "presence": Curve(found.present.astype(float), always),
-        "color": Curve((nearest_color == labels["color"]).astype(float), found.present),
-        "shape": Curve((found.shape == labels["shape"]).astype(float), found.present),
-        "background": Curve((nearest_background == labels["background"]).astype(float), always),
-        "grading": Curve((grading == labels["graded"]).astype(float), always),
-        "color_error": Curve(np.abs(found.color - palette[labels["color"]]).mean(1), found.present),
-        "background_error": Curve(errors[:, labels["background"], labels["graded"]], always),
-        "overlap": Curve(found.overlap, found.present),
-    }
-
-    # Motion over one latent frame, where the shape is seen at both ends.
-    velocity, known = np.zeros((num_frames, 2)), np.zeros(num_frames, dtype=bool)
-    if num_frames > LAG:
-        velocity[:-LAG] = wrapped(found.position[LAG:] - found.position[:-LAG]) / LAG
-        known[:-LAG] = found.present[LAG:] & found.present[:-LAG]
-    speed = np.hypot(*velocity.T)
-    true_speed = shapes.SPEEDS[scene.speed]
-    along = velocity @ np.array(shapes.DIRECTIONS[scene.direction])
-    right_way = (speed >= STILL) & (along >= np.cos(np.pi / 8) * speed)  # within half the angle between two directions
-    names, speeds = list(shapes.SPEEDS), list(shapes.SPEEDS.values())
-    # Between two speeds, their geometric mean; beyond the fastest, twice it: faster is a jump and no motion.
-    limits = [STILL, *(np.sqrt(a * b) for a, b in itertools.pairwise(speeds)), 2 * speeds[-1]]
-    curves["direction"] = Curve(right_way.astype(float), known)
-    curves["speed"] = Curve((np.digitize(speed, limits) - 1 == names.index(scene.speed)).astype(float), known)
-    # Along the way: what a shape trembles across it makes it no faster.
-    curves["speed_ratio"] = Curve(along / true_speed, known & right_way)
-    curves["moving"] = Curve((speed >= STILL).astype(float), known)
-
-    jump, seen = np.zeros(num_frames), np.zeros(num_frames, dtype=bool)
-    if num_frames > 2:
-        step = wrapped(np.diff(found.position, axis=0))
-        both = found.present[1:] & found.present[:-1]
-        usual = np.median(step[both], axis=0) if both.any() else np.zeros(2)
-        jump[1:] = np.hypot(*(step - usual).T)
-        seen[1:] = both
-    latent_border, block_border = borders(num_frames, block_frames)
-    curves["seam"] = Curve(jump, block_border & seen)
-    curves["inside"] = Curve(jump, latent_border & ~block_border & seen)
-
-    # The looks themselves, whatever the prompt said: channel by channel, and the background's halves apart.
+    curves = _appearance_curves(detections, scene) | _motion_curves(detections, scene)
+    curves |= _seam_curves(detections, block_frames)
+    # Detected colours by channel, whatever the caption states: input of the drift metrics.
+    all_frames = np.ones(len(detections.present), dtype=bool)
     for channel in range(3):
-        curves[f"color_of_{channel}"] = Curve(found.color[:, channel], found.present)
+        curves[f"color_of_{channel}"] = MetricCurve(detections.color[:, channel], detections.present)
         for half in range(2):
-            curves[f"background_of_{half}{channel}"] = Curve(found.background[:, half, channel], always)
+            name = f"background_of_{half}{channel}"
+            curves[name] = MetricCurve(detections.background[:, half, channel], all_frames)
     return curves
 
 
-@cache
-def _backgrounds() -> np.ndarray:
-    """Row colours of every background, plain and graded: [background, graded, SIZE, 3]."""
-    scenes = [
-        Scene("red", "circle", name, graded, "up", "fast") for name in shapes.BACKGROUNDS for graded in (False, True)
-    ]
-    rows = np.stack([shapes.background(scene)[:, 0] for scene in scenes])
-    return rows.reshape(len(shapes.BACKGROUNDS), 2, SIZE, 3)
+def _appearance_curves(detections: ShapeDetections, scene: Scene) -> dict[str, MetricCurve]:
+    num_frames, present = len(detections.present), detections.present
+    all_frames = np.ones(num_frames, dtype=bool)
+    labels = scene.labels
+    palette = np.array(list(world.COLORS.values()), dtype=np.float32)
+    nearest_color = np.linalg.norm(detections.color[:, None] - palette, axis=-1).argmin(1)
+    errors = detections.background_errors
+    nearest_background = errors.min(2).argmin(1)
+    grading = errors[np.arange(num_frames), nearest_background].argmin(1)
+    return {
+        "presence": MetricCurve(present.astype(float), all_frames),
+        "color": MetricCurve((nearest_color == labels["color"]).astype(float), present),
+        "shape": MetricCurve((detections.shape == labels["shape"]).astype(float), present),
+        "background": MetricCurve((nearest_background == labels["background"]).astype(float), all_frames),
+        "grading": MetricCurve((grading == labels["graded"]).astype(float), all_frames),
+        "color_error": MetricCurve(np.abs(detections.color - palette[labels["color"]]).mean(1), present),
+        "background_error": MetricCurve(errors[:, labels["background"], labels["graded"]], all_frames),
+        "overlap": MetricCurve(detections.overlap, present),
+    }
+
+
+def _motion_curves(detections: ShapeDetections, scene: Scene) -> dict[str, MetricCurve]:
+    """Measure motion over one latent frame, where the shape is present at both ends."""
+    num_frames, present, position = len(detections.present), detections.present, detections.position
+    velocity, known = np.zeros((num_frames, 2)), np.zeros(num_frames, dtype=bool)
+    if num_frames > LAG:
+        velocity[:-LAG] = torus_difference(position[LAG:] - position[:-LAG]) / LAG
+        known[:-LAG] = present[LAG:] & present[:-LAG]
+    speed = np.hypot(*velocity.T)
+    along = velocity @ np.array(world.DIRECTIONS[scene.direction])
+    right_direction = (speed >= STILL) & (along >= np.cos(np.pi / 8) * speed)  # half the angle between two directions
+    names, speeds = list(world.SPEEDS), list(world.SPEEDS.values())
+    # The limit between two speeds is their geometric mean. Motion at twice the highest speed counts as a jump.
+    limits = [STILL, *(np.sqrt(a * b) for a, b in itertools.pairwise(speeds)), 2 * speeds[-1]]
+    return {
+        "direction": MetricCurve(right_direction.astype(float), known),
+        "speed": MetricCurve((np.digitize(speed, limits) - 1 == names.index(scene.speed)).astype(float), known),
+        # The component along the direction: jitter across it does not add speed.
+        "speed_ratio": MetricCurve(along / world.SPEEDS[scene.speed], known & right_direction),
+        "moving": MetricCurve((speed >= STILL).astype(float), known),
+    }
+
+
+def _seam_curves(detections: ShapeDetections, block_frames: int) -> dict[str, MetricCurve]:
+    """Measure how far each step deviates from the video's median step."""
+    num_frames, present = len(detections.present), detections.present
+    deviation, known = np.zeros(num_frames), np.zeros(num_frames, dtype=bool)
+    if num_frames > 2:
+        step = torus_difference(np.diff(detections.position, axis=0))
+        both = present[1:] & present[:-1]
+        usual = np.median(step[both], axis=0) if both.any() else np.zeros(2)
+        deviation[1:] = np.hypot(*(step - usual).T)
+        known[1:] = both
+    latent_border, block_border = borders(num_frames, block_frames)
+    return {
+        "seam": MetricCurve(deviation, block_border & known),
+        "inside": MetricCurve(deviation, latent_border & ~block_border & known),
+    }
+
+
+class ShapesWorld:
+    """The miniature world as an `evaluation.measurements.World`."""
+
+    metrics = SHAPE_METRICS
+    plotted_curves = (
+        *("presence", "shape", "color", "background", "grading", "direction", "speed_ratio", "moving"),
+        *("overlap", "color_error", "background_error"),
+    )
+    source_files = (Path(__file__), Path(world.__file__))
+
+    def is_caption(self, prompt: str) -> bool:
+        return world.is_caption(prompt)
+
+    def detect(self, frames: np.ndarray) -> dict[str, np.ndarray]:
+        return vars(detect_shapes(frames))
+
+    def curves(self, detections: Mapping[str, np.ndarray], prompt: str, block_frames: int) -> dict[str, MetricCurve]:
+        return ground_truth_curves(ShapeDetections(**detections), world.parse_caption(prompt), block_frames)

@@ -12,7 +12,7 @@ from transformers import ByT5Tokenizer, UMT5Config, UMT5EncoderModel
 from model import presets
 from model.vae import channels_last_, decode_clip, encode_clip
 from model.weights import ModelDirectory
-from shapes import world as shapes
+from shapes import world
 from trainer.datasets.order import ClipRandom, batch_positions
 from trainer.networks import preset
 from trainer.objectives import OBJECTIVES
@@ -34,7 +34,7 @@ class TextAttributes(SingleNet):
         torch.manual_seed(config.runtime.seed)
         encoder = UMT5EncoderModel(UMT5Config(**preset(presets.TEXT_ENCODERS, config)))
         width = encoder.config.d_model
-        heads = nn.ModuleDict({name: nn.Linear(width, size) for name, size in shapes.NUM_CLASSES.items()})
+        heads = nn.ModuleDict({name: nn.Linear(width, size) for name, size in world.NUM_CLASSES.items()})
         self.encoder, self.heads = encoder, heads
         self.net = nn.ModuleDict({"encoder": encoder, "heads": heads}).to(device)
         self.tokenizer = ByT5Tokenizer()
@@ -44,7 +44,7 @@ class TextAttributes(SingleNet):
         seed = self.config.runtime.seed
         # A seventh of the scenes are held out.
         numbers = batch_positions(self.config.train, iteration, micro_batch)
-        scenes = [shapes.sample_clip(seed, i, held_out=i % 7 == 0).scene for i in numbers]
+        scenes = [world.sample_clip(seed, i, held_out=i % 7 == 0).scene for i in numbers]
         tokens = self.tokenizer([scene.caption for scene in scenes], padding=True, return_tensors="pt").to(self.device)
         hidden = self.encoder(**tokens).last_hidden_state
         mask = tokens.attention_mask[..., None]
@@ -98,7 +98,7 @@ class VAEReconstruction(SingleNet):
 
     def clip(self, index: int, num_frames: int) -> Tensor:
         """Training clip number `index`: pixels [3, T, H, W] in [-1, 1]."""
-        return shapes.to_pixels(shapes.render(shapes.sample_clip(self.config.runtime.seed, index), num_frames))
+        return world.to_pixels(world.render(world.sample_clip(self.config.runtime.seed, index), num_frames))
 
     def export(self, folder: Path, weights: dict[str, Tensor]) -> None:
         """Write `vae/`, with the latents' mean and deviation per channel, measured unless the encoder is as it was."""

@@ -14,8 +14,8 @@ import torch
 from model.vae import WanVAE
 from model.weights import ModelDirectory
 from pipeline.text_to_video import TextToVideo
-from shapes import world as shapes
-from shapes.metrics import explain, judge
+from shapes import world
+from shapes.metrics import detect_shapes, ground_truth_curves
 from utils.config import load_config
 from utils.video import to_uint8
 
@@ -31,7 +31,7 @@ def vae() -> WanVAE:
 def test_vae_reconstructs_held_out_clips_without_drift(vae):
     errors = []
     for index in range(3):
-        pixels = shapes.to_pixels(shapes.render(shapes.sample_clip(9, index, held_out=True), 81)).transpose(0, 1)[None]
+        pixels = world.to_pixels(world.render(world.sample_clip(9, index, held_out=True), 81)).transpose(0, 1)[None]
         errors.append((vae.decode(vae.encode(pixels)) - pixels).square().mean(dim=(0, 2, 3, 4)))
     psnr = -10 * torch.log10(torch.stack(errors) / 4)  # [clip, frame], pixels span 2
     assert psnr.mean() > 29.5  # 30.3 over more clips: docs/miniature.md
@@ -47,10 +47,10 @@ def test_videos_do_what_their_prompts_say(generator, schedule):
     latents = torch.cat(list(pipeline.generate(PROMPTS, [0] * len(PROMPTS))), dim=1)
     sums: dict[str, np.ndarray] = {}
     for prompt, video in zip(PROMPTS, latents, strict=True):
-        found = explain(to_uint8(pipeline.vae.decode(video[None])[0]))
-        curves = judge(found, shapes.parse_caption(prompt))
+        detections = detect_shapes(to_uint8(pipeline.vae.decode(video[None])[0]))
+        curves = ground_truth_curves(detections, world.parse_caption(prompt))
         for name in ("presence", "color", "shape", "background", "direction", "speed"):
-            sums[name] = sums.get(name, np.zeros(2)) + curves[name].over(0, 1)
+            sums[name] = sums.get(name, np.zeros(2)) + curves[name].sum_between(0, 1)
     shares = {name: total / count for name, (total, count) in sums.items()}
     print(generator, {name: f"{share:.1%}" for name, share in shares.items()})
     assert min(shares["presence"], shares["color"], shares["background"]) > 0.85

@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evaluation.figures import Curve
-from evaluation.methods import Key, Measured, Method, common_keys, pair_table, show, table
+from evaluation.methods import MeasuredVideo, Method, common_keys
+from evaluation.metrics import MetricCurve
+from evaluation.tables import difference_table, format_estimate, mean_table
+from evaluation.videos import VideoKey
 from scripts import evaluate
-from shapes import world as shapes
-from shapes.metrics import FIGURES
+from shapes import world
+from shapes.metrics import SHAPE_METRICS
 from shapes.world import Clip
 from utils.tables import markdown_table
 from utils.video import VideoWriter, read_video
@@ -38,12 +40,12 @@ def folders(tmp_path_factory) -> Path:
     """truth/ and wrong/, the same six prompts; in wrong/ every second shape has another colour."""
     root = tmp_path_factory.mktemp("videos")
     for number in range(6):
-        clip = shapes.sample_clip(21, number)
+        clip = world.sample_clip(21, number)
         caption = clip.scene.caption
-        write(root / "truth", number, shapes.render(clip, FRAMES), caption, sample=number)
-        color = next(c for c in shapes.COLORS if c not in (clip.scene.color, clip.scene.background))
+        write(root / "truth", number, world.render(clip, FRAMES), caption, sample=number)
+        color = next(c for c in world.COLORS if c not in (clip.scene.color, clip.scene.background))
         scene = replace(clip.scene, color=color) if number % 2 else clip.scene
-        write(root / "wrong", number, shapes.render(Clip(scene, clip.x, clip.y), FRAMES), caption, sample=number)
+        write(root / "wrong", number, world.render(Clip(scene, clip.x, clip.y), FRAMES), caption, sample=number)
     return root
 
 
@@ -116,14 +118,14 @@ def test_any_videos_with_a_prompt_file(tmp_path, call):
     assert code == 0 and "theirs (3 pairs)" in out and "| presence" not in out and "| saturation_drift" in out
     (tmp_path / "ours" / "a bird-0.mp4").write_bytes((tmp_path / "ours" / "a dog-1.mp4").read_bytes())
     code, _, err = call(evaluate, *words)
-    assert code == 2 and "a bird-0.mp4 is named by none of the 3 prompts" in err
+    assert code == 2 and "a bird-0.mp4 matches none of the 3 prompts" in err
 
 
 def test_only_the_beginning_is_measured_if_asked(folders, tmp_path, call):
     half = tmp_path / "half"
     for number in range(2):
-        clip = shapes.sample_clip(21, number)
-        frames = np.concatenate([shapes.render(clip, 9), np.zeros((8, 64, 64, 3), np.uint8)])
+        clip = world.sample_clip(21, number)
+        frames = np.concatenate([world.render(clip, 9), np.zeros((8, 64, 64, 3), np.uint8)])
         write(half, number, frames, clip.scene.caption)
     means = []
     for words in ([], ["--max_frames", 9]):
@@ -146,13 +148,13 @@ def test_figures_are_chosen(folders, tmp_path, call):
     ]
     assert len(json.loads((tmp_path / "evaluation.json").read_text())["figures"]) > 20
     code, _, err = call(evaluate, *words, "color", "beauty")
-    assert code == 2 and "no figure 'beauty'" in err and "presence" in err
+    assert code == 2 and "no metric 'beauty'" in err and "presence" in err
 
 
 def test_a_second_run_does_not_look_again(folders, tmp_path, call, monkeypatch):
     words = [folders / "truth", folders / "wrong", "--floor_videos", 0, "--cache", tmp_path / "seen", "--output"]
     assert call(evaluate, *words, tmp_path / "one")[0] == 0
-    monkeypatch.setattr("evaluation.measurements.look", lambda *_: pytest.fail("looked again"))
+    monkeypatch.setattr("evaluation.measurements.measure_file", lambda *_: pytest.fail("measured again"))
     code, _, _ = call(evaluate, *words, tmp_path / "two")
     assert code == 0
 
@@ -161,10 +163,10 @@ def test_a_second_run_does_not_look_again(folders, tmp_path, call, monkeypatch):
 
 def test_videos_are_paired_by_prompt_seed_and_sample(folders, tmp_path, call):
     few = tmp_path / "few"
-    clip = shapes.sample_clip(21, 2)
-    write(few, 0, shapes.render(clip, FRAMES), clip.scene.caption, sample=2)
-    write(few, 1, shapes.render(clip, FRAMES), clip.scene.caption, sample=0)
-    write(few, 2, shapes.render(clip, FRAMES), clip.scene.caption, sample=2, seed=5)
+    clip = world.sample_clip(21, 2)
+    write(few, 0, world.render(clip, FRAMES), clip.scene.caption, sample=2)
+    write(few, 1, world.render(clip, FRAMES), clip.scene.caption, sample=0)
+    write(few, 2, world.render(clip, FRAMES), clip.scene.caption, sample=2, seed=5)
     code, out, _ = call(evaluate, folders / "wrong", few, "--output", tmp_path / "out", "--floor_videos", 0)
     assert code == 0 and "few (1 pairs)" in out
     code, out, _ = call(evaluate, few, folders / "truth", few / "../few", "--output", tmp_path / "out")
@@ -172,20 +174,22 @@ def test_videos_are_paired_by_prompt_seed_and_sample(folders, tmp_path, call):
 
 
 def test_curves_and_tables():
-    def measured(prompt: str, values: list[float], counts: list[bool]) -> Measured:
-        curve = Curve(np.array(values), np.array(counts))
-        return Measured(Key(prompt, 0, 0), "x.mp4", {f.name: curve.over(0, 1) for f in FIGURES}, {"c": curve})
+    def measured(prompt: str, values: list[float], counts: list[bool]) -> MeasuredVideo:
+        curve = MetricCurve(np.array(values), np.array(counts))
+        return MeasuredVideo(
+            VideoKey(prompt, 0, 0), "x.mp4", {m.name: curve.sum_between(0, 1) for m in SHAPE_METRICS}, {"c": curve}
+        )
 
     one = measured("a", [1, 1, 0, 0, 5, 5, 5, 5, 9], [True] * 4 + [False] * 4 + [True])
     other = measured("b", [1] * 4, [True] * 4)
     method = Method("m", [one, other])
-    assert method.curve("c", 4).tolist()[:1] == [0.75] and np.isnan(method.curve("c", 4)[1])
-    assert one.curves["c"].over(0.5, 1) == (9.0, 1.0)
+    assert method.mean_curve("c", 4).tolist()[:1] == [0.75] and np.isnan(method.mean_curve("c", 4)[1])
+    assert one.curves["c"].sum_between(0.5, 1) == (9.0, 1.0)
     assert common_keys(method, Method("n", [other])) == [other.key]
-    assert markdown_table(table([method], FIGURES)).splitlines()[0].split("|")[2].strip() == "m (2 videos)"
-    assert pair_table([Method("n", [other]), Method("m", [one])], FIGURES)[1][1] == "no pairs"
-    figure = FIGURES[0]
-    assert show(Method("n", [other]).estimate(figure.name), figure) == "100.0 [100.0, 100.0]"
+    assert markdown_table(mean_table([method], SHAPE_METRICS)).splitlines()[0].split("|")[2].strip() == "m (2 videos)"
+    assert difference_table([Method("n", [other]), Method("m", [one])], SHAPE_METRICS)[1][1] == "no pairs"
+    metric = SHAPE_METRICS[0]
+    assert format_estimate(Method("n", [other]).estimate(metric.name), metric) == "100.0 [100.0, 100.0]"
 
 
 @pytest.mark.parametrize(
@@ -193,14 +197,14 @@ def test_curves_and_tables():
     [
         (lambda folder: None, "no folder"),
         (lambda folder: folder.mkdir(), "no videos in"),
-        (lambda folder: (folder.mkdir(), (folder / "x.mp4").touch()), "has no record x.json"),
+        (lambda folder: (folder.mkdir(), (folder / "x.mp4").touch()), "has no metadata file x.json"),
         (
-            lambda folder: write(folder, 0, np.zeros((3, 32, 32, 3), np.uint8), shapes.sample_clip(0, 0).scene.caption),
+            lambda folder: write(folder, 0, np.zeros((3, 32, 32, 3), np.uint8), world.sample_clip(0, 0).scene.caption),
             "frames of the shapes world are",
         ),
         (
             lambda folder: [write(folder, i, np.zeros((3, 64, 64, 3), np.uint8), "a cat") for i in range(2)],
-            "are of the same prompt, seed and sample",
+            "have the same prompt, seed and sample",
         ),
     ],
 )

@@ -4,8 +4,8 @@ import cv2
 import numpy as np
 import pytest
 
-from evaluation.figures import Curve, change, distance, take_figures
-from evaluation.video_metrics import _QUANTILES, FIGURES, _quantiles, borders, measure, observe
+from evaluation.metrics import MetricCurve, quarter_change, quarter_distance, video_sums
+from evaluation.video_metrics import _QUANTILES, PIXEL_METRICS, _quantiles, borders, measure_frames, pixel_curves
 
 FRAMES, HEIGHT, WIDTH = 81, 96, 128
 TIME = np.arange(FRAMES)[:, None, None, None]
@@ -44,7 +44,7 @@ def luma(frames: np.ndarray) -> np.ndarray:
 
 
 def measured(frames: np.ndarray) -> dict[str, float]:
-    parts = take_figures(FIGURES, measure(observe(frames)))
+    parts = video_sums(PIXEL_METRICS, pixel_curves(measure_frames(frames)))
     return {name: total / count if count else float("nan") for name, (total, count) in parts.items()}
 
 
@@ -126,8 +126,8 @@ def test_figures_do_not_depend_on_the_size(clean):
 
 def test_every_figure_is_degraded_by_something():
     moved = set.union(*(expected for _, expected in DEGRADED.values()))
-    assert {f.name for f in FIGURES} - moved == {"sharpness", "sharpness_drift", "pixel_inside"}
-    assert set(SLACK) == {f.name for f in FIGURES}
+    assert {f.name for f in PIXEL_METRICS} - moved == {"sharpness", "sharpness_drift", "pixel_inside"}
+    assert set(SLACK) == {f.name for f in PIXEL_METRICS}
 
 
 def test_blocks_end_where_the_video_ends():
@@ -141,12 +141,12 @@ def test_short_videos_have_figures():
     assert one["brightness"] > 0 and np.isnan([one[name] for name in ("motion", "flow", "smoothness", "static")]).all()
     assert not np.isnan(measured(whole(CLEAN[:2]))["flow"])
     with pytest.raises(ValueError, match="without frames"):
-        observe([])
+        measure_frames([])
 
 
 def test_changes_are_between_quarters_that_count():
-    rising = Curve(np.arange(8.0), np.ones(8, dtype=bool))
-    assert change([rising]) == (6.0, 1.0)
-    unseen = Curve(np.arange(8.0), np.arange(8) > 3)
-    assert change([unseen]) == (0.0, 0.0) and distance([rising, unseen]) == (0.0, 0.0)
-    assert distance([rising, Curve(-rising.value, rising.counts)]) == (6.0, 1.0)
+    rising = MetricCurve(np.arange(8.0), np.ones(8, dtype=bool))
+    assert quarter_change([rising]) == (6.0, 1.0)
+    unseen = MetricCurve(np.arange(8.0), np.arange(8) > 3)
+    assert quarter_change([unseen]) == (0.0, 0.0) and quarter_distance([rising, unseen]) == (0.0, 0.0)
+    assert quarter_distance([rising, MetricCurve(-rising.value, rising.valid)]) == (6.0, 1.0)

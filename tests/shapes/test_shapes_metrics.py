@@ -6,9 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from evaluation.figures import take_figures
-from shapes import world as shapes
-from shapes.metrics import FIGURES, explain, judge, wrapped
+from evaluation.metrics import video_sums
+from shapes import world
+from shapes.metrics import SHAPE_METRICS, detect_shapes, ground_truth_curves, torus_difference
 from shapes.world import SIZE, Clip, Scene
 
 SCENE = Scene("red", "square", "gray", False, "right", "fast")
@@ -27,7 +27,7 @@ TRUTH = {
 
 def measured(frames: np.ndarray, scene: Scene = SCENE) -> dict[str, float]:
     """Every figure of a video; NaN where nothing counts."""
-    parts = take_figures(FIGURES, judge(explain(frames), scene))
+    parts = video_sums(SHAPE_METRICS, ground_truth_curves(detect_shapes(frames), scene))
     return {name: total / count if count else float("nan") for name, (total, count) in parts.items()}
 
 
@@ -38,21 +38,21 @@ def wrong(figures: dict[str, float]) -> set[str]:
 
 @pytest.mark.parametrize("index", range(24))
 def test_truth_is_right_in_every_respect(index):
-    clip = shapes.sample_clip(11, index, held_out=index % 2 == 0)
-    assert wrong(measured(shapes.render(clip, 41), clip.scene)) == set()
+    clip = world.sample_clip(11, index, held_out=index % 2 == 0)
+    assert wrong(measured(world.render(clip, 41), clip.scene)) == set()
 
 
-@pytest.mark.parametrize("scene", list(shapes.all_scenes(False))[::37] + list(shapes.all_scenes(True))[::13])
+@pytest.mark.parametrize("scene", list(world.all_scenes(False))[::37] + list(world.all_scenes(True))[::13])
 def test_every_kind_of_scene_is_recognised(scene):
-    frames = shapes.render(Clip(scene, 57.0, 5.0), 17)
+    frames = world.render(Clip(scene, 57.0, 5.0), 17)
     assert wrong(measured(frames, scene)) == set()
 
 
 def test_positions_are_found_to_a_quarter_of_a_pixel():
-    for shape in shapes.SHAPES:
+    for shape in world.SHAPES:
         clip = Clip(Scene("yellow", shape, "blue", True, "down left", "slowly"), 3.3, 60.8)
-        steps = wrapped(np.diff(explain(shapes.render(clip, 60)).position, axis=0))
-        truth = 0.75 * np.array(shapes.DIRECTIONS["down left"])
+        steps = torus_difference(np.diff(detect_shapes(world.render(clip, 60)).position, axis=0))
+        truth = 0.75 * np.array(world.DIRECTIONS["down left"])
         assert np.abs(steps - truth).max() < 0.25
 
 
@@ -61,17 +61,17 @@ def test_positions_are_found_to_a_quarter_of_a_pixel():
 
 def paint(change: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
     """The clip, each pixel made by `change(opacity, shape's colour, background)`, all of them [T, H, W, 1 or 3]."""
-    opacity = shapes.coverage(SCENE.shape, *CLIP.position(np.arange(FRAMES)))[..., None]
-    color = np.broadcast_to(np.array(shapes.COLORS[SCENE.color], dtype=np.float64), (FRAMES, SIZE, SIZE, 3)).copy()
-    behind = np.broadcast_to(shapes.background(SCENE), (FRAMES, SIZE, SIZE, 3)).astype(np.float64)
+    opacity = world.coverage(SCENE.shape, *CLIP.position(np.arange(FRAMES)))[..., None]
+    color = np.broadcast_to(np.array(world.COLORS[SCENE.color], dtype=np.float64), (FRAMES, SIZE, SIZE, 3)).copy()
+    behind = np.broadcast_to(world.background(SCENE), (FRAMES, SIZE, SIZE, 3)).astype(np.float64)
     return np.round(np.clip(change(opacity, color, behind), 0, 255)).astype(np.uint8)
 
 
 def moved(x: np.ndarray, y: np.ndarray, scene: Scene = SCENE) -> np.ndarray:
     """The scene with its shape at given places."""
-    opacity = shapes.coverage(scene.shape, np.asarray(x), np.asarray(y))[..., None]
-    behind = shapes.background(scene)[None]
-    return np.round(behind + opacity * (np.array(shapes.COLORS[scene.color]) - behind)).astype(np.uint8)
+    opacity = world.coverage(scene.shape, np.asarray(x), np.asarray(y))[..., None]
+    behind = world.background(scene)[None]
+    return np.round(behind + opacity * (np.array(world.COLORS[scene.color]) - behind)).astype(np.uint8)
 
 
 TIME = np.arange(FRAMES)
@@ -79,16 +79,16 @@ LATE = (TIME >= FRAMES // 2)[:, None, None, None]
 
 
 def recolored(opacity, color, behind):
-    color = np.where(LATE, np.array(shapes.COLORS["purple"]), color)
+    color = np.where(LATE, np.array(world.COLORS["purple"]), color)
     return behind + opacity * (color - behind)
 
 
 def another_background(opacity, color, behind):
-    return behind + opacity * (color - behind) + np.where(LATE, 1 - opacity, 0) * (shapes.BACKGROUNDS["white"] - behind)
+    return behind + opacity * (color - behind) + np.where(LATE, 1 - opacity, 0) * (world.BACKGROUNDS["white"] - behind)
 
 
 def graded(opacity, color, behind):
-    behind = np.where(LATE, shapes.background(replace(SCENE, graded=True)), behind)
+    behind = np.where(LATE, world.background(replace(SCENE, graded=True)), behind)
     return behind + opacity * (color - behind)
 
 
@@ -109,7 +109,7 @@ def vanishing(opacity, color, behind):
 
 def instead(**changes: str) -> np.ndarray:
     """Another scene from the same place."""
-    return shapes.render(Clip(replace(SCENE, **changes), CLIP.x, CLIP.y), FRAMES)
+    return world.render(Clip(replace(SCENE, **changes), CLIP.x, CLIP.y), FRAMES)
 
 
 def another_shape() -> np.ndarray:
@@ -150,14 +150,14 @@ def test_a_degradation_moves_its_own_figures_and_no_other(respect):
 
 
 def test_a_frozen_video_stands_still_and_does_not_drift():
-    frames = np.repeat(shapes.render(CLIP, 1), FRAMES, axis=0)
+    frames = np.repeat(world.render(CLIP, 1), FRAMES, axis=0)
     figures = measured(frames)
     assert figures["moving"] == figures["direction"] == figures["speed"] == 0
     assert figures["color_drift"] == figures["background_drift"] == 0
     assert figures["presence"] == figures["shape"] == figures["color"] == 1
 
 
-@pytest.mark.parametrize("frames", [np.full((5, SIZE, SIZE, 3), 80, np.uint8), shapes.render(CLIP, 5) // 8 + 90])
+@pytest.mark.parametrize("frames", [np.full((5, SIZE, SIZE, 3), 80, np.uint8), world.render(CLIP, 5) // 8 + 90])
 def test_nothing_is_seen_where_nothing_is(frames):
     figures = measured(frames)
     assert figures["presence"] == 0
@@ -170,22 +170,22 @@ def test_noise_is_no_shape():
 
 
 def test_two_shapes_are_not_one():
-    one, two = (shapes.render(Clip(SCENE, x, 32.0), 5).astype(int) for x in (12.0, 46.0))
+    one, two = (world.render(Clip(SCENE, x, 32.0), 5).astype(int) for x in (12.0, 46.0))
     assert (
-        measured(np.minimum(one + two - np.array(shapes.BACKGROUNDS["gray"]), 255).clip(0).astype(np.uint8))["presence"]
+        measured(np.minimum(one + two - np.array(world.BACKGROUNDS["gray"]), 255).clip(0).astype(np.uint8))["presence"]
         == 0
     )
 
 
 def test_frames_of_another_world_are_refused():
     with pytest.raises(ValueError, match="frames of the shapes world are"):
-        explain(np.zeros((3, 32, 32, 3), np.uint8))
+        detect_shapes(np.zeros((3, 32, 32, 3), np.uint8))
 
 
 def test_one_frame_can_be_judged():
-    figures = measured(shapes.render(CLIP, 1))
+    figures = measured(world.render(CLIP, 1))
     assert figures["presence"] == 1 and np.isnan(figures["direction"]) and np.isnan(figures["moving"])
 
 
 def test_every_figure_is_tested_on_the_truth():
-    assert {figure.name for figure in FIGURES} == set(TRUTH)
+    assert {figure.name for figure in SHAPE_METRICS} == set(TRUTH)

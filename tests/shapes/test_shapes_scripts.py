@@ -21,7 +21,7 @@ from model.flow import solver_sigmas
 from model.vae import WanVAE
 from model.weights import ModelDirectory
 from scripts import contact_sheet, encode_clips, evaluate_vae, generate_ode_pairs, write_shapes_clips
-from shapes import world as shapes
+from shapes import world
 from shapes.objectives import VAEReconstruction
 from utils.config import load_config
 from utils.contact_sheet import save_contact_sheet
@@ -44,18 +44,18 @@ def names(folder: Path) -> list[str]:
 def test_clips_and_captions_are_those_of_the_world(tmp_path, call):
     assert call(write_shapes_clips, "--output", tmp_path, "--num_clips", 2, "--num_frames", 5, "--seed", 4)[0] == 0
     assert names(tmp_path) == ["00000.mp4", "00001.mp4", "captions.txt"]
-    clips = [shapes.sample_clip(4, index) for index in range(2)]
+    clips = [world.sample_clip(4, index) for index in range(2)]
     assert (tmp_path / "captions.txt").read_text().splitlines() == [clip.scene.caption for clip in clips]
     frames, fps = read_video(tmp_path / "00001.mp4")
-    assert fps == shapes.FPS and frames.shape == (5, 64, 64, 3)
-    assert abs(frames.astype(int) - shapes.render(clips[1], 5)).mean() < 8
+    assert fps == world.FPS and frames.shape == (5, 64, 64, 3)
+    assert abs(frames.astype(int) - world.render(clips[1], 5)).mean() < 8
 
 
 def test_captions_only_and_held_out(tmp_path, call):
     assert call(write_shapes_clips, "--output", tmp_path, "--num_clips", 30, "--captions_only", "--held_out")[0] == 0
     assert names(tmp_path) == ["captions.txt"]
     captions = (tmp_path / "captions.txt").read_text().splitlines()
-    assert len(captions) == 30 and all(shapes.parse_caption(caption).held_out for caption in captions)
+    assert len(captions) == 30 and all(world.parse_caption(caption).held_out for caption in captions)
 
 
 # ---- encode_clips ----
@@ -68,8 +68,8 @@ def test_encoded_clips_are_the_vaes_latents(tmp_path, call, model, monkeypatch):
     assert names(tmp_path) == ["000000.safetensors", "000002.safetensors"]
     latents, captions = all_clips(str(tmp_path))
     assert latents.shape == (3, 2, 16, 8, 8)
-    assert captions == [shapes.sample_clip(0, index).scene.caption for index in range(3)]
-    pixels = shapes.to_pixels(shapes.render(shapes.sample_clip(0, 2), 5)).transpose(0, 1)[None]
+    assert captions == [world.sample_clip(0, index).scene.caption for index in range(3)]
+    pixels = world.to_pixels(world.render(world.sample_clip(0, 2), 5)).transpose(0, 1)[None]
     expected = WanVAE(ModelDirectory.open(model).load_vae(torch.float32)).encode(pixels)[0]
     torch.testing.assert_close(latents[2].float(), expected, atol=2e-3, rtol=2e-3)
 
@@ -289,7 +289,7 @@ def test_guidance_matters_and_one_leaves_it_out(pairs):
 def test_a_contact_sheet_of_a_folder(tmp_path, call):
     for number in range(3):
         with VideoWriter(tmp_path / f"{number}.mp4") as video:
-            video.write(shapes.render(shapes.sample_clip(0, number), 9))
+            video.write(world.render(world.sample_clip(0, number), 9))
     (tmp_path / "0.json").write_text(json.dumps({"name": "the prompt"}))
     (tmp_path / ".3.1.partial.mp4").write_bytes(b"half")
     code, out, _ = call(contact_sheet, tmp_path, "--columns", 4)

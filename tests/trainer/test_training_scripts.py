@@ -13,7 +13,7 @@ from PIL import Image
 from tiny_model import all_clips, write_config, write_model
 
 import train
-from evaluation.plots import save_lines
+from evaluation.plots import save_line_plot
 from model.causal_wan import CausalWanModel
 from model.text_encoder import TextEncoder
 from model.weights import ModelDirectory
@@ -322,7 +322,7 @@ def test_the_legend_names_runs_that_the_first_panel_lacks(tmp_path):
     pixels = []
     for labels in (["one"], ["one", "other"]):
         lines = [(label, {"b": curve} if label == "other" else {"a": curve, "b": curve}, "-") for label in labels]
-        save_lines(tmp_path / "x.png", ["a", "b"], lines, "iteration")
+        save_line_plot(tmp_path / "x.png", ["a", "b"], lines, "iteration")
         first = np.asarray(Image.open(tmp_path / "x.png").convert("RGB"))[:, :600].astype(int)
         pixels.append((abs(first - [255, 127, 14]).sum(axis=2) < 30).sum())  # of the second line's colour
     assert pixels[0] == 0 and pixels[1] > 10

@@ -1,0 +1,89 @@
+"""Metrics of a video: curves with one value per frame, and how a curve becomes one number."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+
+class SumCount(NamedTuple):
+    """The sum of some values and the number of values: one video's contribution to a mean."""
+
+    total: float
+    count: float
+
+
+UNKNOWN = SumCount(0.0, 0.0)
+
+
+@dataclass(frozen=True)
+class MetricCurve:
+    """A metric over time.
+
+    Attributes:
+        value: one value per pixel frame, float [T].
+        valid: the frames that count, bool [T].
+    """
+
+    value: np.ndarray
+    valid: np.ndarray
+
+    def sum_between(self, start: float, end: float) -> SumCount:
+        """Sum the valid values between two fractions (0 to 1) of the video."""
+        section = slice(round(start * len(self.value)), round(end * len(self.value)))
+        valid = self.valid[section]
+        return SumCount(float(self.value[section][valid].sum()), float(valid.sum()))
+
+
+def mean_over_frames(curves: Sequence[MetricCurve]) -> SumCount:
+    """Sum one curve over all valid frames; every frame has the same weight, whichever video it is in."""
+    [curve] = curves
+    return curve.sum_between(0, 1)
+
+
+def quarter_change(curves: Sequence[MetricCurve]) -> SumCount:
+    """Return one curve's mean over the last quarter minus its mean over the first, if both have valid frames."""
+    [curve] = curves
+    early, late = curve.sum_between(0, 0.25), curve.sum_between(0.75, 1)
+    if not (early.count and late.count):
+        return UNKNOWN
+    return SumCount(late.total / late.count - early.total / early.count, 1.0)
+
+
+def quarter_distance(curves: Sequence[MetricCurve]) -> SumCount:
+    """Return the mean over several curves of the absolute `quarter_change`, if all of them have one."""
+    changes = [quarter_change([curve]) for curve in curves]
+    if not all(change.count for change in changes):
+        return UNKNOWN
+    return SumCount(float(np.mean([abs(change.total) for change in changes])), 1.0)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One row of the tables.
+
+    Attributes:
+        meaning: a short explanation, for the report.
+        unit: of the printed value, which is `scale` times the mean, with `digits` decimals.
+        inputs: names of the curves that the metric is computed from; default: the curve of its own name.
+        reduce: computes one video's contribution from these curves. Contributions of videos are pooled.
+    """
+
+    name: str
+    meaning: str
+    unit: str = "%"
+    scale: float = 100.0
+    digits: int = 1
+    inputs: tuple[str, ...] = ()
+    reduce: Callable[[Sequence[MetricCurve]], SumCount] = mean_over_frames
+
+    @property
+    def title(self) -> str:
+        """The name with its unit."""
+        return f"{self.name} [{self.unit}]"
+
+
+def video_sums(metrics: Sequence[Metric], curves: Mapping[str, MetricCurve]) -> dict[str, SumCount]:
+    """Return a video's contribution to every metric, by the metric's name."""
+    return {m.name: m.reduce([curves[name] for name in m.inputs or (m.name,)]) for m in metrics}
