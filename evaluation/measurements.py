@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 from zipfile import BadZipFile
 
 import numpy as np
@@ -126,9 +126,10 @@ def _code_hash(sources: tuple[str, ...]) -> str:
 
 
 def _save(file: Path, measurements: FrameMeasurements) -> None:
-    detections = {_DETECTION + name: rows for name, rows in (measurements.detections or {}).items()}
+    arrays: dict[str, Any] = {_DETECTION + name: rows for name, rows in (measurements.detections or {}).items()}
+    arrays |= {"pixels": measurements.pixels, "fps": measurements.fps, "whole": measurements.complete}
     with atomic_path(file) as temporary:
-        np.savez(temporary, pixels=measurements.pixels, fps=measurements.fps, whole=measurements.complete, **detections)
+        np.savez(temporary, **arrays)
 
 
 def _load(file: Path) -> FrameMeasurements | None:

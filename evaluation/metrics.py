@@ -11,7 +11,7 @@ class SumCount(NamedTuple):
     """The sum of some values and the number of values: one video's contribution to a mean."""
 
     total: float
-    count: float
+    num_values: float
 
 
 UNKNOWN = SumCount(0.0, 0.0)
@@ -46,15 +46,15 @@ def quarter_change(curves: Sequence[MetricCurve]) -> SumCount:
     """Return one curve's mean over the last quarter minus its mean over the first, if both have valid frames."""
     [curve] = curves
     early, late = curve.sum_between(0, 0.25), curve.sum_between(0.75, 1)
-    if not (early.count and late.count):
+    if not (early.num_values and late.num_values):
         return UNKNOWN
-    return SumCount(late.total / late.count - early.total / early.count, 1.0)
+    return SumCount(late.total / late.num_values - early.total / early.num_values, 1.0)
 
 
 def quarter_distance(curves: Sequence[MetricCurve]) -> SumCount:
     """Return the mean over several curves of the absolute `quarter_change`, if all of them have one."""
     changes = [quarter_change([curve]) for curve in curves]
-    if not all(change.count for change in changes):
+    if not all(change.num_values for change in changes):
         return UNKNOWN
     return SumCount(float(np.mean([abs(change.total) for change in changes])), 1.0)
 

@@ -39,7 +39,8 @@ def measure_noise_floors(method: Method, num_videos: int, model_folder: str, blo
             start = np.random.default_rng([key.seed, key.sample, int(number)]).uniform(0, world.SIZE, 2)
             rendering = world.render(world.Clip(world.parse_caption(key.prompt), *start), num_frames)
             pixels = world.to_pixels(rendering).transpose(0, 1)[None]
-            for floor, frames in zip(floors, (rendering, vae.decode(vae.encode(pixels))[0]), strict=True):
+            versions: tuple[np.ndarray | torch.Tensor, ...] = rendering, vae.decode(vae.encode(pixels))[0]
+            for floor, frames in zip(floors, versions, strict=True):
                 path = Path(folder) / f"{floor.label} {number}.mp4"
                 with VideoWriter(path, fps=world.FPS) as video:
                     video.write(frames)
