@@ -1,8 +1,8 @@
-"""What the processes of a pipeline know of each other: who has come, who has died, and who says so.
+"""Liveness of the ranks of a pipeline: detect ranks that did not start or died, and end the run with one message.
 
-A process that waits for a message from a dead one would wait for ever, or for as long as its backend does. Here every
-process shows signs of life in the run's store, and a thread of each watches the others: when one is gone, all end, and
-one of them says which it was.
+A rank that waits for a message from a dead rank would wait forever, or until its backend's timeout. Therefore each rank
+writes heartbeats to the run's store, and a thread in each rank watches the other ranks. If a rank is gone, all ranks
+exit, and one of them names it.
 """
 
 import os
@@ -16,167 +16,175 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-COMES_WITHIN = 45.0  # seconds in which every process has to show up
-BEATS_WITHIN = 20.0  # seconds without a sign of life after which a process of another machine counts as dead
-_INTERVAL = 0.5
+STARTUP_TIMEOUT = 45.0  # seconds until every rank must have started
+HEARTBEAT_TIMEOUT = 20.0  # seconds without a heartbeat after which a rank on another machine counts as dead
+_POLL_INTERVAL = 0.5
 
 
-def connect(rank: int, world_size: int) -> dist.Store:
-    """The store of this run, as torchrun (or its environment variables, set by hand) names it.
+def connect_store(rank: int, world_size: int) -> dist.Store:
+    """Connect to the key-value store of this run, which torchrun's environment variables name.
 
     Raises:
-        TimeoutError: if whoever holds it never comes.
+        TimeoutError: if no process serves the store.
     """
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    agent_holds_it = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    torchrun_serves_it = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     try:
         store = dist.TCPStore(
             host,
             port,
             world_size,
-            is_master=rank == 0 and not agent_holds_it,
-            timeout=timedelta(seconds=COMES_WITHIN),
+            is_master=rank == 0 and not torchrun_serves_it,
+            timeout=timedelta(seconds=STARTUP_TIMEOUT),
             wait_for_workers=False,
         )
     except (RuntimeError, ValueError) as error:
-        raise TimeoutError(f"no answer from {host}:{port} within {COMES_WITHIN:.0f} s") from error
+        raise TimeoutError(f"no answer from {host}:{port} within {STARTUP_TIMEOUT:.0f} s") from error
     return dist.PrefixStore(f"run {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
-class Peers:
-    """The other processes of a run, watched from a thread.
+class PeerMonitor:
+    """Watches the other ranks of a run from a thread, and exits this process if one of them is gone.
 
-    Ctrl-C and termination are handled by it as well: the main thread may be waiting inside of a library.
+    It handles Ctrl-C and termination too, because the main thread may be blocked inside a library call.
     """
 
-    def __init__(self, store: dist.Store, rank: int, names: Mapping[int, str], at_end: Callable[[], str] = lambda: ""):
+    def __init__(
+        self, store: dist.Store, rank: int, roles: Mapping[int, str], on_failure: Callable[[], str] = lambda: ""
+    ):
         """
         Args:
-            names: of every rank, what it does.
-            at_end: called when the run fails, before the process ends; what it returns is added to the message.
+            store: shared by all ranks.
+            roles: the roles of every rank, for messages.
+            on_failure: called once if the run fails, before this process exits. Its result is added to the message.
         """
         self.store = store
         self.rank = rank
-        self.names = names
-        self.at_end = at_end
-        self._others = [other for other in names if other != rank]
-        self._pids: dict[int, int] = {}  # of those on this machine
-        self._beats: dict[int, tuple[bytes, float]] = {}
+        self.roles = roles
+        self.on_failure = on_failure
+        self._others = [other for other in roles if other != rank]
+        self._pids: dict[int, int] = {}  # of the ranks on this machine
+        self._heartbeats: dict[int, tuple[bytes, float]] = {}  # last value, and when it was first seen
         self._lock = threading.Lock()
-        self._over = False
+        self._finished = False
 
-    def gather(self) -> None:
-        """Wait until everybody has come, then watch them.
+    def start(self) -> None:
+        """Wait until every rank has started, then watch them.
 
         Raises:
-            TimeoutError: naming those that have not.
+            TimeoutError: naming the ranks that did not start.
         """
-        # Signals wait for a thread of their own, here and in all threads that start from now on.
+        # This thread and all later ones block the signals; `_handle_signals` receives them.
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-        here = socket.gethostname()
-        self.store.set(f"here/{self.rank}", f"{here} {os.getpid()}")
-        deadline = time.monotonic() + COMES_WITHIN
-        while missing := [r for r in self._others if not self.store.check([f"here/{r}"])]:
+        hostname = socket.gethostname()
+        self.store.set(f"started/{self.rank}", f"{hostname} {os.getpid()}")
+        deadline = time.monotonic() + STARTUP_TIMEOUT
+        while missing := [r for r in self._others if not self.store.check([f"started/{r}"])]:
             if time.monotonic() > deadline:
-                names = ", ".join(f"{r} ({self.names[r]})" for r in missing)
-                raise TimeoutError(f"rank {names} never came within {COMES_WITHIN:.0f} s")
+                ranks = ", ".join(f"{r} ({self.roles[r]})" for r in missing)
+                raise TimeoutError(f"rank {ranks} did not start within {STARTUP_TIMEOUT:.0f} s")
             time.sleep(0.1)
         for other in self._others:
-            host, pid = self.store.get(f"here/{other}").decode().rsplit(" ", 1)
-            if host == here:
+            host, pid = self.store.get(f"started/{other}").decode().rsplit(" ", 1)
+            if host == hostname:
                 self._pids[other] = int(pid)
         threading.Thread(target=self._watch, daemon=True).start()
-        threading.Thread(target=self._await_signal, daemon=True).start()
+        threading.Thread(target=self._handle_signals, daemon=True).start()
 
-    def leave(self) -> None:
-        """Say that this process has done its part, and wait until all have."""
+    def finish(self) -> None:
+        """Report that this rank has finished its work, and wait until all ranks have."""
         if not self._others:
             return
-        self.store.set(f"done/{self.rank}", "1")
-        while not self.store.check([f"done/{other}" for other in self._others]):
+        self.store.set(f"finished/{self.rank}", "1")
+        while not self.store.check([f"finished/{other}" for other in self._others]):
             time.sleep(0.05)
-        self._over = True
-        # Rank 0 may hold the store, and goes last.
+        self._finished = True
+        # Rank 0 may serve the store, so it exits last.
         if self.rank > 0:
-            self.store.set(f"left/{self.rank}", "1")
+            self.store.set(f"exiting/{self.rank}", "1")
             return
-        deadline = time.monotonic() + BEATS_WITHIN
-        while any(self._needs_store(other) for other in self._others) and time.monotonic() < deadline:
+        deadline = time.monotonic() + HEARTBEAT_TIMEOUT
+        while any(self._still_needs_store(other) for other in self._others) and time.monotonic() < deadline:
             time.sleep(0.05)
 
-    def _needs_store(self, other: int) -> bool:
-        """Whether a rank that has done its part is still about to say that it leaves; it may have died since."""
-        gone = other in self._pids and not _is_running(self._pids[other])
-        return not gone and not self.store.check([f"left/{other}"])
+    def _still_needs_store(self, other: int) -> bool:
+        """Return whether a rank that has finished has yet to report its exit, and is alive."""
+        return not self._process_is_gone(other) and not self.store.check([f"exiting/{other}"])
 
     def fail(self, reason: str) -> None:
-        """End this process, and thereby the run. The message comes from whoever finds the failure first."""
-        with self._lock:  # one thread of this process only, and for good
-            kept = self.at_end()
+        """Exit this process, so that the run ends. Only the rank that fails first prints the reason."""
+        with self._lock:  # never released: only one thread of this process may fail
+            details = self.on_failure()
             try:
-                first = self.store.add("failures", 1) == 1
-            except RuntimeError:  # the store is gone as well: the first that is left speaks
-                first = not any(_is_running(pid) for other, pid in self._pids.items() if other < self.rank)
-            said = f"error: {reason}" if first else "note: the run has failed"
-            if first or kept:
-                print(" ".join(f"{said}; {kept}".split()).removesuffix(";"), file=sys.stderr, flush=True)
-            if first or self.rank == 0:
-                time.sleep(2)  # the others look for whoever has spoken, and for the store, which rank 0 may hold
+                is_first = self.store.add("failures", 1) == 1
+            except RuntimeError:  # the store is gone too: the lowest rank that is alive prints the reason
+                is_first = not any(_is_running(pid) for other, pid in self._pids.items() if other < self.rank)
+            message = f"error: {reason}" if is_first else "note: the run failed"
+            if is_first or details:
+                print(" ".join(f"{message}; {details}".split()).removesuffix(";"), file=sys.stderr, flush=True)
+            if is_first or self.rank == 0:
+                time.sleep(2)  # time for the others to read the store, which rank 0 may serve
             os._exit(1)
 
-    def blame(self, error: BaseException) -> None:
-        """End after an exception: if a peer has died it is the cause, otherwise this process is."""
-        for _ in range(int(3 / _INTERVAL)):
-            self._end_if_someone_died()
-            if self.store_has_failed():
-                self.fail(f"rank {self.rank} ends with the others")
-            time.sleep(_INTERVAL)
-        self.fail(f"rank {self.rank} ({self.names[self.rank]}): {type(error).__name__}: {error}")
+    def fail_after(self, error: BaseException) -> None:
+        """Exit after an exception. Name a dead rank as the cause if there is one, otherwise this rank."""
+        for _ in range(int(3 / _POLL_INTERVAL)):
+            self._fail_if_rank_died()
+            if self.run_has_failed():
+                self.fail(f"rank {self.rank} ended because the run failed")
+            time.sleep(_POLL_INTERVAL)
+        self.fail(f"rank {self.rank} ({self.roles[self.rank]}): {type(error).__name__}: {error}")
 
-    def store_has_failed(self) -> bool:
-        """Whether another process has told of a failure already."""
+    def run_has_failed(self) -> bool:
+        """Return whether a rank has reported a failure, or the store is gone."""
         try:
             return bool(self.store.check(["failures"]))
         except RuntimeError:
             return True
 
     def _watch(self) -> None:
-        beat = 0
-        while not self._over:
-            beat += 1
+        """Send heartbeats and check the other ranks until the run ends."""
+        count = 0
+        while not self._finished:
+            count += 1
             try:
-                self.store.set(f"beat/{self.rank}", str(beat))
+                self.store.set(f"heartbeat/{self.rank}", str(count))
             except RuntimeError:
-                if self._over:
+                if self._finished:
                     return
-                self._end_if_someone_died()
+                self._fail_if_rank_died()
                 self.fail("the launcher is gone")
-            self._end_if_someone_died()
-            time.sleep(_INTERVAL)
+            self._fail_if_rank_died()
+            time.sleep(_POLL_INTERVAL)
 
-    def _end_if_someone_died(self) -> None:
-        dead = [r for r in self._others if not self._is_alive(r)]
-        if dead and not self._over:
-            self.fail("; ".join(f"rank {r} ({self.names[r]}) has died" for r in dead))
+    def _fail_if_rank_died(self) -> None:
+        dead = [other for other in self._others if not self._is_alive(other)]
+        if dead and not self._finished:
+            self.fail("; ".join(f"rank {other} ({self.roles[other]}) has died" for other in dead))
 
     def _is_alive(self, other: int) -> bool:
-        gone = other in self._pids and not _is_running(self._pids[other])
+        """Return whether a rank runs or has finished its work."""
+        is_gone = self._process_is_gone(other)
         try:
-            if gone:
-                return bool(self.store.check([f"done/{other}"]))
-            if self.store.check([f"done/{other}"]) or not self.store.check([f"beat/{other}"]):
+            if is_gone:
+                return bool(self.store.check([f"finished/{other}"]))
+            if self.store.check([f"finished/{other}"]) or not self.store.check([f"heartbeat/{other}"]):
                 return True
-            beat, now = self.store.get(f"beat/{other}"), time.monotonic()
+            heartbeat, now = self.store.get(f"heartbeat/{other}"), time.monotonic()
         except RuntimeError:
-            return not gone  # the store may have gone with it
-        if self._beats.get(other, (b"", 0.0))[0] != beat:
-            self._beats[other] = beat, now
-        return now - self._beats[other][1] < BEATS_WITHIN
+            return not is_gone  # the store may have died with that rank
+        if self._heartbeats.get(other, (b"", 0.0))[0] != heartbeat:
+            self._heartbeats[other] = heartbeat, now
+        return now - self._heartbeats[other][1] < HEARTBEAT_TIMEOUT
 
-    def _await_signal(self) -> None:
+    def _process_is_gone(self, other: int) -> bool:
+        """Return whether a rank on this machine has ended; False for other machines."""
+        return other in self._pids and not _is_running(self._pids[other])
+
+    def _handle_signals(self) -> None:
         signal.sigwait(_SIGNALS)
-        # torchrun ends everybody when one has died.
-        self._end_if_someone_died()
+        # torchrun terminates all ranks if one has died: then that rank is the cause.
+        self._fail_if_rank_died()
         self.fail("interrupted")
 
 
@@ -184,7 +192,7 @@ _SIGNALS = {signal.SIGINT, signal.SIGTERM}
 
 
 def _is_running(pid: int) -> bool:
-    """Whether a process of this machine exists and is no zombie."""
+    """Return whether a process of this machine exists and is not a zombie."""
     try:
         os.kill(pid, 0)
         with open(f"/proc/{pid}/stat") as file:

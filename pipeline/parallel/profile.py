@@ -1,9 +1,9 @@
-"""When a rank did what: op times for profiles, on CPUs and GPUs alike."""
+"""Profile of a pipeline: the spans in which each rank ran its ops, on CPUs and GPUs."""
 
 import contextlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -11,24 +11,31 @@ import torch
 from torch import Tensor
 
 from pipeline.rollout import BlockDenoiser, BlockLayout, Cache
-from utils.files import write_json
+from utils.errors import UserError
+from utils.files import read_json, write_json
+from utils.tables import markdown_table
 
 WORK = ("text", "denoise", "context", "context+denoise", "add-noise", "decode")
-"""What counts as work; sending and waiting do not."""
+"""Names of spans that count as work. Sends and waits do not."""
 
 
 @dataclass(frozen=True)
 class Span:
-    """One op of a rank, in seconds since the recorder's start."""
+    """One timed op of a rank, in seconds since the recorder started."""
 
     name: str
-    block: int  # -1: of no block
+    block: int  # -1: the op belongs to no block
     start: float
     end: float
 
+    @property
+    def seconds(self) -> float:
+        """Duration."""
+        return self.end - self.start
+
 
 class Recorder:
-    """Notes the ops of this process. On a GPU it records events of the stream, so that nothing waits for it."""
+    """Records the spans of this process. On a GPU it records CUDA events, so the host does not wait for the device."""
 
     def __init__(self, device: torch.device, enabled: bool = True):
         self.device = device
@@ -38,7 +45,7 @@ class Recorder:
 
     @contextlib.contextmanager
     def __call__(self, name: str, block: int = -1) -> Iterator[None]:
-        """Note the block of code as op `name`."""
+        """Record the body of the `with` statement as a span."""
         if not self.enabled:
             yield
             return
@@ -49,12 +56,12 @@ class Recorder:
             self._marks.append((name, block, start, self._mark()))
 
     def restart(self) -> None:
-        """Forget everything, and count time from now on."""
+        """Delete all spans and restart the clock."""
         self._marks.clear()
         self._origin = self._mark()
 
     def spans(self) -> list[Span]:
-        """Everything that was noted, in order; waits for the device."""
+        """Return all spans in order. Waits for the device."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return [Span(name, block, self._seconds(start), self._seconds(end)) for name, block, start, end in self._marks]
@@ -73,62 +80,93 @@ class Recorder:
 
 
 class RecordedDenoiser:
-    """A denoiser whose passes are noted."""
+    """A denoiser that records a span for each forward pass."""
 
-    def __init__(self, denoiser: BlockDenoiser, layout: BlockLayout, record: Recorder):
+    def __init__(self, denoiser: BlockDenoiser, layout: BlockLayout, recorder: Recorder):
         self.denoiser = denoiser
         self.layout = layout
-        self.record = record
+        self.recorder = recorder
 
     def denoise(self, x: Tensor, sigma: float, first_frame: int, cache: Cache, write: bool = False) -> Tensor:
-        """As `Denoiser.denoise`."""
-        with self.record("denoise", self.layout.block_at(first_frame)):
+        """See `Denoiser.denoise`."""
+        with self.recorder("denoise", self.layout.block_at(first_frame)):
             return self.denoiser.denoise(x, sigma, first_frame, cache, write)
 
     def write_context(self, x: Tensor, sigma: float, first_frame: int, cache: Cache) -> None:
-        """As `Denoiser.write_context`."""
-        with self.record("context", self.layout.block_at(first_frame)):
+        """See `Denoiser.write_context`."""
+        with self.recorder("context", self.layout.block_at(first_frame)):
             self.denoiser.write_context(x, sigma, first_frame, cache)
 
     def write_then_denoise(
         self, context: Tensor, context_sigma: float, x: Tensor, sigma: float, first_frame: int, cache: Cache
     ) -> Tensor:
-        """As `Denoiser.write_then_denoise`."""
+        """See `Denoiser.write_then_denoise`."""
         block = self.layout.block_at(first_frame) + 1
-        with self.record("context+denoise", block):
+        with self.recorder("context+denoise", block):
             return self.denoiser.write_then_denoise(context, context_sigma, x, sigma, first_frame, cache)
 
 
-def write_profile(path: Path, rank: int, duties: str, spans: list[Span]) -> None:
-    """Write a rank's profile as JSON."""
-    write_json(path, {"rank": rank, "duties": duties, "spans": [asdict(span) for span in spans]}, indent=None)
+@dataclass(frozen=True)
+class RankProfile:
+    """The spans of one rank."""
+
+    rank: int
+    roles: str
+    spans: list[Span]
+
+    @property
+    def busy_seconds(self) -> float:
+        """Seconds of work."""
+        return sum(span.seconds for span in self.spans if span.name in WORK)
+
+    def timeline_row(self) -> tuple[str, list[tuple[str, float, float]]]:
+        """Return a label and (name, start, end) of every span, as a timeline plot needs them."""
+        return f"rank {self.rank}: {self.roles}", [(span.name, span.start, span.end) for span in self.spans]
+
+    def to_json(self) -> str:
+        """Return the profile as JSON, for `from_json`."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "RankProfile":
+        """Return the profile that `to_json` serialized."""
+        return cls._from_dict(json.loads(text))
+
+    def save(self, path: Path) -> None:
+        """Write the profile as a JSON file."""
+        write_json(path, asdict(self), indent=None)
+
+    @classmethod
+    def load(cls, path: Path) -> "RankProfile":
+        """Return the profile in a JSON file.
+
+        Raises:
+            UserError: if the file cannot be read or holds no profile.
+        """
+        content = read_json(path, "profile of scripts/pipeline_parallel_inference.py")
+        try:
+            return cls._from_dict(content)
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{path} is not a profile of scripts/pipeline_parallel_inference.py ({error})") from None
+
+    @classmethod
+    def _from_dict(cls, content: dict) -> "RankProfile":
+        return cls(content["rank"], content.get("roles", ""), [Span(**span) for span in content["spans"]])
 
 
-def read_profile(path: Path) -> tuple[int, str, list[Span]]:
-    """Rank, duties and ops of a file that `write_profile` has written."""
-    content = json.loads(path.read_text())
-    return content["rank"], content["duties"], [Span(**span) for span in content["spans"]]
-
-
-def busy(spans: list[Span]) -> float:
-    """Seconds of work."""
-    return sum(span.end - span.start for span in spans if span.name in WORK)
-
-
-def summary(profiles: list[tuple[int, str, list[Span]]]) -> str:
-    """A table: what every rank spent its time on, its busy share, and the speed-up against one rank doing it all."""
-    spans = [span for _, _, own in profiles for span in own]
+def profile_table(profiles: Sequence[RankProfile]) -> str:
+    """Return a Markdown table of the time that each rank spent per op, and a line with the speed-up over one rank."""
+    spans = [span for profile in profiles for span in profile.spans]
     total = max(span.end for span in spans) - min(span.start for span in spans)
     names = list(dict.fromkeys(span.name for span in spans))
-    lines = ["| rank | does | busy | " + " | ".join(names) + " |", "|" + "---|" * (3 + len(names))]
-    for rank, duties, own in profiles:
-        times = [sum(s.end - s.start for s in own if s.name == name) for name in names]
-        cells = [str(rank), duties, f"{busy(own) / total:.0%}", *(f"{t:.2f} s" for t in times)]
-        lines.append("| " + " | ".join(cells) + " |")
-    work = sum(busy(own) for _, _, own in profiles)
-    bubble = 1 - work / (total * len(profiles))
-    lines.append(
-        f"\n{total:.2f} s for {work:.2f} s of work: {work / total:.2f}x of one rank; "
-        f"{bubble:.0%} of the ranks' time is idle"
+    rows = [["rank", "roles", "busy", *names]]
+    for profile in profiles:
+        seconds = [sum(span.seconds for span in profile.spans if span.name == name) for name in names]
+        busy = f"{profile.busy_seconds / total:.0%}"
+        rows.append([str(profile.rank), profile.roles, busy, *(f"{s:.2f} s" for s in seconds)])
+    work = sum(profile.busy_seconds for profile in profiles)
+    idle = 1 - work / (total * len(profiles))
+    return (
+        f"{markdown_table(rows)}\n\n{total:.2f} s for {work:.2f} s of work: {work / total:.2f}x the speed of one rank; "
+        f"ranks are idle {idle:.0%} of the time"
     )
-    return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""How the ranks of a pipeline hand blocks to each other: torch.distributed, over NCCL or gloo."""
+"""Hand-off of blocks between the ranks of a pipeline: point-to-point messages over NCCL or gloo."""
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,84 +12,89 @@ from pipeline.parallel.profile import Recorder
 from pipeline.rollout import BlockLayout
 from pipeline.schedule import Denoise, DenoiseAndWrite, Op, Schedule, WriteThenDenoise
 
-AHEAD = 2  # messages that may be on their way from a rank to another; what bounds its memory
-PATIENCE = timedelta(
-    days=1
-)  # of process groups: who is dead is found out by `pipeline.parallel.peers`; who is slow may be
+MAX_IN_FLIGHT = 2
+"""Messages that may be on their way from one rank to another. This bounds the memory of both."""
+GROUP_TIMEOUT = timedelta(days=1)
+"""Timeout of process groups. `pipeline.parallel.peers` detects dead ranks; slow ranks are allowed."""
+
+MessageSpec = tuple[int, tuple[int, ...], torch.dtype]
+"""Sender, shape and type of a message."""
 
 
-def edge_groups() -> list[dist.ProcessGroup]:
-    """Process groups of all ranks, which make them together: one for blocks from even ranks, one for those from odd.
+def handoff_groups() -> list[dist.ProcessGroup]:
+    """Create a process group for blocks from even ranks and one for blocks from odd ranks; call it on all ranks.
 
-    NCCL does what a rank sends and receives in one group in one order, on one stream: a block would wait to be sent
-    until all that were awaited before it, further blocks included, have come. Blocks go from a rank to the next, so
-    that with these no rank both sends and receives in a group.
+    NCCL runs the sends and receives of a rank in one group in order, on one stream. In a single group, a send would
+    wait for all receives that were posted before it. Blocks move from a rank to the next one, so with two groups no
+    rank both sends and receives in the same group.
     """
-    return [dist.new_group(timeout=PATIENCE, group_desc=f"blocks from {kind} ranks") for kind in ("even", "odd")]
+    return [dist.new_group(timeout=GROUP_TIMEOUT, group_desc=f"blocks from {kind} ranks") for kind in ("even", "odd")]
 
 
-class Mail:
-    """Messages of known shapes in a known order between ranks, received ahead and sent without waiting."""
+class MessageChannel:
+    """Point-to-point messages of known shapes in a known order. Receives are posted early; sends do not wait."""
 
     def __init__(self, device: torch.device, groups: Sequence[dist.ProcessGroup | None] = (None,)):
         """
         Args:
-            groups: a message goes by that of its sender's number, modulo how many there are; None is the default group.
+            device: of the messages.
+            groups: process groups; a message uses number (sender modulo their count). None is the default group.
         """
         self.device = device
         self.groups = groups
-        self._expected: Iterator[tuple[int, tuple[int, ...], torch.dtype]] = iter(())
-        self._posted: deque[tuple[Tensor, dist.Work]] = deque()
-        self._sent: dict[int, deque[tuple[Tensor, dist.Work]]] = {}  # by receiver: one may be far behind another
-        self._buffers: dict[tuple, list[Tensor]] = {}
+        self._expected: Iterator[MessageSpec] = iter(())
+        self._receives: deque[tuple[Tensor, dist.Work]] = deque()
+        self._sends: dict[int, deque[tuple[Tensor, dist.Work]]] = {}  # by receiver: one may be slower than another
+        self._free_buffers: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
 
-    def expect(self, messages: Iterable[tuple[int, tuple[int, ...], torch.dtype]]) -> None:
-        """Say from whom, of what shape and type the coming messages are; the first few are awaited at once."""
+    def expect(self, messages: Iterable[MessageSpec]) -> None:
+        """Announce the next messages to receive, in order, and post receives for the first few."""
         self._expected = iter(messages)
-        self._post()
+        self._post_receives()
 
     def receive(self) -> Tensor:
-        """The next message. On a GPU only its stream waits for it."""
-        buffer, work = self._posted.popleft()
+        """Return the next message. On a GPU only the current stream waits for it, not the host."""
+        buffer, work = self._receives.popleft()
         work.wait()
         message = buffer.clone()
-        self._buffers.setdefault((buffer.shape, buffer.dtype), []).append(buffer)
-        self._post()
+        self._free_buffers.setdefault((buffer.shape, buffer.dtype), []).append(buffer)
+        self._post_receives()
         return message
 
     def send(self, message: Tensor, to: int) -> None:
-        """Send a message, which must not be changed any more; waits only if the receiver is far behind."""
+        """Send a message to a rank; wait only if that rank is far behind. The message must not change afterwards."""
         message = message.contiguous()
-        work = dist.isend(message, to, group=self._group_of(dist.get_rank()))
+        work = dist.isend(message, to, group=self._group(dist.get_rank()))
         assert work is not None
-        sent = self._sent.setdefault(to, deque())
-        sent.append((message, work))
-        while len(sent) > AHEAD:
-            sent.popleft()[1].wait()
+        sends = self._sends.setdefault(to, deque())
+        sends.append((message, work))
+        while len(sends) > MAX_IN_FLIGHT:
+            sends.popleft()[1].wait()
 
-    def finish(self) -> None:
-        """Wait until everything that was sent has arrived."""
-        for sent in self._sent.values():
-            while sent:
-                sent.popleft()[1].wait()
+    def wait_for_sends(self) -> None:
+        """Wait until all sent messages have arrived."""
+        for sends in self._sends.values():
+            while sends:
+                sends.popleft()[1].wait()
 
-    def _group_of(self, sender: int) -> dist.ProcessGroup | None:
+    def _group(self, sender: int) -> dist.ProcessGroup | None:
         return self.groups[sender % len(self.groups)]
 
-    def _post(self) -> None:
-        while len(self._posted) < AHEAD and (message := next(self._expected, None)) is not None:
+    def _post_receives(self) -> None:
+        while len(self._receives) < MAX_IN_FLIGHT and (message := next(self._expected, None)) is not None:
             sender, shape, dtype = message
-            free = self._buffers.get((torch.Size(shape), dtype))
+            free = self._free_buffers.get((torch.Size(shape), dtype))
             buffer = free.pop() if free else torch.empty(shape, dtype=dtype, device=self.device)
-            work = dist.irecv(buffer, sender, group=self._group_of(sender))
+            work = dist.irecv(buffer, sender, group=self._group(sender))
             assert work is not None
-            self._posted.append((buffer, work))
+            self._receives.append((buffer, work))
 
 
-class Neighbours:
-    """A stage's transport (`pipeline.rollout.Transport`) for one video: blocks from the rank before to the rank after.
+class StageTransport:
+    """Transport of one stage for one video (`pipeline.rollout.Transport`): blocks from upstream, blocks to downstream.
 
-    A block is one message: x, or x and the estimate of x0 where a context of level `clean` is still to be written.
+    A block is one message. It holds x [1, F, C, h, w] in float32, or x and the x0 estimate [2, 1, F, C, h, w] if a
+    later rank writes the clean context from that estimate.
     """
 
     def __init__(
@@ -97,75 +102,77 @@ class Neighbours:
         schedule: Schedule,
         caches: tuple[int, ...],
         layout: BlockLayout,
-        frame: tuple[int, int, int],
-        before: int | None,
-        after: int | None,
-        mail: Mail,
-        record: Recorder,
-        late: bool = False,
+        frame_shape: tuple[int, int, int],
+        upstream: int | None,
+        downstream: int | None,
+        channel: MessageChannel,
+        recorder: Recorder,
+        send_after_write: bool = False,
     ):
         """
         Args:
-            caches: those of this rank.
-            frame: (C, h, w).
-            before, after: ranks, as far as there are any that denoise.
-            late: send a block only after its context has been written: slower, for comparison.
+            caches: the caches of this rank.
+            frame_shape: (C, h, w).
+            upstream: rank of the previous stage; None on the first stage.
+            downstream: rank of the next stage; None on the last stage.
+            send_after_write: send a block only after its context write. Slower; for comparison.
         """
-        self.schedule, self.caches, self.layout, self.frame = schedule, caches, layout, frame
-        self.after, self.mail, self.record, self.late = after, mail, record, late
-        self._held: tuple[int, Tensor] | None = None
-        if before is not None:
+        self.schedule, self.caches, self.layout, self.frame_shape = schedule, caches, layout, frame_shape
+        self.downstream, self.channel, self.recorder = downstream, channel, recorder
+        self.send_after_write = send_after_write
+        self._delayed: tuple[int, Tensor] | None = None
+        if upstream is not None:
             earlier = [cache for cache in schedule.caches if cache < caches[0]]
             assert schedule.num_blocks is not None
-            self._levels = {block: schedule.handoff_index(block, earlier) for block in range(schedule.num_blocks)}
-            blocks = range(schedule.prefix_blocks, schedule.num_blocks)
-            mail.expect((before, self._shape(block, self._levels[block]), torch.float32) for block in blocks)
+            blocks = range(schedule.num_blocks)
+            self._received_index = {block: schedule.handoff_index(block, earlier) for block in blocks}
+            channel.expect(
+                (upstream, self._message_shape(block, self._received_index[block]), torch.float32)
+                for block in blocks[schedule.prefix_blocks :]
+            )
 
     def handoff_index(self, block: int) -> int | None:
-        """See `Schedule.handoff_index`."""
+        """Return the noise index at which this rank hands the block on (`Schedule.handoff_index`)."""
         return self.schedule.handoff_index(block, self.caches)
 
     def receive(self, block: int) -> tuple[int, Tensor, Tensor]:
-        """Level, x and x0 of a block as the rank before has left it."""
-        with self.record("receive wait", block):
-            message = self.mail.receive()
-        noise_index = self._levels[block]
+        """Return noise index, x and x0 of a block from the upstream rank."""
+        with self.recorder("receive wait", block):
+            message = self.channel.receive()
+        noise_index = self._received_index[block]
         assert noise_index is not None
-        x, x0 = message if self._has_estimate(noise_index) else (message, message)
+        x, x0 = message if self._includes_estimate(noise_index) else (message, message)
         return noise_index, x, x0
 
     def send(self, block: int, noise_index: int, x: Tensor, x0: Tensor) -> None:
-        """Hand a block on to the rank after."""
-        message = torch.stack([x, x0]) if self._has_estimate(noise_index) else x
-        if self.late:
-            self._flush()
-            self._held = block, message
+        """Hand a block to the downstream rank."""
+        message = torch.stack([x, x0]) if self._includes_estimate(noise_index) else x
+        if self.send_after_write:
+            self.flush()
+            self._delayed = block, message
         else:
             self._send(block, message)
 
     def after_op(self, op: Op) -> None:
-        """To be told of every op that is done: what is held back waits for its block's context."""
+        """Send a delayed block if `op` wrote its context. Call this after every op."""
         written = op.write.block if isinstance(op, DenoiseAndWrite | WriteThenDenoise) else op.block
-        if self._held is not None and not isinstance(op, Denoise) and written == self._held[0]:
-            self._flush()
+        if self._delayed is not None and not isinstance(op, Denoise) and written == self._delayed[0]:
+            self.flush()
 
-    def finish(self) -> None:
-        """Send what is still held back."""
-        self._flush()
-
-    def _flush(self) -> None:
-        if self._held is not None:
-            held, self._held = self._held, None
-            self._send(*held)
+    def flush(self) -> None:
+        """Send the delayed block, if there is one. Call this after the last op."""
+        if self._delayed is not None:
+            delayed, self._delayed = self._delayed, None
+            self._send(*delayed)
 
     def _send(self, block: int, message: Tensor) -> None:
-        assert self.after is not None
-        with self.record("send", block):
-            self.mail.send(message, self.after)
+        assert self.downstream is not None
+        with self.recorder("send", block):
+            self.channel.send(message, self.downstream)
 
-    def _has_estimate(self, noise_index: int | None) -> bool:
+    def _includes_estimate(self, noise_index: int | None) -> bool:
         return self.schedule.context == "clean" and noise_index != self.schedule.num_steps
 
-    def _shape(self, block: int, noise_index: int | None) -> tuple[int, ...]:
-        shape = (1, self.layout.frames(block), *self.frame)
-        return (2, *shape) if self._has_estimate(noise_index) else shape
+    def _message_shape(self, block: int, noise_index: int | None) -> tuple[int, ...]:
+        shape = (1, self.layout.frames(block), *self.frame_shape)
+        return (2, *shape) if self._includes_estimate(noise_index) else shape

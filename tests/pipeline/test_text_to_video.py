@@ -1,4 +1,4 @@
-"""pipeline/text_to_video.py and pipeline/parallel/runner.py: where prompts are encoded, and layers that do not
+"""pipeline/text_to_video.py and pipeline/parallel/rank.py: where prompts are encoded, and layers that do not
 compile."""
 
 from dataclasses import replace
@@ -8,8 +8,8 @@ import torch
 from tiny_model import write_config
 
 from model.text_encoder import TextEncoder
-from pipeline.parallel import runner as parallel
-from pipeline.parallel.runner import PipelineRank
+from pipeline.parallel import rank as parallel
+from pipeline.parallel.rank import PipelineRank
 from pipeline.parallel.stages import plan_pipelines
 from pipeline.schedule import Schedule
 from pipeline.text_to_video import PromptEmbeddings
@@ -69,11 +69,11 @@ def test_a_rank_that_only_encodes_keeps_its_text_encoder(monkeypatch, tmp_path, 
     config = load_config(str(write_config(tmp_path / "tiny.yaml", tmp_path)))
     for name, network in (("network", "net"), ("vae", "vae"), ("text_encoder", encoder)):
         monkeypatch.setattr(parallel, f"load_{name}", lambda config, device, network=network: network)
-    monkeypatch.setattr(parallel, "edge_groups", list)
+    monkeypatch.setattr(parallel, "handoff_groups", list)
     [pipeline] = pipelines = plan_pipelines(num_ranks, Schedule(num_steps=4, num_blocks=3))
     for changes, expected in (({}, offloads), ({"offload": False}, False)):
         own = replace(config, model=replace(config.model, **changes))
-        rank = PipelineRank(own, pipelines, pipeline.text, None, HOME)  # type: ignore[arg-type]
+        rank = PipelineRank(own, pipelines, pipeline.text_rank, None, HOME)  # type: ignore[arg-type]
         assert rank.embeddings is not None and rank.embeddings.offload == expected
         assert rank.embeddings.device == HOME
 

@@ -42,9 +42,9 @@ def rank_main(
     import importlib
 
     from pipeline.generate import VideoOutput
-    from utils import peers
+    from pipeline.parallel import peers
 
-    peers.COMES_WITHIN = comes_within
+    peers.STARTUP_TIMEOUT = comes_within
     torch.cuda.device_count = lambda: gpus
     finish = VideoOutput._write_sheet_and_record
 
@@ -209,12 +209,13 @@ def test_the_profile_has_every_op_and_a_timeline(world, tmp_path):
     words = ("--profile", "--profile_output", tmp_path / "p", "--prompt", "a red circle")
     ranks = Ranks(tmp_path, 2, ["--config_path", world / "tiny.yaml", "--output_path", tmp_path / "v.mp4", *words])
     assert ranks.wait() == [0, 0], ranks.output
-    assert "rank | does | busy" in ranks.output and (tmp_path / "v.mp4").exists()
-    from pipeline.parallel.profile import read_profile
+    assert "| roles " in ranks.output and (tmp_path / "v.mp4").exists()
+    from pipeline.parallel.profile import RankProfile
 
     counts = {}
     for rank in range(2):
-        number, _, spans = read_profile(tmp_path / f"p_rank{rank}.json")
+        profile = RankProfile.load(tmp_path / f"p_rank{rank}.json")
+        number, spans = profile.rank, profile.spans
         assert number == rank and all(s.end >= s.start >= 0 for s in spans)
         for span in spans:
             counts[rank, span.name] = counts.get((rank, span.name), 0) + 1
@@ -288,7 +289,7 @@ def test_a_rank_that_dies_in_the_middle_is_named_and_the_frames_stay(world, tmp_
 def test_a_rank_that_never_comes_is_named(world, tmp_path, rank):
     ranks = start(world, tmp_path / "out", 3, comes_within=4.0, absent=(rank,))
     assert 0 not in ranks.wait(60)
-    assert "never came" in ranks.output or "no answer from" in ranks.output
+    assert "did not start" in ranks.output or "no answer from" in ranks.output
     if rank == 1:
         assert "rank 1 (steps 1-1)" in ranks.output.replace("(step 1)", "(steps 1-1)")
 

@@ -1,4 +1,4 @@
-"""pipeline/parallel/transport.py: what is sent never waits behind what is awaited, nor one receiver behind another."""
+"""pipeline/parallel/transport.py: sends never wait behind posted receives, nor one receiver behind another."""
 
 import pytest
 import torch
@@ -6,77 +6,81 @@ import torch.distributed as dist
 
 from pipeline.parallel import transport
 from pipeline.parallel.stages import plan_pipelines
-from pipeline.parallel.transport import AHEAD, Mail
+from pipeline.parallel.transport import MAX_IN_FLIGHT, MessageChannel
 from pipeline.schedule import Schedule
 
+CPU = torch.device("cpu")
 
-class Wire:
-    """torch.distributed as seen by one rank at a time: notes operations, and what was waited for."""
+
+class FakeNetwork:
+    """torch.distributed for one rank at a time: records operations and waits, and transfers nothing."""
 
     def __init__(self) -> None:
         self.rank = 0
         self.groups: list[str] = []
-        self.sent: list[tuple[int, int, str]] = []  # from, to, group
-        self.awaited: list[tuple[int, int, str]] = []
+        self.sends: list[tuple[int, int, str]] = []  # sender, receiver, group
+        self.receives: list[tuple[int, int, str]] = []  # sender, receiver, group
         self.waits: list[int] = []  # receivers
 
     def isend(self, message, to, group=None):
-        self.sent.append((self.rank, to, group))
+        self.sends.append((self.rank, to, group))
         return self._work(to)
 
     def irecv(self, buffer, sender, group=None):
-        self.awaited.append((sender, self.rank, group))
+        self.receives.append((sender, self.rank, group))
         return self._work(self.rank)
 
     def new_group(self, **_):
         self.groups.append(f"group {len(self.groups)}")
         return self.groups[-1]
 
-    def _work(self, to):
+    def _work(self, receiver):
         class Work:
             def wait(work):
-                self.waits.append(to)
+                self.waits.append(receiver)
 
         return Work()
 
 
 @pytest.fixture
-def wire(monkeypatch) -> Wire:
-    wire = Wire()
+def network(monkeypatch) -> FakeNetwork:
+    network = FakeNetwork()
     for name in ("isend", "irecv", "new_group"):
-        monkeypatch.setattr(dist, name, getattr(wire, name))
-    monkeypatch.setattr(dist, "get_rank", lambda: wire.rank)
-    return wire
+        monkeypatch.setattr(dist, name, getattr(network, name))
+    monkeypatch.setattr(dist, "get_rank", lambda: network.rank)
+    return network
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3, 4, 5, 6, 13])
-def test_no_rank_sends_in_a_group_in_which_it_awaits(wire, num_ranks):
-    """NCCL does the operations of one rank and group in order: those posted ahead would come first."""
-    groups = transport.edge_groups()
+def test_no_rank_sends_and_receives_in_the_same_group(network, num_ranks):
+    """NCCL runs the operations of one rank and group in order, so posted receives would delay a send."""
+    groups = transport.handoff_groups()
     message = torch.zeros(1)
     for pipeline in plan_pipelines(num_ranks, Schedule(num_steps=4, num_blocks=5)):
-        for wire.rank, _ in pipeline.stages:
-            before, after = pipeline.neighbours(wire.rank)
-            mail = Mail(torch.device("cpu"), groups)
-            if before is not None:
-                mail.expect([(before, (1,), torch.float32)] * 3)
-            if after is not None:
-                mail.send(message, after)
-        decoder = wire.rank = pipeline.decoder
-        if decoder not in dict(pipeline.stages):
-            Mail(torch.device("cpu"), groups).expect([(pipeline.stages[-1][0], (1,), torch.float32)] * 3)
-    assert set(wire.sent) == set(wire.awaited) and wire.sent  # both ends take the same group
+        for network.rank in pipeline.stage_ranks:
+            upstream, downstream = pipeline.upstream(network.rank), pipeline.downstream(network.rank)
+            channel = MessageChannel(CPU, groups)
+            if upstream is not None:
+                channel.expect([(upstream, (1,), torch.float32)] * 3)
+            if downstream is not None:
+                channel.send(message, downstream)
+        decoder = network.rank = pipeline.decoder_rank
+        if decoder not in pipeline.stage_ranks:
+            MessageChannel(CPU, groups).expect([(pipeline.stage_ranks[-1], (1,), torch.float32)] * 3)
+    assert set(network.sends) == set(network.receives) and network.sends  # both ends use the same group
     for rank in range(num_ranks):
-        assert not {g for s, _, g in wire.sent if s == rank} & {g for _, to, g in wire.awaited if to == rank}
+        groups_sent = {group for sender, _, group in network.sends if sender == rank}
+        groups_received = {group for _, receiver, group in network.receives if receiver == rank}
+        assert not groups_sent & groups_received
 
 
-def test_a_sender_waits_for_the_receiver_that_is_behind_only(wire):
-    mail = Mail(torch.device("cpu"))
-    for video in range(AHEAD + 1):
-        assert wire.waits == []
-        for receiver in (1, 2, 3) if video < AHEAD else (2,):
-            mail.send(torch.zeros(1), receiver)
-    assert wire.waits == [2]
-    mail.finish()
-    assert sorted(wire.waits) == [1] * AHEAD + [2] * (AHEAD + 1) + [3] * AHEAD
-    assert {group for _, _, group in wire.sent} == {None}  # texts go by the default group
+def test_a_sender_waits_only_for_the_receiver_that_is_behind(network):
+    channel = MessageChannel(CPU)
+    for video in range(MAX_IN_FLIGHT + 1):
+        assert network.waits == []
+        for receiver in (1, 2, 3) if video < MAX_IN_FLIGHT else (2,):
+            channel.send(torch.zeros(1), receiver)
+    assert network.waits == [2]
+    channel.wait_for_sends()
+    assert sorted(network.waits) == [1] * MAX_IN_FLIGHT + [2] * (MAX_IN_FLIGHT + 1) + [3] * MAX_IN_FLIGHT
+    assert {group for _, _, group in network.sends} == {None}  # embeddings use the default group

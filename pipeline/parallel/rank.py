@@ -1,0 +1,254 @@
+"""One rank of a pipeline: loads the networks for its roles, runs its stage and exchanges messages with other ranks.
+
+- The text rank picks the next video and sends its prompt embedding to the stages.
+- A stage hands each block on as soon as it is re-noised.
+- The decoder rank writes frames while later blocks are still being denoised.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from model.causal_wan import CausalWanModel
+from pipeline.build import (
+    build_rollout,
+    build_schedule,
+    latent_size,
+    load_network,
+    load_text_encoder,
+    load_vae,
+)
+from pipeline.generate import VideoJob, VideoOutput, read_condition
+from pipeline.parallel.profile import RecordedDenoiser, Recorder
+from pipeline.parallel.stages import Pipeline
+from pipeline.parallel.transport import MessageChannel, StageTransport, handoff_groups
+from pipeline.rollout import BlockLayout, Rollout
+from pipeline.schedule import Schedule, for_stage
+from pipeline.text_to_video import PromptEmbeddings
+from utils.config import Config
+from utils.device import DTYPES
+
+
+class PipelineRank:
+    """One rank of a pipeline, with the networks that its roles need."""
+
+    def __init__(
+        self,
+        config: Config,
+        pipelines: Sequence[Pipeline],
+        rank: int,
+        store: dist.Store,
+        device: torch.device,
+        condition: str = "",
+        save_latents: bool = False,
+        send_after_write: bool = False,
+        recorder: Recorder | None = None,
+    ):
+        """Load the networks. All ranks of the default process group must call this at the same time.
+
+        Args:
+            store: key-value store of all ranks, for small values.
+            condition: path of the image, clip or latents that videos start with; empty for none.
+            send_after_write: send blocks only after their context write.
+            recorder: records spans for a profile.
+
+        Raises:
+            UserError: for missing or broken files.
+        """
+        self.config, self.rank, self.store, self.device = config, rank, store, device
+        self.condition, self.save_latents, self.send_after_write = condition, save_latents, send_after_write
+        self.recorder = recorder or Recorder(device, enabled=False)
+        self.pipeline_number = next(number for number, p in enumerate(pipelines) if rank in p.ranks)
+        self.pipeline = pipelines[self.pipeline_number]
+        self.is_only_pipeline = len(pipelines) == 1
+        self.caches = self.pipeline.caches(rank)
+        self.output: VideoOutput | None = None
+        self._unfinished: list[Path] = []
+        self._handoff_groups = handoff_groups()
+        self.net = load_network(config, device) if self.caches else None
+        self.vae = load_vae(config, device) if rank == self.pipeline.decoder_rank else None
+        self.embeddings = None
+        if rank == self.pipeline.text_rank:
+            # Offloading makes room for other networks, so a rank without any keeps its text encoder on the device.
+            offload = config.model.offload and not (self.net is None and self.vae is None)
+            text_encoder = load_text_encoder(config, device)
+            self.embeddings = PromptEmbeddings(text_encoder, config.model.text_length, device, offload)
+
+    def make_videos(self, jobs: Sequence[VideoJob]) -> None:
+        """Do the work of this rank for all videos that its pipeline makes."""
+        prefix = self._share_prefix()
+        schedule = build_schedule(
+            self.config.rollout, self.config.video.num_output_frames, 0 if prefix is None else prefix.shape[1]
+        )
+        if self.embeddings is not None and self.embeddings.offload:
+            with self.recorder("text"):  # all prompts at once: which of them this pipeline will need is unknown
+                self.embeddings.encode([job.prompt.text for job in jobs])
+        texts, blocks = MessageChannel(self.device), MessageChannel(self.device, self._handoff_groups)
+        for job in self._assigned_jobs(jobs):
+            embedding = self._share_embedding(job, texts)
+            if self.net is not None and embedding is not None:
+                self._run_stage(job, self.net, embedding, schedule, prefix, blocks)
+            elif self.vae is not None:
+                self._decode(job, schedule, prefix, blocks)
+        texts.wait_for_sends()
+        blocks.wait_for_sends()
+
+    def keep_unfinished(self) -> str:
+        """Close the current video after a failure, and return a message with its path; empty if there is none."""
+        if self.output is not None:
+            self._unfinished += self.output.keep_unfinished()
+        return "".join(f"the frames so far are in {path}" for path in self._unfinished)
+
+    # ---- Inputs of a video ----
+
+    def _assigned_jobs(self, jobs: Sequence[VideoJob]) -> Iterator[VideoJob]:
+        """Yield the jobs of this pipeline. All pipelines share one job queue; each takes the next job when free."""
+        for count in range(len(jobs) + 1):
+            key = f"pipeline {self.pipeline_number} job {count}"
+            if self.rank == self.pipeline.text_rank:
+                index = count if self.is_only_pipeline else self.store.add("jobs taken", 1) - 1
+                self.store.set(key, str(index))
+            else:
+                while not self.store.check([key]):  # `wait` would block the monitor's access to the store
+                    time.sleep(0.005)
+                index = int(self.store.get(key))
+            if index >= len(jobs):
+                return
+            yield jobs[index]
+
+    def _share_prefix(self) -> Tensor | None:
+        """Return the latents [1, F, C, h, w] that videos start with. The decoder rank encodes and sends them."""
+        if not self.condition:
+            return None
+        key, stages = f"pipeline {self.pipeline_number} prefix shape", self.pipeline.stage_ranks
+        if self.vae is not None:
+            prefix = read_condition(self.condition, self.config, self.vae).to(self.device)
+            self.store.set(key, json.dumps(list(prefix.shape)))
+            for rank in stages:
+                if rank != self.rank:
+                    dist.send(prefix, rank)
+            return prefix
+        while not self.store.check([key]):
+            time.sleep(0.01)
+        prefix = torch.empty(json.loads(self.store.get(key)), device=self.device)
+        if self.rank in stages:
+            dist.recv(prefix, self.pipeline.decoder_rank)
+        return prefix
+
+    def _share_embedding(self, job: VideoJob, channel: MessageChannel) -> Tensor | None:
+        """Return the prompt embedding [1, L, text_dim] on stages, None on other ranks. The text rank sends it."""
+        stages = self.pipeline.stage_ranks
+        if self.embeddings is not None:
+            with self.recorder("text"):
+                embedding = self.embeddings.of([job.prompt.text]).to(self.device)
+            for rank in stages:
+                if rank != self.rank:
+                    channel.send(embedding, rank)
+            return embedding if self.rank in stages else None
+        if self.net is None:
+            return None
+        shape = (1, self.config.model.text_length, self.net.config.text_dim)
+        channel.expect([(self.pipeline.text_rank, shape, DTYPES[self.config.model.dtype])])
+        return channel.receive()
+
+    # ---- Blocks ----
+
+    def _run_stage(
+        self,
+        job: VideoJob,
+        net: CausalWanModel,
+        embedding: Tensor,
+        schedule: Schedule,
+        prefix: Tensor | None,
+        channel: MessageChannel,
+    ) -> None:
+        """Run the ops of this stage. The last stage decodes finished blocks, or sends them to the decoder rank."""
+        layout = self._layout(prefix)
+        frame_shape = (net.config.in_channels, *latent_size(self.config.video))
+        upstream, downstream = self.pipeline.upstream(self.rank), self.pipeline.downstream(self.rank)
+        is_last = self.caches[-1] == schedule.caches[-1]
+        transport = StageTransport(
+            schedule,
+            self.caches,
+            layout,
+            frame_shape,
+            upstream,
+            None if is_last else downstream,
+            channel,
+            self.recorder,
+            self.send_after_write,
+        )
+        with torch.no_grad():
+            text = net.encode_text(embedding)
+        rollout = build_rollout(self.config, net, text, [job.sample], prefix, transport, transport.after_op)
+        self._record_spans(rollout)
+        ops = for_stage(schedule.ops("diagonal", self.config.rollout.fuse_context), self.caches)
+        blocks = rollout.run(list(ops), self.caches)
+        if self.vae is not None:
+            self._write(job, schedule, prefix, (latents for _, latents in blocks))
+            return
+        for _, latents in blocks:
+            assert downstream is not None
+            channel.send(latents, downstream)
+        transport.flush()
+
+    def _record_spans(self, rollout: Rollout) -> None:
+        """Record the rollout's passes and noise, if there is a profile."""
+        if not self.recorder.enabled:
+            return
+        noise = rollout.noise
+
+        def recorded_noise(block: int, step: int) -> Tensor:
+            with self.recorder("add-noise", block):
+                return noise(block, step)
+
+        rollout.noise = recorded_noise
+        rollout.denoiser = RecordedDenoiser(rollout.denoiser, rollout.layout, self.recorder)
+
+    def _decode(self, job: VideoJob, schedule: Schedule, prefix: Tensor | None, channel: MessageChannel) -> None:
+        """Receive finished blocks from the last stage, decode and write them."""
+        assert self.vae is not None and schedule.num_blocks is not None
+        layout = self._layout(prefix)
+        frame_shape = self.vae.latent_shape(self.config.video.height, self.config.video.width)
+        last_stage = self.pipeline.stage_ranks[-1]
+        blocks = range(schedule.prefix_blocks, schedule.num_blocks)
+        channel.expect((last_stage, (1, layout.frames(block), *frame_shape), torch.float32) for block in blocks)
+
+        def receive() -> Iterator[Tensor]:
+            for block in blocks:
+                with self.recorder("receive wait", block):
+                    latents = channel.receive()
+                yield latents
+
+        self._write(job, schedule, prefix, receive())
+
+    def _write(self, job: VideoJob, schedule: Schedule, prefix: Tensor | None, blocks: Iterator[Tensor]) -> None:
+        """Decode blocks and write the video's files."""
+        assert self.vae is not None
+        total = self.config.video.num_output_frames
+        interval = 0.5 if sys.stderr.isatty() else 15
+        bar = tqdm(total=total, desc=job.files.stem[:40], unit="latent frame", mininterval=interval)
+        with bar, VideoOutput(self.config, self.vae, [job], self.condition, self.save_latents) as self.output:
+            try:
+                if prefix is not None:
+                    self.output.emit(prefix)
+                    bar.update(prefix.shape[1])
+                for block, latents in enumerate(blocks, start=schedule.prefix_blocks):
+                    with self.recorder("decode", block):
+                        self.output.emit(latents)
+                    bar.update(latents.shape[1])
+            except BaseException:  # usually because another rank died
+                self._unfinished += self.output.keep_unfinished()
+                self.output = None
+                raise
+        self.output = None
+
+    def _layout(self, prefix: Tensor | None) -> BlockLayout:
+        return BlockLayout(self.config.rollout.block_frames, 0 if prefix is None else prefix.shape[1])
