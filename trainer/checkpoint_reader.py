@@ -41,7 +41,7 @@ class _MetadataUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f".metadata names {module}.{name}, which no checkpoint needs")
 
 
-def read_metadata(checkpoint: Path) -> Metadata:
+def read_checkpoint_metadata(checkpoint: Path) -> Metadata:
     """Return the metadata of a checkpoint folder.
 
     Raises:
@@ -61,10 +61,10 @@ def read_metadata(checkpoint: Path) -> Metadata:
 
 
 class CheckpointReader(FileSystemReader):
-    """torch's reader of checkpoint folders with `read_metadata` above in place of `pickle.load`."""
+    """torch's reader of checkpoint folders with `read_checkpoint_metadata` in place of `pickle.load`."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        metadata = read_metadata(Path(self.path))
+        metadata = read_checkpoint_metadata(Path(self.path))
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from trainer.checkpoint_reader import CheckpointReader, read_checkpoint_metadata
 from utils.distributed import rank
 from utils.errors import UserError
 from utils.files import write_text
@@ -89,8 +90,8 @@ class Checkpoints:
         if source is None:
             return None
         try:
-            dcp.FileSystemReader(source).read_metadata()  # torch would print a traceback of what is wrong with it
-            dcp.load(dict(state), checkpoint_id=source)
+            read_checkpoint_metadata(source)  # dcp.load prints a traceback if the metadata is broken
+            dcp.load(dict(state), storage_reader=CheckpointReader(source))
         except _UNREADABLE as error:
             earlier = _before(source)
             raise UserError(
@@ -184,7 +185,7 @@ def read_tensors(checkpoint: Path, prefix: str) -> dict[str, Tensor]:
         UserError: if it is no checkpoint, broken, or holds none.
     """
     try:
-        entries = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+        entries = read_checkpoint_metadata(checkpoint).state_dict_metadata
         tensors = {
             name: torch.empty(entry.size, dtype=entry.properties.dtype)
             for name, entry in entries.items()
@@ -194,7 +195,7 @@ def read_tensors(checkpoint: Path, prefix: str) -> dict[str, Tensor]:
             raise UserError(f"{checkpoint} holds no {prefix.rstrip('/')}")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # that it is a single process, which is what we want
-            dcp.load(tensors, checkpoint_id=checkpoint, no_dist=True)
+            dcp.load(tensors, storage_reader=CheckpointReader(checkpoint), no_dist=True)
     except _UNREADABLE as error:
         earlier = _before(checkpoint)
         raise UserError(

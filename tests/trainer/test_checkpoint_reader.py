@@ -9,7 +9,9 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
-from trainer.checkpoint_reader import CheckpointReader, read_metadata
+from trainer.checkpoint_reader import CheckpointReader, read_checkpoint_metadata
+from trainer.checkpoints import read_tensors
+from utils.errors import UserError
 
 
 class Bomb:
@@ -51,7 +53,7 @@ def test_code_in_the_metadata_is_not_run(checkpoint, tmp_path):
     target = tmp_path / "executed"
     rewrite(checkpoint, lambda metadata: setattr(metadata, "planner_data", Bomb(target)))
     with pytest.raises(pickle.UnpicklingError, match="which no checkpoint needs"):
-        read_metadata(checkpoint)
+        read_checkpoint_metadata(checkpoint)
     with pytest.raises((pickle.UnpicklingError, CheckpointException)):
         dcp.load({"a": torch.zeros(2, 3)}, storage_reader=CheckpointReader(checkpoint), no_dist=True)
     assert not target.exists()
@@ -62,7 +64,7 @@ def test_code_in_the_metadata_is_not_run(checkpoint, tmp_path):
 def test_an_entry_that_torch_would_unpickle_is_refused(checkpoint):
     rewrite(checkpoint, lambda metadata: metadata.state_dict_metadata.update(a=BytesStorageMetadata()))
     with pytest.raises(pickle.UnpicklingError, match="BytesStorageMetadata, which no checkpoint needs"):
-        read_metadata(checkpoint)
+        read_checkpoint_metadata(checkpoint)
 
 
 @pytest.mark.parametrize("path", ["../00000005/__0_0.distcp", "/etc/passwd"])
@@ -73,11 +75,19 @@ def test_files_outside_the_folder_are_refused(checkpoint, path):
 
     rewrite(checkpoint, escape)
     with pytest.raises(pickle.UnpicklingError, match="outside the checkpoint"):
-        read_metadata(checkpoint)
+        read_checkpoint_metadata(checkpoint)
 
 
 @pytest.mark.parametrize("content", [b"", b"junk", pickle.dumps({"no": "metadata"}), pickle.dumps([1, 2])])
 def test_other_content_is_refused(checkpoint, content):
     (checkpoint / ".metadata").write_bytes(content)
     with pytest.raises((pickle.UnpicklingError, EOFError)):
-        read_metadata(checkpoint)
+        read_checkpoint_metadata(checkpoint)
+
+
+def test_resuming_from_a_hostile_checkpoint_is_one_error(checkpoint, tmp_path):
+    target = tmp_path / "executed"
+    rewrite(checkpoint, lambda metadata: setattr(metadata, "planner_data", Bomb(target)))
+    with pytest.raises(UserError, match="which no checkpoint needs"):
+        read_tensors(checkpoint, "a")
+    assert not target.exists()
