@@ -30,6 +30,7 @@ from benchmark.measure import (
 )
 from model import presets
 from model.causal_wan import CausalWanModel
+from model.embeddings import EmbeddingCache
 from model.flops import bidirectional_flops, context_flops, denoise_flops
 from model.flow import flow_to_x0
 from model.kv_cache import KVCache
@@ -42,8 +43,8 @@ from pipeline.build import (
     check_size,
     choose_attention_backend,
     context_frames,
+    load_embeddings,
     load_network,
-    load_text_encoder,
     load_vae,
     prepare_network,
 )
@@ -91,7 +92,7 @@ class Networks:
         """The text encoder; one with random weights reads bytes."""
         config = self.config.model
         if not self.random:
-            return load_text_encoder(self.config, self.device)
+            return load_embeddings(self.config, self.device).encoder
         sizes = presets.TEXT_ENCODERS["wan"]
         encoder = random_network(lambda **s: UMT5EncoderModel(UMT5Config(**s)), sizes, self.dtype, self.device)
         return TextEncoder(encoder, ByT5Tokenizer(), config.text_length)
@@ -99,8 +100,11 @@ class Networks:
     def pipeline(self) -> TextToVideo:
         """All that a rollout needs; random nets get random embeddings, which take no text encoder."""
         net = self.transformer()
-        text = RandomText(self.config.model.text_length, net.config.text_dim) if self.random else self.text_encoder()
-        return TextToVideo(self.config, net, text, self.vae())
+        if self.random:
+            embeddings = EmbeddingCache(RandomText(self.config.model.text_length, net.config.text_dim))
+        else:
+            embeddings = load_embeddings(self.config, self.device)
+        return TextToVideo(self.config, net, embeddings, self.vae())
 
     def check(self) -> None:
         """Find out before anything is measured whether it can be.
@@ -329,8 +333,8 @@ def measure_passes(networks: Networks, names: Sequence[str], effort: Effort, pea
     config, device = networks.config, networks.device
     reset_peak_memory(device)
     net = networks.transformer()
-    text = RandomText(config.model.text_length, net.config.text_dim)
-    rollout = TextToVideo(config, net, text, None).rollout([PROMPT], [0])  # type: ignore[arg-type]
+    embeddings = EmbeddingCache(RandomText(config.model.text_length, net.config.text_dim))
+    rollout = TextToVideo(config, net, embeddings, None).rollout([PROMPT], [0])  # type: ignore[arg-type]
     frames = config.rollout.block_frames
     cache = rollout.new_cache()
     fill(cache, net.config.num_layers)
@@ -406,7 +410,6 @@ def measure_decoder(networks: Networks, effort: Effort, peak_flops: float) -> Fi
 def measure_text_encoder(networks: Networks, effort: Effort, peak_flops: float) -> Figures:
     """The text encoder on one prompt."""
     text_encoder, device = networks.text_encoder(), networks.device
-    text_encoder.cache = None
     reset_peak_memory(device)
     times = durations(lambda: text_encoder.encode([PROMPT]), device, effort)
     memory = peak_memory(device)

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from model.causal_wan import CausalWanModel, TextContext
 from model.denoiser import Denoiser
+from model.embeddings import EmbeddingCache
 from model.flow import step_sigmas
 from model.kv_cache import KVCache
 from model.lora import fuse_lora
-from model.text_encoder import TextEncoder
 from model.vae import WanVAE
 from model.weights import ModelDirectory
 from pipeline.rollout import BlockLayout, Rollout, Transport
@@ -61,11 +61,11 @@ def prepare_network(
     return net
 
 
-def load_text_encoder(config: Config, device: torch.device) -> TextEncoder:
-    """The text encoder that `config.model` names."""
+def load_embeddings(config: Config, device: torch.device, capacity: int | None = None) -> EmbeddingCache:
+    """Load the text encoder that `config.model` names, behind its cache of embeddings."""
     model = config.model
     directory, dtype = ModelDirectory.open(model.base), DTYPES[model.dtype]
-    return TextEncoder.load(directory, dtype, model.text_length, model.text_cache).to(device)
+    return EmbeddingCache.load(directory, dtype, model.text_length, model.text_cache, capacity).to(device)
 
 
 def load_vae(config: Config, device: torch.device) -> WanVAE:

@@ -8,8 +8,8 @@ from diffusers import UniPCMultistepScheduler
 from torch import Tensor
 
 from model.causal_wan import CausalWanModel, TextContext
+from model.embeddings import EmbeddingCache
 from model.flow import guide
-from model.text_encoder import TextEncoder
 from model.weights import ModelDirectory
 from pipeline.build import check_size, choose_attention_backend, latent_size
 from utils.config import Config
@@ -20,11 +20,10 @@ from utils.rng import keyed_noise
 class Teacher:
     """The teacher of one configuration on one device, ready to be sampled."""
 
-    def __init__(self, config: Config, net: CausalWanModel, text_encoder: TextEncoder):
+    def __init__(self, config: Config, net: CausalWanModel, embeddings: EmbeddingCache):
         self.config = config
         self.net = net.eval().requires_grad_(False)
-        self.text_encoder = text_encoder
-        self._negative = text_encoder.encode([config.teacher.negative_prompt])
+        self.embeddings = embeddings
 
     @classmethod
     def load(cls, config: Config, device: torch.device) -> "Teacher":
@@ -40,7 +39,7 @@ class Teacher:
         choose_attention_backend(net, model.attention_backend)
         if model.compile:
             net.compile_layers()
-        return cls(config, net, TextEncoder.load(directory, dtype, model.text_length, model.text_cache).to(device))
+        return cls(config, net, EmbeddingCache.load(directory, dtype, model.text_length, model.text_cache).to(device))
 
     def noise(self, seed: int, samples: Sequence[int]) -> Tensor:
         """Noise [B, F, C, h, w] of numbered samples: a clip of `data.num_frames` latent frames is one block."""
@@ -51,8 +50,9 @@ class Teacher:
     def flow(self, prompts: Sequence[str]) -> Callable[[Tensor, float], Tensor]:
         """The guided flow of a batch of prompts, as a function of x [B, F, C, h, w] and sigma."""
         with torch.no_grad():  # keys and values of the text are the same at every step
-            text = self.net.encode_text(self.text_encoder.encode(prompts))
-            negative = self.net.encode_text(self._negative.expand(len(prompts), -1, -1))
+            text = self.net.encode_text(self.embeddings.get(prompts).to(self.net.device))
+            negative = self.embeddings.get([self.config.teacher.negative_prompt]).to(self.net.device)
+            negative = self.net.encode_text(negative.expand(len(prompts), -1, -1))
         scale = self.config.teacher.guidance_scale
         return lambda x, sigma: guided_flow(self.net, x, sigma, text, negative, scale)
 

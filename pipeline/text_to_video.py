@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from model.causal_wan import CausalWanModel
-from model.text_encoder import TextEncoder, padded, without_padding
+from model.embeddings import EmbeddingCache
 from model.vae import WanVAE
 from model.weights import ModelDirectory
-from pipeline.build import build_rollout, build_schedule, check_size, load_network, load_text_encoder, load_vae
+from pipeline.build import build_rollout, build_schedule, check_size, load_embeddings, load_network, load_vae
 from pipeline.rollout import Rollout
 from pipeline.schedule import Op, Schedule
 from utils.config import Config
@@ -18,12 +18,11 @@ from utils.config import Config
 class TextToVideo:
     """The networks of one configuration on one device, ready to generate."""
 
-    def __init__(self, config: Config, net: CausalWanModel, text_encoder: TextEncoder, vae: WanVAE):
+    def __init__(self, config: Config, net: CausalWanModel, embeddings: EmbeddingCache, vae: WanVAE):
         self.config = config
         self.net = net
-        self.text_encoder = text_encoder
         self.vae = vae
-        self.embeddings = PromptEmbeddings(text_encoder, config.model.text_length, net.device, config.model.offload)
+        self.embeddings = PromptEmbeddings(embeddings, net.device, config.model.offload)
 
     @classmethod
     def load(cls, config: Config, device: torch.device) -> "TextToVideo":
@@ -33,7 +32,7 @@ class TextToVideo:
             UserError: for missing or broken files, and for a size that VAE and patches do not divide.
         """
         net = load_network(config, device)
-        return cls(config, net, load_text_encoder(config, device), load_vae(config, device))
+        return cls(config, net, load_embeddings(config, device), load_vae(config, device))
 
     @staticmethod
     def check(config: Config, prefix_frames: int | None = 0) -> None:
@@ -100,30 +99,27 @@ class TextToVideo:
 
 
 class PromptEmbeddings:
-    """Embeddings of prompts, encoded ahead of their videos."""
+    """Embeddings of prompts, from an encoder that is on its device only while it encodes."""
 
-    def __init__(self, text_encoder: TextEncoder, length: int, device: torch.device, offload: bool):
+    def __init__(self, cache: EmbeddingCache, device: torch.device, offload: bool):
         """
         Args:
-            length: tokens of an embedding.
-            device: where the text encoder works.
-            offload: move it off the device when it has encoded what was asked for, and back when there is more. One
-                that nobody else needs the room of should not be.
+            device: where the text encoder runs.
+            offload: move the encoder to the device for missing prompts and back to the CPU afterwards. Set to false if
+                no other network needs the memory.
         """
-        self.text_encoder, self.length, self.device, self.offload = text_encoder, length, device, offload
-        self._kept: dict[str, Tensor] = {}  # without the zeros behind their ends
+        self.cache, self.device, self.offload = cache, device, offload
 
     def encode(self, prompts: Sequence[str]) -> None:
-        """Encode those of the prompts that have not been yet: all of a run's at once move the weights but once."""
-        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._kept]
-        if missing and self.offload:
-            self.text_encoder.to(self.device)
-        for prompt in missing:
-            self._kept[prompt] = without_padding(self.text_encoder.encode([prompt])[0].cpu())
-        if missing and self.offload:
-            self.text_encoder.to("cpu")
+        """Encode the prompts that are missing; all prompts of a run at once move the weights only once."""
+        moves = self.offload and bool(self.cache.missing(prompts))
+        if moves:
+            self.cache.to(self.device)
+        self.cache.prepare(prompts)
+        if moves:
+            self.cache.to("cpu")
 
     def of(self, prompts: Sequence[str]) -> Tensor:
-        """Embeddings [B, text length, text_dim] on the CPU, in the text encoder's type."""
+        """Return embeddings [B, text length, text_dim] on the CPU, in the text encoder's dtype."""
         self.encode(prompts)
-        return padded([self._kept[prompt] for prompt in prompts], self.length)
+        return self.cache.get(prompts)

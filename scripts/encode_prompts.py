@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tqdm import tqdm
 
-from trainer.datasets.captions import load_caption_encoder
+from trainer.datasets.captions import load_caption_cache
 from utils.config import load_config
 from utils.device import DTYPES, pick_device
 from utils.distributed import rank, world_size
@@ -38,10 +38,9 @@ def main() -> None:
     # Guidance needs the negative prompt, training with dropped captions the empty one.
     wanted = list(dict.fromkeys(["", config.teacher.negative_prompt, *texts]))[rank() :: world_size()]
     dtype = DTYPES[args.dtype] if args.dtype else None
-    encoder = load_caption_encoder(config, pick_device(config.runtime.device), dtype)
-    encoder.filling = True
+    cache = load_caption_cache(config, pick_device(config.runtime.device), dtype)
     for text in tqdm(wanted, unit="prompt", disable=rank() > 0):
-        encoder.encode([text])
+        cache.store([text])
 
 
 if __name__ == "__main__":

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from model.causal_wan import CausalWanModel
-from model.text_encoder import TextEncoder
 from model.vae import WanVAE
 from model.weights import ModelDirectory
 from pipeline.teacher import guided_flow, sample_unipc
 from pipeline.text_to_video import TextToVideo
+from trainer.datasets.captions import CaptionEmbeddings
 from trainer.networks import mixed_precision
 from trainer.sharding import unsharded_copy
 from utils.config import Config
@@ -35,7 +35,7 @@ class VideoSampler:
         self,
         config: Config,
         net: CausalWanModel,
-        encoder: TextEncoder,
+        embeddings: CaptionEmbeddings,
         captions: Sequence[str],
         bidirectional: bool = False,
     ):
@@ -44,7 +44,7 @@ class VideoSampler:
             captions: prompts to choose from where `train.sample_prompts` names none.
             bidirectional: solve the ODE of whole clips, by `config.teacher`, instead of a rollout.
         """
-        self.net, self.encoder, self.captions, self.bidirectional = net, encoder, captions, bidirectional
+        self.net, self.embeddings, self.captions, self.bidirectional = net, embeddings, captions, bidirectional
         self.config = deepcopy(config)
         # Latents of the training's length; keys and values in the type that the net computes in.
         self.config.video.num_output_frames = config.data.num_frames
@@ -71,10 +71,10 @@ class VideoSampler:
         """
         sharded, dtype = self.config.train.sharding != "replicate", DTYPES[self.config.train.dtype]
         net = unsharded_copy(self.net, dtype) if sharded else self.net
-        pipeline = TextToVideo(self.config, net, self.encoder, self.vae)
+        pipeline = TextToVideo(self.config, net, self.embeddings.cache, self.vae)
         prompts = self.prompts
         guides = [self.config.teacher.negative_prompt] if self.bidirectional else []
-        pipeline.embeddings.encode([*(prompt.text for prompt in prompts), *guides])
+        self.embeddings.encode([*(prompt.text for prompt in prompts), *guides])
         stems = unique_stems(prompts, 1)
         for prompt in prompts[rank() :: world_size()]:
             path = folder / f"{stems[prompt.index][0]}.mp4"

@@ -21,8 +21,8 @@ from pipeline.build import (
     build_rollout,
     build_schedule,
     latent_size,
+    load_embeddings,
     load_network,
-    load_text_encoder,
     load_vae,
 )
 from pipeline.generate import VideoJob, VideoOutput, read_condition
@@ -78,8 +78,7 @@ class PipelineRank:
         if rank == self.pipeline.text_rank:
             # Offloading makes room for other networks, so a rank without any keeps its text encoder on the device.
             offload = config.model.offload and not (self.net is None and self.vae is None)
-            text_encoder = load_text_encoder(config, device)
-            self.embeddings = PromptEmbeddings(text_encoder, config.model.text_length, device, offload)
+            self.embeddings = PromptEmbeddings(load_embeddings(config, device), device, offload)
 
     def make_videos(self, jobs: Sequence[VideoJob]) -> None:
         """Do the work of this rank for all videos that its pipeline makes."""

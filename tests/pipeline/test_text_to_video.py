@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny_model import write_config
 
+from model.embeddings import EmbeddingCache
 from model.text_encoder import TextEncoder
 from pipeline.parallel import rank as parallel
 from pipeline.parallel.rank import PipelineRank
@@ -44,21 +45,21 @@ def encoder() -> RecordingEncoder:
 
 
 def test_prompts_known_ahead_move_the_text_encoder_once(encoder):
-    embeddings = PromptEmbeddings(encoder, 4, HOME, offload=True)
+    embeddings = PromptEmbeddings(EmbeddingCache(encoder), HOME, offload=True)
     embeddings.encode(["a", "b", "a"])
     assert embeddings.of(["b"]).shape == embeddings.of(["a"]).shape == (1, 4, 2)
     assert encoder.done == ["a", "b"] and encoder.place.type == "cpu" and encoder.moves == ["meta", "cpu"]
 
 
 def test_a_prompt_that_comes_late_is_encoded_on_the_device_too(encoder):
-    embeddings = PromptEmbeddings(encoder, 4, HOME, offload=True)
+    embeddings = PromptEmbeddings(EmbeddingCache(encoder), HOME, offload=True)
     for prompt in ("a", "b", "a"):
         embeddings.of([prompt])  # the encoder itself refuses to work anywhere else
     assert encoder.done == ["a", "b"] and encoder.moves == ["meta", "cpu"] * 2
 
 
 def test_a_text_encoder_that_is_not_offloaded_is_never_moved(encoder):
-    embeddings = PromptEmbeddings(encoder, 4, HOME, offload=False)
+    embeddings = PromptEmbeddings(EmbeddingCache(encoder), HOME, offload=False)
     embeddings.of(["a"])
     embeddings.of(["b"])
     assert encoder.done == ["a", "b"] and encoder.moves == []
@@ -67,7 +68,7 @@ def test_a_text_encoder_that_is_not_offloaded_is_never_moved(encoder):
 @pytest.mark.parametrize(("num_ranks", "offloads"), [(1, True), (4, True), (5, True), (6, False)])
 def test_a_rank_that_only_encodes_keeps_its_text_encoder(monkeypatch, tmp_path, encoder, num_ranks, offloads):
     config = load_config(str(write_config(tmp_path / "tiny.yaml", tmp_path)))
-    for name, network in (("network", "net"), ("vae", "vae"), ("text_encoder", encoder)):
+    for name, network in (("network", "net"), ("vae", "vae"), ("embeddings", EmbeddingCache(encoder))):
         monkeypatch.setattr(parallel, f"load_{name}", lambda config, device, network=network: network)
     monkeypatch.setattr(parallel, "handoff_groups", list)
     [pipeline] = pipelines = plan_pipelines(num_ranks, Schedule(num_steps=4, num_blocks=3))

@@ -89,9 +89,9 @@ def test_a_bidirectional_nets_videos_are_a_teachers(tmp_path, make_config, clips
     config.teacher.negative_prompt = "a blue square"
     objective = FlowMatching(config, CPU)
     sampler = objective.sampler
-    pipeline = TextToVideo(sampler.config, objective.net, sampler.encoder, sampler.vae)
+    pipeline = TextToVideo(sampler.config, objective.net, sampler.embeddings.cache, sampler.vae)
     latents = sampler.latents(pipeline, "a red circle")
-    teacher = Teacher(config, deepcopy(objective.net), sampler.encoder)
+    teacher = Teacher(config, deepcopy(objective.net), sampler.embeddings.cache)
     expected = sample_unipc(teacher.flow(["a red circle"]), teacher.noise(0, [0]), 3, config.teacher.timestep_shift)
     assert latents.std() > 0.1
     torch.testing.assert_close(latents, expected, atol=1e-5, rtol=1e-5)

@@ -15,7 +15,7 @@ import train
 from model import presets
 from model.causal_wan import CausalWanModel
 from model.weights import ModelDirectory
-from trainer.datasets.captions import load_caption_encoder
+from trainer.datasets.captions import load_caption_cache
 from trainer.planner import Net, around, networks, of_rollouts, plan, seen_at_once, taken
 from utils.config import Config, load_config
 from utils.errors import UserError
@@ -193,7 +193,7 @@ def test_the_text_encoder_counts_unless_embeddings_are_kept(tmp_path):
 def test_the_miniatures_text_encoder_is_as_large_as_it_is_loaded():
     for words, device in ([], "cpu"), (["model.dtype=bfloat16"], "cpu"), (["runtime.device=cuda"], "meta"):
         config = miniature(*words)
-        encoder, _ = load_caption_encoder(config, torch.device(device))._networks()
+        encoder, _ = load_caption_cache(config, torch.device(device)).encoder.networks()
         assert next(encoder.parameters()).device.type == device  # it is moved, and not left on the CPU
         assert size(around(config, SHAPES), TEXT) == sum(p.nbytes for p in encoder.parameters())
 

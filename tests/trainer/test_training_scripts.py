@@ -15,7 +15,7 @@ from tiny_model import all_clips, write_config, write_model
 import train
 from evaluation.plots import save_line_plot
 from model.causal_wan import CausalWanModel
-from model.text_encoder import TextEncoder
+from model.embeddings import EmbeddingCache
 from model.weights import ModelDirectory
 from pipeline.text_to_video import TextToVideo
 from scripts import create_lmdb, encode_prompts, export_generator, generate_ode_pairs, plot_metrics
@@ -86,7 +86,7 @@ def test_an_exported_generator_makes_the_samples_of_the_run_itself(world, tmp_pa
         trainer = Trainer(config, build_objective(config, CPU), str(tmp_path / "run"))
         trainer.train()
         inference = TextToVideo.load(config, CPU)  # all of it but the net
-        own = TextToVideo(config, trainer.net, inference.text_encoder, inference.vae)
+        own = TextToVideo(config, trainer.net, inference.embeddings.cache, inference.vae)
         expected = {False: sampled(own)}
         with trainer.ema.applied_to(trainer.net):
             expected[True] = sampled(own)
@@ -166,8 +166,8 @@ def test_prompts_encoded_ahead_are_all_that_training_needs(world, tmp_path, call
 
     monkeypatch.setattr(ModelDirectory, "load_text_encoder", refuse)
     directory = ModelDirectory.open(world / "model")
-    encoder = TextEncoder.load(directory, torch.float32, 24, str(tmp_path / "cache"))
-    assert encoder.encode(["a red circle", ""]).shape == (2, 24, 16)
+    cache = EmbeddingCache.load(directory, torch.float32, 24, str(tmp_path / "cache"))
+    assert cache.get(["a red circle", ""]).shape == (2, 24, 16)
 
 
 def test_prompts_can_be_encoded_for_another_kind_of_device(world, tmp_path, call, monkeypatch):
@@ -183,7 +183,7 @@ def test_prompts_can_be_encoded_for_another_kind_of_device(world, tmp_path, call
     assert call(encode_prompts, *words, "--dtype", "bfloat16")[0] == 0
     monkeypatch.setattr(ModelDirectory, "load_text_encoder", lambda *_: pytest.fail("the text encoder was loaded"))
     directory = ModelDirectory.open(world / "model")
-    assert TextEncoder.load(directory, torch.bfloat16, 24, folder).encode(["a red circle"]).dtype == torch.bfloat16
+    assert EmbeddingCache.load(directory, torch.bfloat16, 24, folder).get(["a red circle"]).dtype == torch.bfloat16
 
 
 def test_without_a_place_for_embeddings_it_says_so(world, call):

@@ -43,7 +43,7 @@ class FlowMatching(SingleNet):
                 "change train.clip_frames or rollout.block_frames"
             )
         self.text = CaptionEmbeddings(config, captions, device)
-        self.sampler = VideoSampler(config, self.net, self.text.encoder, captions, bidirectional=not self.block_frames)
+        self.sampler = VideoSampler(config, self.net, self.text, captions, bidirectional=not self.block_frames)
         self.order = DataOrder(len(captions), "clips", config.runtime.seed)
 
     def data_summary(self) -> str:

@@ -47,7 +47,7 @@ class ODERegression(SingleNet):
             )
         self.text = CaptionEmbeddings(config, self.pairs.prompts, device)
         self.order = DataOrder(len(self.pairs), "pairs", config.runtime.seed)
-        self.sampler = VideoSampler(config, self.net, self.text.encoder, self.pairs.prompts)
+        self.sampler = VideoSampler(config, self.net, self.text, self.pairs.prompts)
 
     def data_summary(self) -> str:
         """Return the number of ODE pairs."""

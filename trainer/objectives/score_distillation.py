@@ -92,7 +92,7 @@ class ScoreDistillation:
         longer = distill.max_rollout_frames > num_frames
         self.vae = WanVAE(directory.load_vae(DTYPES[config.train.dtype]).to(device)) if longer else None
         self.sigmas = rollout_sigmas(config.rollout)
-        self.sampler = VideoSampler(config, self.generator, self.text.encoder, captions)
+        self.sampler = VideoSampler(config, self.generator, self.text, captions)
 
     def _load_teacher(self) -> CausalWanModel:
         config = self.config
