@@ -1,21 +1,21 @@
 #!/usr/bin/env bash
-# Generate ODE pairs on all GPUs of one machine, or of several. The same command again goes on where it stopped.
+# Generate ODE pairs on all GPUs of one or several machines. Run the same command again to resume.
 #
 #   CAPTION_PATH=prompts.txt OUTPUT_FOLDER=data/ode_pairs scripts/run_generate_ode_pairs.sh [section.key=value ...]
 #
-# CONFIG_PATH      configs/hiar.yaml         NUM_GPUS    processes of this machine (all its GPUs)
-# CAPTION_PATH     prompts, one per line     NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT    for several machines
-# OUTPUT_FOLDER    where the pairs go        GUIDANCE_SCALE, NUM_INFERENCE_STEPS, TIMESTEP_SHIFT, NUM_FRAMES,
-# NUM_PROMPTS      the first so many         SAVE_INDICES, SEED, DTYPE, MODEL_NAME    as the script's flags
+# CONFIG_PATH      default: configs/hiar.yaml     NUM_GPUS    processes on this machine; default: one per GPU
+# CAPTION_PATH     prompts, one per line          NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT    for several machines
+# OUTPUT_FOLDER    folder for the pairs           GUIDANCE_SCALE, NUM_INFERENCE_STEPS, TIMESTEP_SHIFT, NUM_FRAMES,
+# NUM_PROMPTS      use only the first N           SAVE_INDICES, SEED, DTYPE, MODEL_NAME    flags of the Python script
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-: "${CAPTION_PATH:?set CAPTION_PATH to a file of prompts}" "${OUTPUT_FOLDER:?set OUTPUT_FOLDER to where the pairs go}"
+: "${CAPTION_PATH:?set CAPTION_PATH to a file of prompts}" "${OUTPUT_FOLDER:?set OUTPUT_FOLDER to a folder for the pairs}"
 gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)
 words=(--config_path "${CONFIG_PATH:-configs/hiar.yaml}" --caption_path "$CAPTION_PATH" --output_folder "$OUTPUT_FOLDER")
 for name in GUIDANCE_SCALE NUM_INFERENCE_STEPS TIMESTEP_SHIFT NUM_FRAMES NUM_PROMPTS SAVE_INDICES SEED DTYPE MODEL_NAME; do
     if [[ -n ${!name:-} ]]; then
-        # shellcheck disable=SC2206 # SAVE_INDICES is several words
+        # shellcheck disable=SC2206 # SAVE_INDICES holds several words
         words+=("--${name,,}" ${!name})
     fi
 done

@@ -23,6 +23,7 @@ from model.weights import ModelDirectory
 from scripts import contact_sheet, encode_clips, evaluate_vae, generate_ode_pairs, write_shapes_clips
 from shapes import world
 from shapes.objectives import VAEReconstruction
+from trainer.datasets.generate_pairs import loss_sigmas, nearest_indices
 from utils.config import load_config
 from utils.contact_sheet import save_contact_sheet
 from utils.rng import keyed_noise
@@ -62,7 +63,7 @@ def test_captions_only_and_held_out(tmp_path, call):
 
 
 def test_encoded_clips_are_the_vaes_latents(tmp_path, call, model, monkeypatch):
-    monkeypatch.setattr(encode_clips, "SHARD", 2)
+    monkeypatch.setattr("trainer.datasets.encode.CLIPS_PER_SHARD", 2)
     words = ("--base", model, "--output", tmp_path, "--num_clips", 3, "--num_frames", 2, "--device", "cpu")
     assert call(encode_clips, *words)[0] == 0
     assert names(tmp_path) == ["000000.safetensors", "000002.safetensors"]
@@ -95,7 +96,7 @@ def test_clips_of_another_vae_are_encoded_again(tmp_path, call, model):
 
 
 def test_shards_behind_the_clips_that_are_asked_for_are_not_left_to_be_read(tmp_path, call, model, monkeypatch):
-    monkeypatch.setattr(encode_clips, "SHARD", 1)
+    monkeypatch.setattr("trainer.datasets.encode.CLIPS_PER_SHARD", 1)
     words = ("--base", model, "--output", tmp_path, "--num_frames", 2, "--device", "cpu")
     assert call(encode_clips, *words, "--num_clips", 2)[0] == 0
     code, _, err = call(encode_clips, *words, "--num_clips", 1)
@@ -159,7 +160,7 @@ def test_chosen_points_are_those_of_one_trajectory(pairs):
 def test_default_points_are_those_that_the_loss_reads(words, points):
     config = load_config(str(ROOT / "configs/hiar.yaml"), words)
     sigmas = solver_sigmas(config.teacher.num_inference_steps, config.teacher.timestep_shift)
-    assert generate_ode_pairs.matching_indices(sigmas, generate_ode_pairs.levels_read(config)) == points
+    assert nearest_indices(sigmas, loss_sigmas(config)) == points
 
 
 def test_pairs_depend_on_seed_and_index_alone(pairs, monkeypatch):

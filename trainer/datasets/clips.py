@@ -1,6 +1,8 @@
-"""Encoded training clips on disk: shards of latents with their captions; or LMDBs, as trainer/datasets/ode_pairs.py
-describes
-them."""
+"""Reads and writes encoded training clips: latents with their captions.
+
+A data set is a folder of shards (.safetensors, ours) or LMDBs of clips (trainer/datasets/lmdb.py). A shard holds
+`latents` [N, F, C, h, w] in float16; its metadata entry `clips` is JSON with N captions and a fingerprint of the VAE.
+"""
 
 import bisect
 import contextlib
@@ -14,81 +16,63 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from trainer.datasets.ode_pairs import Trajectories, open_latents
+from trainer.datasets.lmdb import open_latent_lmdb
+from trainer.datasets.ode_pairs import TrajectoryStore
 from utils.errors import UserError
 from utils.files import atomic_path
 
 
-def write_shard(path: Path, latents: Tensor, captions: Sequence[str], vae: str = "") -> None:
-    """Write clips [N, F, C, h, w], as float16, with their N captions and what tells their VAE from others; atomic."""
-    with atomic_path(path) as temporary:
-        # One entry: safetensors writes several in an order of chance, and the same clips should be the same bytes.
-        named = {"clips": json.dumps({"captions": list(captions), "vae": vae})}
-        save_file({"latents": latents.half().contiguous()}, temporary, named)
-
-
-def holds_clips(path: Path, num_frames: int, captions: Sequence[str], vae: str) -> bool:
-    """Whether a shard holds clips of `num_frames` latent frames by this VAE with exactly these captions."""
-    try:
-        with safe_open(path, framework="pt") as shard:
-            frames, named = shard.get_slice("latents").get_shape()[1], json.loads(shard.metadata()["clips"])
-            return frames == num_frames and named == {"captions": list(captions), "vae": vae}
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
-        return False
-
-
 class Clips(Protocol):
-    """Where clips are kept: their captions, the shape of one, and single ones read when they are needed."""
+    """Encoded clips on disk: captions and shape in memory, latents read on request."""
 
     captions: list[str]
-    shape: tuple[int, ...]  # of a clip: [F, C, h, w]
+    shape: tuple[int, ...]  # of one clip: [F, C, h, w]
 
     def read(self, indices: Iterable[int]) -> Tensor:
-        """Clips by index, [B, F, C, h, w] in float16."""
+        """Return clips by index, float16 [B, F, C, h, w]."""
         ...
 
 
 def open_clips(folder: str) -> Clips:
-    """Open a folder of shards, or an LMDB of clips or a folder of LMDBs.
+    """Open a folder of shards, an LMDB of clips, or a folder of such LMDBs.
 
-    LMDBs of ODE pairs are refused. The end of their trajectories is a sample of the teacher's, not data, and need not
-    even be clean: by default only the points that the forward KL reads are saved.
+    LMDBs of ODE pairs are refused: a trajectory's end is a teacher sample, not data, and may not even be clean.
 
     Raises:
-        UserError: if there is none, one is broken, they are not of one size and one VAE, or they are ODE pairs.
+        UserError: if there are no clips, a file is corrupt, their sizes or VAEs differ, or they are ODE pairs.
     """
     if not folder:
-        raise UserError("no encoded clips: set data.path to some; scripts/encode_clips.py makes them")
+        raise UserError("no encoded clips: set data.path to a folder that scripts/encode_clips.py wrote")
     path = Path(folder)
-    packed = None if shard_files(path) else open_latents(path)
-    if packed is None:
-        return Shards(path)
-    if packed.shape[0] > 1:
+    lmdb = None if shard_files(path) else open_latent_lmdb(path)
+    if lmdb is None:
+        return ClipShards(path)
+    if lmdb.shape[0] > 1:
         raise UserError(
-            f"{folder} holds ODE pairs (trajectories of {packed.shape[0]} points), not clips; give those of "
-            "scripts/encode_clips.py, or an LMDB of clips"
+            f"{folder} holds ODE pairs (trajectories of {lmdb.shape[0]} points), not clips; set data.path to output "
+            "of scripts/encode_clips.py or an LMDB of clips"
         )
-    return Packed(packed)
+    return LMDBClips(lmdb)
 
 
-class Packed:
-    """The clips of LMDBs: trajectories of one point."""
+class LMDBClips:
+    """The clips of LMDBs, which are stored as trajectories of one point."""
 
-    def __init__(self, trajectories: Trajectories):
+    def __init__(self, trajectories: TrajectoryStore):
         self.captions = trajectories.prompts
         self.shape = trajectories.shape[1:]
         self._trajectories = trajectories
 
     def read(self, indices: Iterable[int]) -> Tensor:
-        """Clips by index, [B, F, C, h, w]."""
+        """Return clips by index, float16 [B, F, C, h, w]."""
         return torch.stack([self._trajectories.read(index)[0] for index in indices])
 
 
-class Shards:
-    """The shards of a folder behind each other; clips are read when they are needed.
+class ClipShards:
+    """The shards of a folder, read as one sequence of clips.
 
     Raises:
-        UserError: if there is none, one is broken, they are not of one size, or not of one VAE.
+        UserError: if there is no shard, one is corrupt, or they differ in clip size or VAE.
     """
 
     def __init__(self, folder: Path):
@@ -96,45 +80,63 @@ class Shards:
         if not self.files:
             raise UserError(f"no encoded clips in {folder}; make them with scripts/encode_clips.py")
         self.captions: list[str] = []
-        self.shape: tuple[int, ...] = ()  # of a clip: [F, C, h, w]
-        self._starts: list[int] = []  # of the files, in the order of all clips
-        encoded_by = None
+        self.shape: tuple[int, ...] = ()  # of one clip: [F, C, h, w]
+        self._starts: list[int] = []  # index of each shard's first clip
+        first_vae = None
         for file in self.files:
             self._starts.append(len(self.captions))
-            with _reading(file) as shard:
+            with _open_shard(file) as shard:
                 count, *shape = shard.get_slice("latents").get_shape()
-                named = json.loads(shard.metadata()["clips"])
-                captions, vae = named["captions"], named["vae"]
+                metadata = json.loads(shard.metadata()["clips"])
+                captions, vae = metadata["captions"], metadata["vae"]
                 if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
-                    raise TypeError("its captions are no list of texts")
+                    raise TypeError("its captions are not a list of strings")
             self.shape = self.shape or tuple(shape)
             if tuple(shape) != self.shape or len(captions) != count or len(shape) != 4:
-                raise UserError(f"{file} has clips of another size, or lacks captions; delete it and encode again")
-            encoded_by = vae if encoded_by is None else encoded_by
-            if vae != encoded_by:
+                raise UserError(f"{file} has clips of another size or too few captions; delete it and encode it again")
+            first_vae = vae if first_vae is None else first_vae
+            if vae != first_vae:
                 raise UserError(f"{file} was encoded by another VAE than {self.files[0]}; encode all clips again")
             self.captions += captions
 
     def read(self, indices: Iterable[int]) -> Tensor:
-        """Clips by index, [B, F, C, h, w]."""
+        """Return clips by index, float16 [B, F, C, h, w]."""
         return torch.stack([self._clip(index) for index in indices])
 
     def _clip(self, index: int) -> Tensor:
         number = bisect.bisect_right(self._starts, index) - 1
-        with _reading(self.files[number]) as shard:
+        with _open_shard(self.files[number]) as shard:
             return shard.get_slice("latents")[index - self._starts[number]]
 
 
 def shard_files(folder: Path) -> list[Path]:
-    """The shards of a folder, in their order; those that are still being written left out."""
+    """Return the finished shards of a folder in the order of their names."""
     return sorted(file for file in folder.glob("*.safetensors") if not file.name.startswith("."))
 
 
+def write_shard(path: Path, latents: Tensor, captions: Sequence[str], vae: str = "") -> None:
+    """Write clips [N, F, C, h, w] with N captions and the VAE's fingerprint to one shard, atomically."""
+    with atomic_path(path) as temporary:
+        # safetensors writes several metadata entries in random order; one entry keeps the file's bytes reproducible.
+        metadata = {"clips": json.dumps({"captions": list(captions), "vae": vae})}
+        save_file({"latents": latents.half().contiguous()}, temporary, metadata)
+
+
+def is_shard_of(path: Path, num_frames: int, captions: Sequence[str], vae: str) -> bool:
+    """Return whether `path` holds clips of `num_frames` latent frames with these captions, encoded by this VAE."""
+    try:
+        with safe_open(path, framework="pt") as shard:
+            frames, metadata = shard.get_slice("latents").get_shape()[1], json.loads(shard.metadata()["clips"])
+            return frames == num_frames and metadata == {"captions": list(captions), "vae": vae}
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        return False
+
+
 @contextlib.contextmanager
-def _reading(file: Path) -> Iterator[Any]:
-    """A shard, opened; what goes wrong with it is the file's fault."""
+def _open_shard(file: Path) -> Iterator[Any]:
+    """Open a shard; any failure to read it in the block becomes a UserError that names the file."""
     try:
         with safe_open(file, framework="pt") as shard:
             yield shard
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{file} is no shard of clips ({error}); delete it and encode again") from None
+        raise UserError(f"{file} is not a valid shard of clips ({error}); delete it and encode it again") from None

@@ -1,23 +1,23 @@
-"""The losses, as pure functions of tensors."""
+"""Training losses as pure functions of tensors.
+
+Latents x, x0 and noise are [B, F, C, h, w]; sigma is a noise level in [0, 1] and x = (1 - sigma) x0 + sigma noise.
+sg is the stop-gradient. Every function returns a float32 tensor.
+"""
 
 import torch
 from torch import Tensor
 
 
-def flow_matching_loss(flow: Tensor, x0: Tensor, noise: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean squared error of a predicted flow against noise - x0 (Lipman et al., arXiv 2210.02747; Wan2.1, section 4.2).
+def masked_mse(prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Return the mean squared error over frames, averaged per clip and then over clips.
+
+        mean over b of  sum_f m_bf e_bf / max(1, sum_f m_bf),  e_bf = mean over (c, h, w) of (prediction - target)^2
+
+    Averaging per clip first makes the loss independent of how a batch is split into micro-batches.
 
     Args:
-        flow, x0, noise: [B, F, C, h, w].
-        mask: [B, F], how much a frame counts; None counts all alike.
-    """
-    return masked_mse(flow, noise - x0, mask)
-
-
-def masked_mse(prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean over clips of the squared error in float32 of their frames, weighted by `mask` [B, F] if there is one.
-
-    Each clip by itself, so that it counts as much in a large part of a batch as in a small one; 0 where all is masked.
+        prediction, target: [B, F, C, h, w].
+        mask: weight m of each frame, [B, F]; None means all ones. A clip of weight 0 contributes 0.
     """
     error = (prediction.float() - target.float()).square()
     if mask is None:
@@ -26,36 +26,63 @@ def masked_mse(prediction: Tensor, target: Tensor, mask: Tensor | None = None) -
     return ((per_frame * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)).mean()
 
 
+def flow_matching_loss(flow: Tensor, x0: Tensor, noise: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Return the flow-matching loss (Lipman et al., arXiv 2210.02747; Wan2.1, arXiv 2503.20314, section 4.2).
+
+        L = E |flow(x, sigma) - (noise - x0)|^2
+
+    Args:
+        flow: the network's prediction at x, [B, F, C, h, w].
+        x0, noise: the two ends of the path, [B, F, C, h, w].
+        mask: weight of each frame, [B, F]; None means all ones.
+    """
+    return masked_mse(flow, noise - x0, mask)
+
+
 def kl_to_standard_normal(mean: Tensor, log_variance: Tensor) -> Tensor:
-    """KL(N(mean, exp(log_variance)) || N(0, 1)), mean over elements (Kingma & Welling, arXiv 1312.6114, app. B)."""
+    """Return KL(N(mean, exp(log_variance)) || N(0, 1)) per element (Kingma & Welling, arXiv 1312.6114, appendix B).
+
+    L = 0.5 mean(mean^2 + exp(log_variance) - 1 - log_variance)
+    """
     return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
 
 
 def dmd_gradient(x0: Tensor, critic_x0: Tensor, teacher_x0: Tensor) -> Tensor:
-    """Gradient of the reverse KL at generated clips (DMD, arXiv 2311.18828, equations 7 and 8), [B, F, C, h, w].
+    """Return the DMD gradient, that of the reverse KL at generated clips (arXiv 2311.18828, equations 7 and 8).
 
-    The difference of what critic and teacher take a clip to be, over each clip's mean distance to the teacher's: its
-    size does not depend on the noise level that the two were asked at. It is zero for a clip that the teacher would not
-    change at all; what a net gets wrong (NaN) is not covered up.
+        g = (critic_x0 - teacher_x0) / mean|x0 - teacher_x0|,  the mean taken over each clip
+
+    The denominator makes the gradient's size independent of the noise level. A clip that equals the teacher's estimate
+    gets gradient 0. NaNs of a network pass through, so that training detects them.
+
+    Args:
+        x0: generated clips, [B, F, C, h, w].
+        critic_x0, teacher_x0: estimates of x0 from the same noisy version of the clips, [B, F, C, h, w].
     """
     distance = (x0 - teacher_x0).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
     return torch.where(distance == 0, 0.0, (critic_x0 - teacher_x0) / distance)
 
 
 def dmd_loss(x0: Tensor, gradient: Tensor, mask: Tensor | None = None) -> Tensor:
-    """A loss whose gradient by x0 is `gradient` over the number of elements that count (DMD2's 0.5 mse surrogate).
+    """Return a surrogate loss whose derivative with respect to x0 is `gradient`, up to a factor (arXiv 2405.14867).
+
+        L = 0.5 mean (x0 - sg(x0 - gradient))^2,  so dL/dx0 = gradient / number of elements that the mask keeps
+
+    The value of L has no meaning; only its derivative does.
 
     Args:
-        x0, gradient: [B, F, C, h, w]; only the loss's derivative by x0 means something, its value does not.
-        mask: [B, F], frames that count; None counts all.
+        x0, gradient: [B, F, C, h, w].
+        mask: 1 for each frame that counts, [B, F]; None means all frames.
     """
     return 0.5 * masked_mse(x0, (x0 - gradient).detach(), mask)
 
 
 def chord_flow(point: Tensor, next_point: Tensor, sigma: float, next_sigma: float) -> Tensor:
-    """The flow of the straight line between two points of a trajectory, float32.
+    """Return the flow of the straight line through two points of a trajectory, in float32.
 
-    In bfloat16 the division by a small step of sigma would leave an error of its own size.
+        v = (next_point - point) / (next_sigma - sigma)
+
+    In bfloat16 the division by a small step of sigma would add an error of the size of the target.
     """
     return (next_point.float() - point.float()) / (next_sigma - sigma)
 
@@ -67,29 +94,31 @@ def forward_kl_loss(
     sigma: float,
     next_sigma: float,
     form: str = "x0",
-    seen: Tensor | None = None,
+    student_point: Tensor | None = None,
 ) -> Tensor:
-    """Forward KL as regression onto a teacher trajectory (HiAR, arXiv 2603.08703, section 3.3).
+    """Return the forward-KL loss, a regression onto a teacher trajectory (HiAR, arXiv 2603.08703, section 3.3).
 
-    The teacher's flow from `point` to `next_point` is taken to go on as a straight line; its x0 at sigma 0 is the
-    target.
+    With the chord's flow v = chord_flow(...), the teacher's point x and the student's point y, the forms compare
+
+        x0        y - sigma flow                     with  x - sigma v  (the chord extended to sigma 0)
+        endpoint  y + (next_sigma - sigma) flow      with  next_point
+        flow      flow                               with  v
 
     Args:
-        flow: the student's, [B, F, C, h, w].
-        point, next_point: the teacher's trajectory at sigma and next_sigma.
-        form: compare x0, flow, or endpoint (of the Euler step to next_sigma). At the teacher's own point x0's error is
-            the flow's times sigma, and the endpoint's the flow's times the step.
-        seen: what the student's flow is at, if that is not `point` but where its own rollout came to; at sigma too.
+        flow: the student's flow at y, [B, F, C, h, w].
+        point, next_point: the teacher's trajectory at sigma and next_sigma, [B, F, C, h, w].
+        form: "x0", "endpoint" or "flow".
+        student_point: y, also at sigma, where the student's own rollout arrived; None means the teacher's point x.
     """
     error = flow.float() - chord_flow(point, next_point, sigma, next_sigma)
     if form == "flow":
         return error.square().mean()
     error = {"x0": -sigma, "endpoint": next_sigma - sigma}[form] * error
-    if seen is not None:
-        error = error + (seen.float() - point.float())
+    if student_point is not None:
+        error = error + (student_point.float() - point.float())
     return error.square().mean()
 
 
 def motion(clip: Tensor) -> Tensor:
-    """Mean absolute change from frame to frame of latents [B, F, C, h, w]."""
+    """Return the mean absolute difference between neighbouring frames of latents [B, F, C, h, w]; a metric, no loss."""
     return (clip[:, 1:] - clip[:, :-1]).abs().mean()

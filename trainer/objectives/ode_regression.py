@@ -40,11 +40,7 @@ class ODERegression(SingleNet):
                 "ends are what is learned and must be clean; make them with the last of --save_indices -1"
             )
         self.sigmas = torch.tensor(self.pairs.sigmas)  # the teacher's, which the student has to be told
-        if self.pairs.shape[1] % rollout.block_frames:
-            raise UserError(
-                f"the ODE pairs in {config.data.path} have {self.pairs.shape[1]} frames, which blocks of "
-                f"{rollout.block_frames} do not divide; set rollout.block_frames, or make pairs of another --num_frames"
-            )
+        self.pairs.check_blocks(rollout.block_frames, config.data.path)
         self.text = CaptionEmbeddings(config, self.pairs.prompts, device)
         self.order = DataOrder(len(self.pairs), "pairs", config.runtime.seed)
         self.sampler = VideoSampler(config, self.net, self.text, self.pairs.prompts)

@@ -62,11 +62,7 @@ class ScoreDistillation:
         self.pairs: ODEPairs | None = None
         if distill.forward_kl_weight > 0:
             self.pairs = open_ode_pairs(config.data.path, config.data.sigmas, distill.forward_kl_steps + 1)
-            if self.pairs.shape[1] % config.rollout.block_frames:
-                raise UserError(
-                    f"the ODE pairs in {config.data.path} have {self.pairs.shape[1]} frames, which blocks of "
-                    f"{config.rollout.block_frames} do not divide"
-                )
+            self.pairs.check_blocks(config.rollout.block_frames, config.data.path)
             if distill.forward_kl_mode == "rollout" and len(self.pairs.sigmas) > len(rollout_sigmas(config.rollout)):
                 raise UserError(
                     f"the ODE pairs in {config.data.path} have {len(self.pairs.sigmas) - 1} steps, which a rollout of "
