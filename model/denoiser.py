@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from model.causal_wan import CausalWanModel, TextContext
+from model.causal_wan import BlockCausal, CausalWanModel, TextContext
 from model.flow import flow_to_x0
 from model.kv_cache import KVCache
 
@@ -61,3 +61,25 @@ class Denoiser:
     def _timestep(self, x: Tensor, sigma: float) -> Tensor:
         # Filled on the device: nothing is copied to it, nothing waits for it.
         return torch.full(x.shape[:2], 1000 * sigma, dtype=torch.float32, device=x.device)
+
+
+def clip_flow(
+    net: CausalWanModel,
+    x: Tensor,
+    sigma: float | Tensor,
+    text: Tensor | TextContext,
+    causal: BlockCausal | None = None,
+) -> Tensor:
+    """Return the flow of whole clips, [B, F, C, h, w], from one pass without a cache.
+
+    Args:
+        x: clips at level sigma, [B, F, C, h, w].
+        sigma: one level for all, or [B]; with `causal` also [B, F].
+        text: embeddings [B, L, text_dim], or the result of the network's `encode_text`.
+        causal: the block-causal attention mask; None means bidirectional attention.
+    """
+    if isinstance(sigma, Tensor):
+        timestep = 1000 * sigma
+    else:
+        timestep = torch.full(x.shape[:1] if causal is None else x.shape[:2], 1000 * sigma, device=x.device)
+    return net(x.transpose(1, 2), timestep, text, causal=causal).transpose(1, 2)

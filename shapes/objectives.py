@@ -13,15 +13,15 @@ from model import presets
 from model.vae import channels_last_, decode_clip, encode_clip
 from model.weights import ModelDirectory
 from shapes import world
-from trainer.datasets.order import ClipRandom, batch_positions
+from trainer.datasets.order import ClipRandom, batch_positions, draw_clip_length
 from trainer.networks import preset
 from trainer.objectives import OBJECTIVES
-from trainer.objectives.base import SingleNet, draw_length
+from trainer.objectives.base import SingleNetObjective
 from trainer.objectives.losses import kl_to_standard_normal
 from utils.config import Config
 
 
-class TextAttributes(SingleNet):
+class TextAttributes(SingleNetObjective):
     """The miniature's text encoder, pre-trained to tell a caption's attributes; the heads are thrown away.
 
     Trained together with the DiT, a text encoder this small lags far behind it. It reads the captions of held-out
@@ -65,7 +65,7 @@ class TextAttributes(SingleNet):
         self.tokenizer.save_pretrained(folder / "tokenizer")
 
 
-class VAEReconstruction(SingleNet):
+class VAEReconstruction(SingleNetObjective):
     """The miniature's VAE: pixel error and a small KL term on clips of mixed lengths."""
 
     def __init__(self, config: Config, device: torch.device):
@@ -83,7 +83,7 @@ class VAEReconstruction(SingleNet):
     def loss(self, iteration: int, micro_batch: int) -> tuple[Tensor, dict[str, float]]:
         """Absolute and squared error of the reconstruction, and the KL term."""
         train = self.config.train
-        num_clips, num_frames = draw_length(self.config, iteration)
+        num_clips, num_frames = draw_clip_length(self.config, iteration)
         numbers = batch_positions(train, iteration, micro_batch)[:num_clips]
         pixels = torch.stack([self.clip(i, num_frames) for i in numbers])
         pixels = pixels.to(self.device, memory_format=torch.channels_last_3d)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from model import presets
 from trainer.datasets.clips import write_shard
 from trainer.datasets.ode_pairs import pair_file, write_ode_pair, write_sigmas
-from trainer.objectives.base import SingleNet
+from trainer.objectives.base import SingleNetObjective
 from utils.config import Config
 from utils.process_group import process_group
 from utils.rng import keyed_generator
@@ -27,7 +27,7 @@ def group():
 CAPTIONS = ("a red circle", "a blue square", "a green triangle")
 
 
-class Toy(SingleNet):
+class Toy(SingleNetObjective):
     """Fit a random linear map by a net with a matrix and a vector, and a buffer that counts."""
 
     def __init__(self, width: int = 6):

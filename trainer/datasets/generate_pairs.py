@@ -72,8 +72,11 @@ def generate_ode_pairs(
         for batch in batches:
             flow = teacher.flow([prompt.text for prompt in batch])
             noise = teacher.noise(config.runtime.seed, [prompt.index for prompt in batch])
-            count = len(batch)
-            points = sample_euler(flow, noise, sigmas, on_step=lambda _, count=count: bar.update(count))
+
+            def advance(_step: int, count: int = len(batch)) -> None:
+                bar.update(count)
+
+            points = sample_euler(flow, noise, sigmas, advance)
             trajectories = torch.stack([points[index] for index in saved], dim=1).to(DTYPES[dtype])
             for prompt, trajectory in zip(batch, trajectories, strict=True):
                 write_ode_pair(pair_file(folder, prompt.index), prompt.text, trajectory)

@@ -1,7 +1,8 @@
-"""The order in which training reads its data, and the random numbers of each clip."""
+"""The order in which training reads its data, and the random numbers of each clip: functions of the seed only."""
 
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,16 +12,16 @@ from utils.rng import keyed_generator
 
 
 class DataOrder:
-    """The order in which a run goes through its data: every epoch a new permutation, a pure function of (seed, epoch).
+    """An endless order of a data set: every epoch is a new permutation, a function of (key, epoch).
 
-    Where a run is in its data follows from its iteration, so there is nothing to save.
+    A run's position in it follows from its iteration, so a checkpoint stores no data state.
     """
 
     def __init__(self, size: int, *key: int | str):
         """
         Args:
-            size: items of the data.
-            key: what tells this order from others, the seed included.
+            size: number of items.
+            key: seed and names that distinguish this order from others.
         """
         self.size = size
         self.key = key
@@ -28,7 +29,7 @@ class DataOrder:
         self._order = torch.empty(0)
 
     def at(self, positions: Iterable[int]) -> Tensor:
-        """The items at positions 0, 1, 2, ... of the endless order; [B] indices."""
+        """Return the items at these positions of the endless order, as indices [B]."""
         return torch.tensor([int(self._permutation(p // self.size)[p % self.size]) for p in positions])
 
     def _permutation(self, epoch: int) -> Tensor:
@@ -38,42 +39,61 @@ class DataOrder:
         return self._order
 
 
-def batch_positions(train: TrainConfig, number: int, micro_batch: int) -> range:
-    """Where in the endless order of the data a part of the `number`th batch stands."""
-    start = (number * num_micro_batches(train, world_size()) + micro_batch) * train.batch_size
+def batch_positions(train: TrainConfig, batch: int, micro_batch: int) -> range:
+    """Return the positions in a `DataOrder` that one micro-batch of batch number `batch` covers."""
+    start = (batch * num_micro_batches(train, world_size()) + micro_batch) * train.batch_size
     return range(start, start + train.batch_size)
 
 
+def draw_clip_length(config: Config, iteration: int) -> tuple[int, int]:
+    """Draw the clip length of an iteration from `train.clip_frames`.
+
+    All micro-batches share the length, so ranks take equally long. Longer clips come in smaller micro-batches, so the
+    number of pixels stays about the same.
+
+    Returns:
+        The number of clips in a micro-batch, and the number of pixel frames in a clip.
+    """
+    train = config.train
+    rng = np.random.default_rng([config.runtime.seed, iteration])
+    num_frames = int(rng.choice(train.clip_frames))
+    return max(1, train.batch_size * min(train.clip_frames) // num_frames), num_frames
+
+
 class ClipRandom:
-    """The randomness of a part of a batch, clip by clip: how a batch is split into parts changes none of it."""
+    """The random numbers of one micro-batch, keyed by clip, so the micro-batch size changes none of them."""
 
     def __init__(self, config: Config, purpose: str, iteration: int, micro_batch: int, count: int = 0):
         """
         Args:
-            count: clips in the part; default: `train.batch_size`.
+            purpose: name that distinguishes these numbers from others of the same iteration.
+            count: clips in the micro-batch; 0 means `train.batch_size`.
         """
         count = count or config.train.batch_size
-        self._clips = range(micro_batch * count, (micro_batch + 1) * count)  # of those of the batch
-        self._batch = num_micro_batches(config.train, world_size()) * count
+        self._clips = range(micro_batch * count, (micro_batch + 1) * count)  # indices in the batch
+        self._batch_size = num_micro_batches(config.train, world_size()) * count
         self._key = (purpose, config.runtime.seed, iteration)
         self._generators = [keyed_generator(*self._key, clip) for clip in self._clips]
 
     def normal(self, shape: Sequence[int]) -> Tensor:
-        """Standard normal noise [B, *shape]."""
+        """Return standard normal noise [B, *shape]."""
         return torch.stack([torch.randn(tuple(shape), generator=generator) for generator in self._generators])
 
     def integers(self, below: int, count: int) -> Tensor:
-        """[B, count] integers from 0 to `below`, exclusive."""
+        """Return uniform integers from 0 to `below` - 1, [B, count]."""
         return torch.stack([torch.randint(below, (count,), generator=generator) for generator in self._generators])
 
     def uniform(self) -> Tensor:
-        """Numbers in [0, 1), [B]."""
+        """Return uniform numbers in [0, 1), [B]."""
         return torch.stack([torch.rand((), generator=generator) for generator in self._generators])
 
     def stratified(self, count: int = 1) -> Tensor:
-        """Numbers in [0, 1), [B, count], one from each of as many equal pieces as there are numbers in the whole batch:
-        all of the range is covered, whatever the chance. Which piece a number is from is chance again."""
-        pieces = torch.randperm(self._batch * count, generator=keyed_generator("pieces", *self._key))
-        mine = pieces.view(self._batch, count)[self._clips.start : self._clips.stop]
+        """Return numbers in [0, 1), [B, count], that cover the range evenly over the whole batch.
+
+        [0, 1) is divided into as many equal intervals as the batch has numbers. A random permutation assigns one
+        interval to each number, which is uniform within it.
+        """
+        intervals = torch.randperm(self._batch_size * count, generator=keyed_generator("pieces", *self._key))
+        own = intervals.view(self._batch_size, count)[self._clips.start : self._clips.stop]
         inside = torch.stack([torch.rand(count, generator=generator) for generator in self._generators])
-        return (mine + inside) / (self._batch * count)
+        return (own + inside) / (self._batch_size * count)

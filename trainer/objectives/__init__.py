@@ -1,4 +1,8 @@
-"""Training objectives by name."""
+"""Training objectives, one file each; `OBJECTIVES` maps the values of `train.objective` to their classes.
+
+base.py has what every objective defines, losses.py all losses as functions of tensors. shapes/objectives.py adds the
+objectives that only the miniature needs.
+"""
 
 from collections.abc import Callable
 

@@ -1,0 +1,201 @@
+"""Self-rollouts: training runs the generator as inference does, up to a random exit step (arXiv 2506.08009)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model.causal_wan import CausalWanModel
+from model.denoiser import Denoiser
+from model.kv_cache import KVCache
+from model.vae import WanVAE
+from model.weights import ModelDirectory
+from pipeline.build import build_schedule, context_frames, latent_size, rollout_sigmas
+from pipeline.rollout import BlockLayout, Rollout
+from trainer.networks import mixed_precision
+from trainer.sharding import sync_gradients
+from utils.config import Config
+from utils.device import DTYPES
+from utils.rng import keyed_generator, keyed_noise
+
+ROLES = ("generator", "critic")
+"""The networks that a rollout can train; each has its own noise, exit steps and prompts."""
+
+
+@dataclass
+class GeneratedClip:
+    """A rollout that stopped at its exit step."""
+
+    rollout: Rollout
+    blocks: dict[int, Tensor]  # x0 of every block, [B, block frames, C, h, w]; trained blocks may have a graph
+    trained_blocks: range  # the blocks that the loss reaches
+    exit_step: int
+
+    @property
+    def frames(self) -> Tensor:
+        """All frames without a graph, [B, F, C, h, w]."""
+        return torch.cat([self.blocks[block].detach() for block in sorted(self.blocks)], dim=1)
+
+
+class SelfRollout:
+    """Rolls the generator out, and propagates gradients at its clips back into it."""
+
+    def __init__(self, config: Config, generator: CausalWanModel, device: torch.device):
+        self.config, self.generator, self.device = config, generator, device
+        self.sigmas = rollout_sigmas(config.rollout)
+        self.vae: WanVAE | None = None  # re-encodes a frame of rollouts that are longer than the training window
+        if config.distill.max_rollout_frames > config.data.num_frames:
+            vae = ModelDirectory.open(config.model.base).load_vae(DTYPES[config.train.dtype])
+            self.vae = WanVAE(vae.to(device))
+
+    def run(
+        self,
+        role: str,
+        iteration: int,
+        positions: Sequence[int],
+        embeddings: Tensor,
+        keep_graph: bool = False,
+        trained: bool = True,
+    ) -> GeneratedClip:
+        """Roll the generator out by the configured schedule, up to an exit step.
+
+        The exit step and the length depend only on (seed, role, iteration), so all micro-batches and ranks agree.
+
+        Args:
+            role: the network to train, "generator" or "critic".
+            positions: the clips' positions in the order of prompts; they key the noise.
+            embeddings: their prompts, [B, L, text_dim].
+            keep_graph: whether to keep the graph of the trained blocks; otherwise `backward` denoises them again.
+            trained: whether a loss will reach any block.
+        """
+        config = self.config
+        exit_step, num_frames = self._draw_exit(role, iteration)
+        block_frames, window = config.rollout.block_frames, config.data.num_frames
+        num_blocks = num_frames // block_frames
+        # A rollout longer than the window trains all blocks of the window but the first, which is masked.
+        first = num_blocks - window // block_frames + (num_frames > window)
+        trained_blocks = range(first, num_blocks) if trained else range(0)
+        context, sink = context_frames(config.rollout, num_frames)
+        # Denoising again needs the context of the first trained block, which later blocks evict if the cache is full.
+        written = num_frames - block_frames
+        replayed = len(trained_blocks) > 0 and not keep_graph
+        history = written - first * block_frames if replayed and written > context else 0
+        height, width = latent_size(config.video)
+
+        def new_cache() -> KVCache:
+            dtype = DTYPES[config.train.dtype]
+            return self.generator.new_cache(len(embeddings), height, width, context, block_frames, sink, history, dtype)
+
+        samples = [len(ROLES) * position + ROLES.index(role) for position in positions]
+        shape = (block_frames, self.generator.config.in_channels, height, width)
+
+        def noise(block: int, step: int) -> Tensor:
+            drawn = [keyed_noise(config.runtime.seed, sample, block, step, shape) for sample in samples]
+            return torch.stack(drawn).to(self.device)
+
+        rollout = Rollout(
+            self._denoiser(embeddings, keep_graph),
+            self.sigmas,
+            noise,
+            new_cache,
+            BlockLayout(block_frames),
+            deterministic=config.rollout.use_ode_trajectory,
+            exit_step=exit_step,
+            with_grad=lambda block: keep_graph and block in trained_blocks,
+        )
+        schedule = build_schedule(config.rollout, num_frames)
+        with mixed_precision(config, self.device):
+            blocks = dict(rollout.run(list(schedule.ops_until(exit_step)), schedule.caches_until(exit_step)))
+        return GeneratedClip(rollout, blocks, trained_blocks, exit_step)
+
+    def from_noise(
+        self, noise: Tensor, sigmas: Sequence[float], exit_step: int, embeddings: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Roll out deterministically (Euler steps) from given noise along given noise levels.
+
+        Args:
+            noise: [B, F, C, h, w].
+            sigmas: levels 0..S of the steps; missing ones after the exit step are read as 0.
+
+        Returns:
+            x at the exit step and the flow there, both [B, F, C, h, w]. The flow has a graph.
+        """
+        config = self.config
+        size, num_frames = noise.shape[:2]
+        block_frames = config.rollout.block_frames
+        context, sink = context_frames(config.rollout, num_frames)
+        height, width = noise.shape[-2:]
+        dtype = DTYPES[config.train.dtype]
+        rollout = Rollout(
+            self._denoiser(embeddings, graph=True),
+            [*sigmas, *[0.0] * (len(self.sigmas) - len(sigmas))],
+            lambda block, step: noise[:, block * block_frames : (block + 1) * block_frames],
+            lambda: self.generator.new_cache(size, height, width, context, block_frames, sink, 0, dtype),
+            BlockLayout(block_frames),
+            deterministic=True,
+            exit_step=exit_step,
+            with_grad=lambda block: True,
+        )
+        schedule = build_schedule(config.rollout, num_frames)
+        blocks = dict(rollout.run(list(schedule.ops_until(exit_step)), schedule.caches_until(exit_step)))
+        x0 = torch.cat([blocks[block] for block in sorted(blocks)], dim=1)
+        x = torch.cat([rollout.exits[block].x for block in sorted(blocks)], dim=1)
+        return x, (x - x0) / sigmas[exit_step]
+
+    def training_window(self, clip: GeneratedClip) -> tuple[Tensor, Tensor | None]:
+        """Return the last `data.num_frames` frames [B, F, C, h, w] and their loss mask [B, F], None for all ones.
+
+        The first frame of a clip holds one pixel frame, later frames hold four. In a longer rollout the window's first
+        frame is therefore decoded and encoded again on its own, and its block is masked.
+        """
+        frames, window = clip.frames, self.config.data.num_frames
+        if frames.shape[1] == window:
+            return frames, None
+        assert self.vae is not None
+        before, latents = frames[:, : -(window - 1)], frames[:, -window:].clone()
+        image = self.vae.decode(before)[:, -1:]
+        latents[:, :1] = self.vae.encode(image).to(latents)
+        mask = torch.ones(latents.shape[:2], device=latents.device)
+        mask[:, : self.config.rollout.block_frames] = 0
+        return latents, mask
+
+    def backward(self, clip: GeneratedClip, gradient: Tensor, embeddings: Tensor, last: bool) -> None:
+        """Propagate the gradient at the training window, [B, F, C, h, w], back into the generator.
+
+        Without a graph the trained blocks are denoised again one by one. No gradient crosses blocks, so the result is
+        that of the whole graph (law 6, docs/method.md).
+
+        Args:
+            last: whether the generator's gradients are complete afterwards, see `Objective.backward`.
+        """
+        block_frames = self.config.rollout.block_frames
+        window_start = len(clip.blocks) - gradient.shape[1] // block_frames  # in blocks
+        gradients = {
+            block: gradient[:, (block - window_start) * block_frames :][:, :block_frames]
+            for block in clip.trained_blocks
+        }
+        if not self.config.distill.block_backward:
+            sync_gradients(self.generator, last)
+            torch.autograd.backward([clip.blocks[block] for block in gradients], list(gradients.values()))
+            return
+        for block, block_gradient in gradients.items():
+            sync_gradients(self.generator, last and block == clip.trained_blocks[-1])
+            with mixed_precision(self.config, self.device):
+                clip.rollout.denoiser = self._denoiser(embeddings, graph=True)
+                x0 = clip.rollout.denoise_again(block)
+            x0.backward(block_gradient)
+
+    def _draw_exit(self, role: str, iteration: int) -> tuple[int, int]:
+        """Return the exit step and the number of frames of an iteration's rollouts, both uniform."""
+        distill, window = self.config.distill, self.config.data.num_frames
+        block_frames = self.config.rollout.block_frames
+        shared = keyed_generator("rollout", self.config.runtime.seed, role, iteration)
+        exit_step = int(torch.randint(distill.min_exit_step, len(self.sigmas) - 1, (), generator=shared))
+        max_extra_blocks = (distill.max_rollout_frames - window) // block_frames
+        extra_blocks = int(torch.randint(max_extra_blocks + 1, (), generator=shared))
+        return exit_step, window + extra_blocks * block_frames
+
+    def _denoiser(self, embeddings: Tensor, graph: bool) -> Denoiser:
+        with torch.set_grad_enabled(graph), mixed_precision(self.config, self.device):
+            return Denoiser(self.generator, self.generator.encode_text(embeddings))
