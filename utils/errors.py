@@ -1,20 +1,27 @@
-"""One way to fail: a user's mistake becomes one clear line and a non-zero exit, never a traceback."""
+"""Errors of the commands: a user's mistake becomes one clear line and a non-zero exit code, without a traceback."""
 
+import contextlib
 import errno
 import functools
+import json
+import os
 import sys
+import time
+import traceback
 from collections.abc import Callable
+
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM)
 
 
 class UserError(ValueError):
-    """Something the user can mend. The message is one line: what is wrong, and what to do."""
+    """An error that the user can fix. The message is one line: what is wrong, and what to do."""
 
 
 def command(main: Callable[[], None]) -> Callable[[], None]:
-    """Wrap a script's `main` so that expected failures print one line on stderr and exit non-zero.
+    """Wrap a script's `main` so that expected failures print one line on stderr and exit with a non-zero code.
 
-    Exit codes: 2 for a `UserError`, 1 for a full or unwritable disk, 130 for Ctrl-C. Everything else is a bug of ours
-    and keeps its traceback.
+    Exit codes: 2 for a `UserError`, 1 for a full or unwritable disk, 130 for Ctrl-C. Any other exception is a bug and
+    keeps its traceback. Under torchrun the launcher repeats the error at the end of its report.
     """
 
     @functools.wraps(main)
@@ -24,15 +31,34 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
         except UserError as error:
             sys.exit(_report(str(error), 2))
         except KeyboardInterrupt:
-            sys.exit(_report("interrupted; finished files are kept, run the same command again to go on", 130))
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
-                raise
-            sys.exit(_report(f"cannot write {error.filename or 'output'}: {error.strerror}", 1))
+            message = "interrupted; finished files are kept, run the same command again to resume"
+            sys.exit(_report(message, 130, delay=1))
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+                sys.exit(_report(f"cannot write {error.filename or 'output'}: {error.strerror}", 1))
+            _report_to_torchrun(traceback.format_exc(), delay=1)
+            raise
 
     return run
 
 
-def _report(message: str, code: int) -> int:
-    print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+def _report(message: str, code: int, delay: int = 0) -> int:
+    line = "error: " + " ".join(message.split())
+    _report_to_torchrun(line, delay)
+    print(line, file=sys.stderr, flush=True)
     return code
+
+
+def _report_to_torchrun(text: str, delay: int = 0) -> None:
+    """Store an error in the file that torchrun reads. torchrun prints the earliest error at the end of its report.
+
+    Args:
+        delay: seconds to add to the time of the error. When a rank fails, the others lose their connection to it or are
+            stopped. With a delay, their errors come after the error that caused them.
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not path:
+        return
+    details = {"py_callstack": "\n" + text.rstrip(), "timestamp": str(int(time.time()) + delay)}
+    with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:
+        json.dump({"message": {"message": text, "extraInfo": details}}, file)

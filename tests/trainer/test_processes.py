@@ -1,6 +1,6 @@
-"""Several processes through train.py and torchrun: copies or shards, any number, killed or not, train the same.
+"""Several ranks: every sharding and world size trains the same, and a killed or stopped run resumes bit for bit.
 
-Slow: every run starts Python anew.
+Slow: each test trains several times. Most ranks are forked (see ranks.py); torchrun starts four times.
 """
 
 import contextlib
@@ -9,24 +9,24 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from ranks import fork_ranks, start_torchrun
 from tiny_model import write_config
 
-from trainer import trainer
 from trainer.checkpoints import read_tensors
 
-ROOT = Path(trainer.__file__).parents[1]
 pytestmark = pytest.mark.slow
+TIMEOUT = 120  # seconds for each wait
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory, model, pairs) -> Path:
-    """Score distillation of a tiny generator, a whole batch of four clips."""
+    """Score distillation of a tiny generator; a batch has four clips."""
     return write_config(
         tmp_path_factory.mktemp("config") / "config.yaml",
         model,
@@ -35,33 +35,29 @@ def config(tmp_path_factory, model, pairs) -> Path:
             "init": str(model / "transformer"),
             "batch_size": 1,
             "total_batch_size": 4,
-            "max_iterations": 8,
+            "max_iterations": 6,
             "warmup": 2,
             "log_every": 1,
             "checkpoint_every": 2,
             "learning_rate": 1e-3,
             "ema_start": 2,
+            "decay": "constant",
         },
         distill={"critic_learning_rate": 1e-3, "generator_every": 2, "max_rollout_frames": 9},
         data={"path": str(pairs), "num_frames": 6},
     )
 
 
-def command(
-    config: Path, logdir: Path, processes: int, *overrides: str, program: Path = ROOT / "train.py"
-) -> list[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    words = [str(program), "--config_path", str(config), "--logdir", str(logdir), *overrides]
-    return [sys.executable, *(launcher if processes > 1 else []), *words]
+def words(config: Path, logdir: Path, *overrides: str) -> list[str]:
+    return ["--config_path", str(config), "--logdir", str(logdir), *overrides]
 
 
-def run(
-    config: Path, logdir: Path, processes: int, *overrides: str, program: Path = ROOT / "train.py"
-) -> dict[str, torch.Tensor]:
-    """Train, and return everything that the last checkpoint holds."""
-    words = command(config, logdir, processes, *overrides, program=program)
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, timeout=240)
-    assert done.returncode == 0, done.stderr.decode()[-3000:]
+def train(config: Path, logdir: Path, world_size: int, *overrides: str, setup: str = "") -> dict[str, torch.Tensor]:
+    """Train to the end on forked ranks and return all tensors of the last checkpoint."""
+    ranks = fork_ranks(world_size, words(config, logdir, *overrides), setup)
+    for rank in ranks:
+        rank.join(TIMEOUT)
+    assert [rank.exitcode for rank in ranks] == [0] * world_size
     return last_state(logdir)
 
 
@@ -69,158 +65,181 @@ def last_state(logdir: Path) -> dict[str, torch.Tensor]:
     return read_tensors(sorted((logdir / "checkpoints").glob("[0-9]*"))[-1], "")
 
 
-@pytest.fixture(scope="module")
-def reference(config, tmp_path_factory) -> tuple[Path, dict[str, torch.Tensor]]:
-    """One process."""
-    logdir = tmp_path_factory.mktemp("reference")
-    return logdir, run(config, logdir, 1)
+def logged_lines(logdir: Path) -> list[str]:
+    file = logdir / "metrics.jsonl"
+    return file.read_text().splitlines() if file.exists() else []
+
+
+def wait_for_lines(logdir: Path, count: int, is_running: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + TIMEOUT
+    while len(logged_lines(logdir)) < count and is_running() and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+@contextlib.contextmanager
+def torchrun(config: Path, logdir: Path, *overrides: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Run train.py by torchrun on two ranks; kill the launcher in the end. Its ranks end with it."""
+    process = start_torchrun(2, words(config, logdir, *overrides))
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def children(process: subprocess.Popen[bytes]) -> list[int]:
+    listed = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
+    return [int(pid) for pid in listed.stdout.split()]
+
+
+def is_alive(pid: int) -> bool:
+    """Return whether a process runs; a zombie does not."""
+    with contextlib.suppress(FileNotFoundError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
 
 
 def assert_close(state: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     assert state.keys() == expected.keys()
     for name, tensor in expected.items():
-        # Adam divides by the size of the gradient: where that is noise, so is the step.
+        # Adam divides by the gradient's size: where the gradient is only rounding noise, so is the step.
         torch.testing.assert_close(state[name], tensor, atol=3e-4, rtol=1e-2, msg=name)
 
 
+def assert_same_bits(state: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert state.keys() == expected.keys()
+    assert [name for name in expected if not torch.equal(state[name], expected[name])] == []
+
+
+# ---- Any number of ranks ----
+
+
+@pytest.fixture(scope="module")
+def one_rank(config, tmp_path_factory) -> tuple[Path, dict[str, torch.Tensor]]:
+    """Log folder and final state of a run on one rank."""
+    logdir = tmp_path_factory.mktemp("one_rank")
+    return logdir, train(config, logdir, 1)
+
+
 @pytest.mark.parametrize("sharding", ["replicate", "shard", "hybrid"])
-def test_two_processes_train_as_one_does(config, tmp_path, reference, sharding):
-    state = run(config, tmp_path, 2, f"train.sharding={sharding}")
-    assert_close(state, reference[1])
-    lines = [(folder / "metrics.jsonl").read_text().splitlines() for folder in (tmp_path, reference[0])]
-    assert len(lines[0]) == len(lines[1]) == 8
-    for one, other in zip(*(map(json.loads, part) for part in lines), strict=True):
-        assert one == pytest.approx(other, rel=2e-2, abs=1e-4)
+def test_two_ranks_train_like_one(config, tmp_path, one_rank, sharding):
+    state = train(config, tmp_path, 2, f"train.sharding={sharding}")
+    assert_close(state, one_rank[1])
+    lines = [logged_lines(folder) for folder in (tmp_path, one_rank[0])]
+    assert len(lines[0]) == len(lines[1]) == 6
+    for two, one in zip(*(map(json.loads, run) for run in lines), strict=True):
+        assert two == pytest.approx(one, rel=2e-2, abs=1e-4)
 
 
-def test_a_batch_is_the_same_in_larger_parts(config, tmp_path, reference):
-    assert_close(run(config, tmp_path, 2, "train.batch_size=2"), reference[1])
+def test_larger_micro_batches_train_the_same(config, tmp_path, one_rank):
+    assert_close(train(config, tmp_path, 2, "train.batch_size=2"), one_rank[1])
 
 
-FAILING = """
-import os, sys
-sys.path.insert(0, os.getcwd())
-import train
+@pytest.mark.parametrize(("before", "after"), [("shard", "replicate"), ("replicate", "shard")])
+def test_a_run_resumes_with_another_world_size_and_sharding(config, tmp_path, one_rank, before, after):
+    train(config, tmp_path, 2, f"train.sharding={before}", "train.max_iterations=4")
+    assert_close(train(config, tmp_path, 1, f"train.sharding={after}"), one_rank[1])
+
+
+FAIL_ONCE_ON_RANK_1 = """
+import os
 from pipeline.text_to_video import TextToVideo
 
 generate = TextToVideo.generate
 
-def fail_once(*words):
+def fail_once(*arguments):
     TextToVideo.generate = generate
     raise RuntimeError("out of memory")
 
 if os.environ["RANK"] == "1":
     TextToVideo.generate = fail_once
-train.main()
 """
 
 
-def test_a_sample_video_that_fails_on_one_process_stops_neither(config, tmp_path, reference):
-    """Be it in the net's passes, which of a sharded net are a common work, or with the file."""
-    prompts, program = tmp_path / "prompts.txt", tmp_path / "train_and_fail.py"
+def test_a_failing_sample_video_stops_no_rank(config, tmp_path, one_rank):
+    """The first failure is in the network's passes, which all ranks share when it is sharded; the other in the file."""
+    prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle\na blue square\na green triangle\na red square\n")  # two each
-    program.write_text(FAILING)
-    in_the_way = tmp_path / "log/samples/00000004/a red square-0.mp4/file"
-    in_the_way.parent.mkdir(parents=True)
-    in_the_way.touch()
-    sampling = ("train.sharding=shard", "train.sample_every=4", f"train.sample_prompts={prompts}")
-    assert_close(run(config, tmp_path / "log", 2, *sampling, program=program), reference[1])
+    obstacle = tmp_path / "log/samples/00000003/a red square-0.mp4/file"
+    obstacle.parent.mkdir(parents=True)
+    obstacle.touch()
+    sampling = ("train.sharding=shard", "train.sample_every=3", f"train.sample_prompts={prompts}")
+    assert_close(train(config, tmp_path / "log", 2, *sampling, setup=FAIL_ONCE_ON_RANK_1), one_rank[1])
     names = {
         folder.name: sorted(path.stem for path in folder.glob("*.mp4") if path.is_file())
         for folder in (tmp_path / "log/samples").iterdir()
     }
     written = ["a green triangle-0", "a red circle-0"]
-    assert names == {"00000004": written, "00000008": sorted([*written, "a blue square-0", "a red square-0"])}
+    assert names == {"00000003": written, "00000006": sorted([*written, "a blue square-0", "a red square-0"])}
 
 
-@pytest.mark.parametrize(("before", "after"), [("shard", "replicate"), ("replicate", "shard")])
-def test_a_run_goes_on_with_another_number_of_processes(config, tmp_path, reference, before, after):
-    run(config, tmp_path, 2, f"train.sharding={before}", "train.max_iterations=4", "train.decay=constant")
-    one = run(config, tmp_path, 1, f"train.sharding={after}", "train.decay=constant")
-    whole = run(config, tmp_path / "whole", 1, "train.decay=constant")
-    assert_close(one, whole)
+# ---- Killed and stopped runs ----
+
+LONG = ("train.sharding=shard", "train.max_iterations=20", "train.total_batch_size=2", "distill.max_rollout_frames=6")
 
 
-def test_killed_five_times_it_ends_with_the_same_bits(config, tmp_path):
-    """SIGKILL at random moments to all of a run of two processes, once while it starts; the same command goes on."""
-    overrides = ("train.sharding=shard", "train.max_iterations=16")
-    expected = run(config, tmp_path / "whole", 2, *overrides)
-    random_moments = random.Random(5)
-    killed = 0
-    logdir = tmp_path / "killed"
-    for number in range(5):
-        start = len(lines_of(logdir))
-        process = subprocess.Popen(
-            command(config, logdir, 2, *overrides), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )  # fmt: skip
-        deadline = time.monotonic() + 120
-        wanted = start + (0 if number == 2 else 2)
-        while len(lines_of(logdir)) < wanted and process.poll() is None and time.monotonic() < deadline:
+@pytest.fixture(scope="module")
+def uninterrupted(config, tmp_path_factory) -> tuple[Path, dict[str, torch.Tensor]]:
+    """Log folder and final state of a run of 20 iterations on two ranks that nothing interrupts."""
+    logdir = tmp_path_factory.mktemp("uninterrupted")
+    return logdir, train(config, logdir, 2, *LONG)
+
+
+def test_a_run_killed_five_times_ends_with_the_same_bits(config, tmp_path, uninterrupted):
+    """SIGKILL to one rank, to the launcher, and at random moments to all ranks, once while they start."""
+    with torchrun(config, tmp_path, *LONG) as process:
+        wait_for_lines(tmp_path, 2, lambda: process.poll() is None)
+        os.kill(children(process)[-1], signal.SIGKILL)
+        _, err = process.communicate(timeout=TIMEOUT)
+        assert process.returncode != 0 and b"Signal 9 (SIGKILL)" in err  # the other rank does not hang
+
+    start = len(logged_lines(tmp_path))
+    with torchrun(config, tmp_path, *LONG) as process:
+        wait_for_lines(tmp_path, start + 2, lambda: process.poll() is None)
+        ranks = children(process)
+        process.kill()
+        deadline = time.monotonic() + TIMEOUT
+        while any(map(is_alive, ranks)) and time.monotonic() < deadline:
             time.sleep(0.01)
-        time.sleep(random_moments.uniform(2, 10) if number == 2 else random_moments.uniform(0, 0.4))
-        if process.poll() is None:
-            killed += 1
-        kill_all(process)
-        process.wait()
-    assert killed >= 4  # a short run may be over before the last one
-    final = run(config, logdir, 2, *overrides)
-    assert final.keys() == expected.keys()
-    assert [name for name in expected if not torch.equal(final[name], expected[name])] == []
-    assert (logdir / "metrics.jsonl").read_text() == (tmp_path / "whole/metrics.jsonl").read_text()
+        assert len(ranks) == 2 and not any(map(is_alive, ranks))  # ranks end with their launcher
+
+    moments = random.Random(5)
+    for number in range(3):
+        start = len(logged_lines(tmp_path))
+        forked = fork_ranks(2, words(config, tmp_path, *LONG))
+        while_starting = number == 1
+        if not while_starting:
+            wait_for_lines(tmp_path, start + 2, forked[0].is_alive)
+        time.sleep(moments.uniform(0.1, 0.6) if while_starting else moments.uniform(0, 0.2))
+        assert all(rank.is_alive() for rank in forked)
+        for rank in forked:
+            rank.kill()
+        for rank in forked:
+            rank.join()
+
+    assert_same_bits(train(config, tmp_path, 2, *LONG), uninterrupted[1])
+    assert (tmp_path / "metrics.jsonl").read_text() == (uninterrupted[0] / "metrics.jsonl").read_text()
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
-def test_all_processes_stop_at_the_same_iteration(config, tmp_path, sent):
-    """Told so by Ctrl-C or a cluster, between checkpoints; what was done is kept and the same command goes on."""
-    overrides = ("train.max_iterations=14", "train.checkpoint_every=1000")
-    expected = run(config, tmp_path / "whole", 2, *overrides)
-    logdir = tmp_path / "stopped"
-    process = subprocess.Popen(
-        command(config, logdir, 2, *overrides), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-        start_new_session=True,
-    )  # fmt: skip
-    try:
-        deadline = time.monotonic() + 120
-        while len(lines_of(logdir)) < 3 and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.01)
-        process.send_signal(sent)
-        _, err = process.communicate(timeout=90)
-    finally:
-        kill_all(process)
-    assert process.returncode != 0 and b"stopping after this iteration" in err and b"SIGKILL" not in err
-    done = len(lines_of(logdir))
-    assert [path.name for path in (logdir / "checkpoints").iterdir()] == [f"{done:08d}"] and 3 <= done < 14
-    final = run(config, logdir, 2, *overrides)
-    assert [name for name in expected if not torch.equal(final[name], expected[name])] == []
+def test_a_stop_signal_ends_all_ranks_after_the_same_iteration(config, tmp_path, uninterrupted):
+    """Ctrl-C, then a cluster's SIGTERM, both between two checkpoints. The same command resumes."""
+    done = 0
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        with torchrun(config, tmp_path, *LONG, "train.checkpoint_every=1000") as process:
+            wait_for_lines(tmp_path, done + 3, lambda: process.poll() is None)
+            process.send_signal(stop)
+            _, err = process.communicate(timeout=TIMEOUT)
+        assert process.returncode != 0 and b"stopping after this iteration" in err and b"SIGKILL" not in err
+        before, done = done, len(logged_lines(tmp_path))
+        saved = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+        assert saved[-1] == f"{done:08d}" and len(saved) == (2 if before else 1) and before + 3 <= done < 20
+    assert_same_bits(train(config, tmp_path, 2, *LONG), uninterrupted[1])
 
 
-def kill_all(process: subprocess.Popen[bytes]) -> None:
-    """SIGKILL to the launcher and all its workers, as far as there are any left."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-
-
-def lines_of(logdir: Path) -> list[str]:
-    file = logdir / "metrics.jsonl"
-    return file.read_text().splitlines() if file.exists() else []
-
-
-def test_one_that_dies_takes_the_others_along(config, tmp_path):
-    """A process that fails is named, and nobody hangs."""
-    process = subprocess.Popen(
-        command(config, tmp_path, 2, "train.max_iterations=100000"), cwd=ROOT, stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE, start_new_session=True,
-    )  # fmt: skip
-    try:
-        deadline = time.monotonic() + 120
-        while len(lines_of(tmp_path)) < 2 and time.monotonic() < deadline:
-            time.sleep(0.05)
-        workers = subprocess.run(
-            ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
-        ).stdout.split()
-        os.kill(int(workers[-1]), signal.SIGKILL)
-        _, err = process.communicate(timeout=90)
-        assert process.returncode != 0 and b"Signal 9 (SIGKILL)" in err
-    finally:
-        kill_all(process)
+def test_the_error_is_the_last_thing_that_torchrun_prints(config, tmp_path):
+    with torchrun(config, tmp_path, "train.batch_size=3") as process:
+        _, err = process.communicate(timeout=TIMEOUT)
+    *_, error, rule = err.decode().splitlines()
+    assert error.strip().startswith("error: train.total_batch_size=4 must be a multiple of") and set(rule) == {"="}
+    assert process.returncode != 0

@@ -110,7 +110,7 @@ def test_a_read_only_folder_is_a_user_error(tmp_path):
     [
         (None, 0, ""),
         (UserError("frames: 20\nuse 18 or 21"), 2, "error: frames: 20 use 18 or 21"),
-        (KeyboardInterrupt(), 130, "error: interrupted; finished files are kept, run the same command again to go on"),
+        (KeyboardInterrupt(), 130, "error: interrupted; finished files are kept, run the same command again to resume"),
         (OSError(errno.ENOSPC, "Disk full", "a.mp4"), 1, "error: cannot write a.mp4: Disk full"),
         (PermissionError(errno.EACCES, "Permission denied"), 1, "error: cannot write output: Permission denied"),
         (SystemExit(7), 7, ""),
