@@ -38,7 +38,6 @@ from model.presets import random_network
 from model.text_encoder import TextEncoder
 from model.vae import WanVAE
 from pipeline.build import (
-    VAE_STRIDE,
     build_schedule,
     check_size,
     choose_attention_backend,
@@ -47,6 +46,7 @@ from pipeline.build import (
     load_network,
     load_vae,
     prepare_network,
+    tokens_per_frame,
 )
 from pipeline.generate import Files, VideoJob, VideoOutput
 from pipeline.parallel.profile import WORK, RecordedDenoiser, Recorder, Span
@@ -160,7 +160,7 @@ class Watch:
 
     def prepare(self) -> Rollout:
         """A rollout as inference makes it; the peer's with its own denoiser."""
-        rollout = self.pipeline.rollout([PROMPT], [0], observe=self.observe)
+        rollout = self.pipeline.rollout([PROMPT], [0], on_op=self.observe)
         if self.plain is not None:
             embeddings = self.pipeline.embeddings.of([PROMPT]).to(self.device, self.pipeline.net.dtype)
             context, _ = context_frames(self.config.rollout, self.config.video.num_output_frames)
@@ -187,7 +187,7 @@ class Watch:
             wanted = VideoJob(Prompt(0, PROMPT, "video"), 0, Files(Path(folder), "video"))
             started, first = time.perf_counter(), None
             with VideoOutput(self.config, self.pipeline.vae, [wanted], "", save_latents=False) as output:
-                for latents in self.pipeline.generate([PROMPT], [0], observe=self.observe):
+                for latents in self.pipeline.generate_blocks([PROMPT], [0], on_op=self.observe):
                     output.emit(latents)
                     first = first or time.perf_counter() - started
             assert first is not None
@@ -249,8 +249,7 @@ def rollout_flops(watch: Watch) -> int:
     config, net = watch.config, watch.pipeline.net.config
     frames, text = config.rollout.block_frames, config.model.text_length
     context, _ = context_frames(config.rollout, config.video.num_output_frames)
-    patch_h, patch_w = net["patch_size"][1:]
-    per_frame = (config.video.height // VAE_STRIDE // patch_h) * (config.video.width // VAE_STRIDE // patch_w)
+    per_frame = tokens_per_frame(config.video, net["patch_size"])
 
     def of(op: Op) -> int:
         held = min(op.block * frames, context)

@@ -1,15 +1,15 @@
-"""Builds networks, schedules, caches and rollouts from a configuration, and computes the sizes that they need."""
+"""Builds networks, schedules, caches and rollouts from a configuration, and computes sizes and strides."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.attention_dispatch import attention_backend
 from torch import Tensor
 
-from model.causal_wan import CausalWanModel, TextContext
+from model.causal_wan import CausalWanModel
 from model.denoiser import Denoiser
 from model.embeddings import EmbeddingCache
 from model.flow import step_sigmas
@@ -17,23 +17,75 @@ from model.kv_cache import KVCache
 from model.lora import fuse_lora
 from model.vae import WanVAE
 from model.weights import ModelDirectory
-from pipeline.rollout import BlockLayout, Rollout, Transport
-from pipeline.schedule import Op, Schedule
+from pipeline.rollout import BlockLayout, Rollout
+from pipeline.schedule import Schedule
 from utils.config import Config, RolloutConfig, VideoConfig
 from utils.device import DTYPES
 from utils.errors import UserError
 from utils.rng import keyed_noise
 
-VAE_STRIDE = 8  # pixels per latent of every Wan2.1 VAE; WanVAE reads it from the loaded network
+# Every Wan2.1 VAE has these strides. They are needed before a VAE is loaded; `WanVAE` reads them from the network.
+VAE_STRIDE = 8  # pixels per latent in height and width
+TEMPORAL_STRIDE = 4  # pixel frames per latent frame after the first
+
+AnyRollout = TypeVar("AnyRollout", bound=Rollout)
+
+
+# ---- Sizes ----
 
 
 def latent_size(video: VideoConfig) -> tuple[int, int]:
-    """Return the height and width of the latents of a video."""
+    """Return the height and width of a video's latents."""
     return video.height // VAE_STRIDE, video.width // VAE_STRIDE
 
 
+def pixel_size(height: int, width: int) -> tuple[int, int]:
+    """Return the height and width in pixels of latents of height x width."""
+    return height * VAE_STRIDE, width * VAE_STRIDE
+
+
+def num_pixel_frames(num_latent_frames: int) -> int:
+    """Return the number of pixel frames that latent frames decode to."""
+    return TEMPORAL_STRIDE * (num_latent_frames - 1) + 1
+
+
+def tokens_per_frame(video: VideoConfig, patch_size: Sequence[int]) -> int:
+    """Return the DiT's tokens per latent frame. `patch_size` is (time, height, width)."""
+    height, width = latent_size(video)
+    return (height // patch_size[1]) * (width // patch_size[2])
+
+
+def context_frames(rollout: RolloutConfig, num_frames: int) -> tuple[int, int]:
+    """Return the context frames that a cache holds for a video of `num_frames` latent frames, and the sink frames among
+    them."""
+    window = min(rollout.window or num_frames, num_frames)
+    context = max(0, window - rollout.block_frames)
+    return context, min(rollout.sink, context)
+
+
+def check_size(config: Config, transformer: Mapping[str, Any]) -> None:
+    """Check that VAE stride and patches divide the video size, before weights are loaded.
+
+    Args:
+        transformer: the generator's network configuration.
+
+    Raises:
+        UserError: with the nearest sizes that work.
+    """
+    patch = transformer.get("patch_size", (1, 2, 2))
+    stride = math.lcm(*(VAE_STRIDE * p for p in patch[1:]))
+    for key in ("height", "width"):
+        size = getattr(config.video, key)
+        if size % stride:
+            nearest = " or ".join(str(n) for n in (size // stride * stride, -(-size // stride) * stride) if n)
+            raise UserError(f"--{key} {size} is not a multiple of {stride} (VAE and patches); the nearest: {nearest}")
+
+
+# ---- Networks ----
+
+
 def load_network(config: Config, device: torch.device, fall_back: bool = True) -> CausalWanModel:
-    """The causal generator that `config.model` names.
+    """Load the causal generator that `config.model` names.
 
     Args:
         fall_back: see `CausalWanModel.compile_layers`.
@@ -53,7 +105,7 @@ def load_network(config: Config, device: torch.device, fall_back: bool = True) -
 def prepare_network(
     net: CausalWanModel, config: Config, device: torch.device, fall_back: bool = True
 ) -> CausalWanModel:
-    """Put a generator on its device and let it run as `config.model` says. The arguments are `load_network`'s."""
+    """Move a generator to its device and apply the attention backend and compilation of `config.model`."""
     net.to(device).eval().requires_grad_(False)
     choose_attention_backend(net, config.model.attention_backend)
     if config.model.compile:
@@ -69,94 +121,47 @@ def load_embeddings(config: Config, device: torch.device, capacity: int | None =
 
 
 def load_vae(config: Config, device: torch.device) -> WanVAE:
-    """The VAE that `config.model` names."""
+    """Load the VAE that `config.model` names."""
     return WanVAE(ModelDirectory.open(config.model.base).load_vae(DTYPES[config.model.dtype]).to(device))
 
 
-def build_rollout(
-    config: Config,
-    net: CausalWanModel,
-    text: TextContext,
-    samples: Sequence[int],
-    prefix: Tensor | None = None,
-    transport: Transport | None = None,
-    observe: Callable[[Op], None] | None = None,
-) -> Rollout:
-    """A rollout of `config.rollout`, its noise keyed by `config.runtime.seed` and the samples' numbers.
-
-    Args:
-        given: clean latents [1 or B, F, C, h, w] that the videos start with.
-        transport: for a rank of a pipeline.
-    """
-    layout = BlockLayout(config.rollout.block_frames, 0 if prefix is None else prefix.shape[1])
-    height, width = latent_size(config.video)
-
-    def noise(block: int, step: int) -> Tensor:
-        shape = (layout.frames(block), net.config.in_channels, height, width)
-        drawn = torch.stack([keyed_noise(config.runtime.seed, sample, block, step, shape) for sample in samples])
-        if net.device.type == "cuda":  # pinned, the copy is queued; otherwise the host would wait for the queue
-            drawn = drawn.pin_memory()
-        return drawn.to(net.device, non_blocking=True)
-
-    def new_cache() -> KVCache:
-        context, sink = context_frames(config.rollout, config.video.num_output_frames)
-        block, dtype = config.rollout.block_frames, DTYPES[config.model.dtype]
-        return net.new_cache(len(samples), height, width, context, block, sink, dtype=dtype)
-
-    return Rollout(
-        Denoiser(net, text),
-        rollout_sigmas(config.rollout),
-        noise,
-        new_cache,
-        layout,
-        prefix=None if prefix is None else prefix.to(net.device, torch.float32).expand(len(samples), -1, -1, -1, -1),
-        deterministic=config.rollout.use_ode_trajectory,
-        transport=transport,
-        observe=observe,
-    )
-
-
 def choose_attention_backend(net: AttentionMixin, name: str) -> None:
-    """Have every layer attend by one of diffusers' backends.
+    """Select one of diffusers' attention backends for all layers of a network.
 
     Raises:
-        UserError: for a name it does not know, or a package that is not installed.
+        UserError: for an unknown backend, or one whose package is not installed.
     """
     if name == "native":
         return
     try:
-        with attention_backend():  # afterwards its default for all other networks is what it was
+        with attention_backend():  # restores the default of all other networks
             net.set_attention_backend(name)
     except (ValueError, RuntimeError, ImportError) as error:
         raise UserError(f"model.attention_backend={name}: {str(error).splitlines()[0]}") from None
 
 
+# ---- Schedule and rollout ----
+
+
 def rollout_sigmas(rollout: RolloutConfig) -> list[float]:
-    """The noise levels 0..S of a configuration."""
+    """Return the noise levels 0..S of a rollout."""
     return step_sigmas(rollout.denoising_step_list, rollout.warp_denoising_step, rollout.timestep_shift)
 
 
-def context_frames(rollout: RolloutConfig, num_frames: int) -> tuple[int, int]:
-    """Frames that a cache holds, and how many of them are the sink, for a video of `num_frames` latent frames."""
-    window = min(rollout.window or num_frames, num_frames)
-    context = max(0, window - rollout.block_frames)
-    return context, min(rollout.sink, context)
-
-
 def build_schedule(rollout: RolloutConfig, num_frames: int, prefix_frames: int = 0) -> Schedule:
-    """The schedule of a video of `num_frames` latent frames, the first `prefix_frames` of which are given.
+    """Build the schedule of a video of `num_frames` latent frames, of which the prefix fills `prefix_frames`.
 
     Raises:
-        UserError: if blocks do not divide the frames to generate, naming the nearest counts that work.
+        UserError: if blocks do not divide the frames to generate, with the nearest counts that work.
     """
     block = rollout.block_frames
     generated = num_frames - prefix_frames
     if generated <= 0 or generated % block:
         lower = prefix_frames + max(1, generated // block) * block
         choices = " or ".join(str(n) for n in dict.fromkeys([lower, lower + block]))
-        after = f" after {prefix_frames} given ones" if prefix_frames else ""
+        after = f" after a prefix of {prefix_frames}" if prefix_frames else ""
         raise UserError(
-            f"{num_frames} latent frames cannot be made{after} in blocks of {block}; "
+            f"{num_frames} latent frames{after} cannot be divided into blocks of {block}; "
             f"the nearest valid --num_output_frames: {choices}"
         )
     layout = BlockLayout(block, prefix_frames)
@@ -174,19 +179,58 @@ def build_schedule(rollout: RolloutConfig, num_frames: int, prefix_frames: int =
         raise UserError(f"rollout: {error}") from None
 
 
-def check_size(config: Config, transformer: Mapping[str, Any]) -> None:
-    """Refuse a video size that the VAE's stride and the patches do not divide, before weights are loaded.
+def build_rollout(
+    config: Config,
+    denoiser: Denoiser,
+    samples: Sequence[int],
+    *,
+    prefix: Tensor | None = None,
+    num_frames: int | None = None,
+    size: tuple[int, int] | None = None,
+    dtype: torch.dtype | None = None,
+    history_frames: int = 0,
+    rollout_class: type[AnyRollout] = Rollout,  # type: ignore[assignment]
+    **options: Any,
+) -> AnyRollout:
+    """Assemble a rollout of `config.rollout`. Its noise is keyed by `config.runtime.seed` and the sample numbers.
 
     Args:
-        transformer: the generator's configuration.
-
-    Raises:
-        UserError: naming the nearest sizes that work.
+        samples: the sample number of each video of the batch.
+        prefix: clean latents [1 or B, F, C, h, w] that the videos continue.
+        num_frames: latent frames of the video, prefix included; default: `config.video.num_output_frames`.
+        size: height and width of the latents; default: those of `config.video`.
+        dtype: type of the cached keys and values; default: `config.model.dtype`.
+        history_frames: evicted frames that a cache keeps for `TrainingRollout.denoise_again`.
+        rollout_class: `Rollout`, `TrainingRollout` or `StageRollout`.
+        options: further arguments of `rollout_class`, or other values for its noise, sigmas or caches.
     """
-    patch = transformer.get("patch_size", (1, 2, 2))
-    stride = math.lcm(*(VAE_STRIDE * p for p in patch[1:]))
-    for key in ("height", "width"):
-        size = getattr(config.video, key)
-        if size % stride:
-            nearest = " or ".join(str(n) for n in (size // stride * stride, -(-size // stride) * stride) if n)
-            raise UserError(f"--{key} {size} is not a multiple of {stride} (VAE and patches); the nearest: {nearest}")
+    net, rollout = denoiser.net, config.rollout
+    layout = BlockLayout(rollout.block_frames, 0 if prefix is None else prefix.shape[1])
+    height, width = size or latent_size(config.video)
+    context, sink = context_frames(rollout, num_frames or config.video.num_output_frames)
+    cache_dtype = dtype or DTYPES[config.model.dtype]
+
+    def noise(block: int, step: int) -> Tensor:
+        shape = (layout.frames(block), net.config.in_channels, height, width)
+        drawn = torch.stack([keyed_noise(config.runtime.seed, sample, block, step, shape) for sample in samples])
+        if net.device.type == "cuda":  # a copy from pinned memory is queued, so the host does not wait for the GPU
+            drawn = drawn.pin_memory()
+        return drawn.to(net.device, non_blocking=True)
+
+    def new_cache() -> KVCache:
+        return net.new_cache(
+            len(samples), height, width, context, rollout.block_frames, sink, history_frames, cache_dtype
+        )
+
+    if prefix is not None:
+        prefix = prefix.to(net.device, torch.float32).expand(len(samples), -1, -1, -1, -1)
+    arguments: dict[str, Any] = {
+        "denoiser": denoiser,
+        "sigmas": rollout_sigmas(rollout),
+        "noise": noise,
+        "new_cache": new_cache,
+        "layout": layout,
+        "prefix": prefix,
+        "deterministic": rollout.use_ode_trajectory,
+    }
+    return rollout_class(**arguments | options)

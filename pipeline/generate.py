@@ -180,7 +180,7 @@ def make_videos(
         if prefix is not None:
             output.emit(prefix.expand(len(batch), -1, -1, -1, -1))
         prompts, samples = [w.prompt.text for w in batch], [w.sample for w in batch]
-        for latents in pipeline.generate(prompts, samples, prefix, progress):
+        for latents in pipeline.generate_blocks(prompts, samples, prefix, progress):
             output.emit(latents)
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from model.causal_wan import CausalWanModel
+from model.denoiser import Denoiser
 from model.embeddings import EmbeddingCache
 from model.vae import WanVAE
 from model.weights import ModelDirectory
@@ -64,12 +65,12 @@ class TextToVideo:
         """
         return build_schedule(self.config.rollout, self.config.video.num_output_frames, prefix_frames)
 
-    def generate(
+    def generate_blocks(
         self,
         prompts: Sequence[str],
         samples: Sequence[int],
         prefix: Tensor | None = None,
-        observe: Callable[[Op], None] | None = None,
+        on_op: Callable[[Op], None] | None = None,
     ) -> Iterator[Tensor]:
         """Generate videos as one batch; yields latents [B, F, C, h, w] as blocks are finished.
 
@@ -77,10 +78,10 @@ class TextToVideo:
             prompts: one per video.
             samples: the number of each video. With the seed, it decides about the noise; nothing else does.
             given: clean latents [1 or B, F, C, h, w] that the videos start with; they are not yielded.
-            observe: called after every op.
+            on_op: called after every op.
         """
         schedule = self.schedule(0 if prefix is None else prefix.shape[1])
-        rollout = self.rollout(prompts, samples, prefix, observe)
+        rollout = self.rollout(prompts, samples, prefix, on_op)
         for _, latents in rollout.run(list(self.ops(schedule)), schedule.caches):
             yield latents
 
@@ -89,13 +90,13 @@ class TextToVideo:
         prompts: Sequence[str],
         samples: Sequence[int],
         prefix: Tensor | None = None,
-        observe: Callable[[Op], None] | None = None,
+        on_op: Callable[[Op], None] | None = None,
     ) -> Rollout:
         """What `generate`, with the same arguments, runs the ops by."""
         assert len(prompts) == len(samples)
         with torch.no_grad():
             text = self.net.encode_text(self.embeddings.of(prompts).to(self.net.device))
-        return build_rollout(self.config, self.net, text, samples, prefix, observe=observe)
+        return build_rollout(self.config, Denoiser(self.net, text), samples, prefix=prefix, on_op=on_op)
 
 
 class PromptEmbeddings:

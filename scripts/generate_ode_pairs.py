@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pipeline.build import VAE_STRIDE
+from pipeline.build import pixel_size
 from trainer.datasets.generate_pairs import generate_ode_pairs
 from utils.config import load_config
 from utils.errors import UserError, command
@@ -66,8 +66,8 @@ def main() -> None:
     values = {key: getattr(args, flag) for flag, key in CONFIG_KEYS.items()}
     channels = None
     if args.latent_shape:
-        channels, height, width = args.latent_shape
-        values |= {"video.height": height * VAE_STRIDE, "video.width": width * VAE_STRIDE}
+        channels, *size = args.latent_shape
+        values |= dict(zip(("video.height", "video.width"), pixel_size(*size), strict=True))
     overrides = [f"{key}={value}" for key, value in values.items() if value is not None]
     config = load_config(args.config_path, [*overrides, *args.overrides])
     prompts = read_prompts(args.caption_path)[: args.num_prompts]

@@ -44,7 +44,7 @@ def test_videos_do_what_their_prompts_say(generator, schedule):
     words = ["runtime.seed=7", f"rollout.schedule={schedule}", f"model.generator={MODEL}/{generator}"]
     config = load_config("configs/shapes.yaml", words)
     pipeline = TextToVideo.load(config, torch.device("cpu"))
-    latents = torch.cat(list(pipeline.generate(PROMPTS, [0] * len(PROMPTS))), dim=1)
+    latents = torch.cat(list(pipeline.generate_blocks(PROMPTS, [0] * len(PROMPTS))), dim=1)
     sums: dict[str, np.ndarray] = {}
     for prompt, video in zip(PROMPTS, latents, strict=True):
         detections = detect_shapes(to_uint8(pipeline.vae.decode(video[None])[0]))

@@ -14,7 +14,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 from model import presets
 from model.causal_wan import CausalWanModel
 from model.weights import ModelDirectory
-from pipeline.build import VAE_STRIDE, context_frames
+from pipeline.build import context_frames, tokens_per_frame
 from utils.config import Config
 from utils.device import DTYPES
 from utils.errors import UserError
@@ -263,8 +263,7 @@ def width(net: dict) -> int:
 
 def frame_tokens(config: Config, net: dict) -> int:
     """A DiT's tokens per frame of the configuration's videos."""
-    patch_h, patch_w = net.get("patch_size", (1, 2, 2))[1:]
-    return (config.video.height // VAE_STRIDE // patch_h) * (config.video.width // VAE_STRIDE // patch_w)
+    return tokens_per_frame(config.video, net.get("patch_size", (1, 2, 2)))
 
 
 def sized(name: str, config: dict, trained: bool) -> Net:

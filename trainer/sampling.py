@@ -91,7 +91,7 @@ class VideoSampler:
     def latents(self, pipeline: TextToVideo, prompt: str) -> Tensor:
         """A video's latents [1, F, C, h, w]."""
         if not self.bidirectional:
-            return torch.cat(list(pipeline.generate([prompt], [0])), dim=1)
+            return torch.cat(list(pipeline.generate_blocks([prompt], [0])), dim=1)
         net, video, teacher = pipeline.net, self.config.video, self.config.teacher
         embeddings = pipeline.embeddings.of([prompt, teacher.negative_prompt]).to(net.device)
         text, negative = map(net.encode_text, embeddings.split(1))  # once for all steps

@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model.causal_wan import CausalWanModel
+from model.denoiser import Denoiser
 from pipeline.build import (
     build_rollout,
     build_schedule,
@@ -27,6 +28,7 @@ from pipeline.build import (
 )
 from pipeline.generate import VideoJob, VideoOutput, read_condition
 from pipeline.parallel.profile import RecordedDenoiser, Recorder
+from pipeline.parallel.stage_rollout import StageRollout
 from pipeline.parallel.stages import Pipeline
 from pipeline.parallel.transport import MessageChannel, StageTransport, handoff_groups
 from pipeline.rollout import BlockLayout, Rollout
@@ -186,7 +188,15 @@ class PipelineRank:
         )
         with torch.no_grad():
             text = net.encode_text(embedding)
-        rollout = build_rollout(self.config, net, text, [job.sample], prefix, transport, transport.after_op)
+        rollout = build_rollout(
+            self.config,
+            Denoiser(net, text),
+            [job.sample],
+            prefix=prefix,
+            rollout_class=StageRollout,
+            transport=transport,
+            on_op=transport.after_op,
+        )
         self._record_spans(rollout)
         ops = for_stage(schedule.ops("diagonal", self.config.rollout.fuse_context), self.caches)
         blocks = rollout.run(list(ops), self.caches)

@@ -91,7 +91,7 @@ class MessageChannel:
 
 
 class StageTransport:
-    """Transport of one stage for one video (`pipeline.rollout.Transport`): blocks from upstream, blocks to downstream.
+    """Transport of one stage for one video (see `StageRollout`): blocks from upstream, blocks to downstream.
 
     A block is one message. It holds x [1, F, C, h, w] in float32, or x and the x0 estimate [2, 1, F, C, h, w] if a
     later rank writes the clean context from that estimate.

@@ -219,7 +219,7 @@ def test_a_backend_is_chosen_for_one_network(make_net):
     [
         (["--size", "64"], "--size 64: give HEIGHTxWIDTH"),
         (["--size", "32x40"], "--width 40 is not a multiple of 16"),
-        (["--frames", "16"], "16 latent frames cannot be made in blocks of 3"),
+        (["--frames", "16"], "16 latent frames cannot be divided into blocks of 3"),
         (["--window", "x"], "rollout.window"),
         (["--repeats", "0"], "--repeats must be at least 1"),
         (["--attention", "none_such"], "model.attention_backend=none_such"),

@@ -217,19 +217,19 @@ def test_a_rerun_keeps_what_exists_and_overwrite_does_not(tmp_path, infer, refer
 
 def after_op(monkeypatch: pytest.MonkeyPatch, number: int, act) -> None:
     """Call `act(op)` after every op from number `number` of this process on."""
-    original, seen = TextToVideo.generate, [0]
+    original, seen = TextToVideo.generate_blocks, [0]
 
-    def wrapped(self, prompt, samples, prefix=None, observe=None):
+    def wrapped(self, prompt, samples, prefix=None, on_op=None):
         def observing(op):
-            if observe is not None:
-                observe(op)
+            if on_op is not None:
+                on_op(op)
             seen[0] += 1
             if seen[0] >= number:
                 act(op)
 
         return original(self, prompt, samples, prefix, observing)
 
-    monkeypatch.setattr(TextToVideo, "generate", wrapped)
+    monkeypatch.setattr(TextToVideo, "generate_blocks", wrapped)
 
 
 OPS = 3 * 4  # of a video of 3 blocks and 4 steps: contexts are written by the passes that denoise the next block
@@ -265,14 +265,14 @@ KILLED = """
 import os, signal, sys
 import inference
 from pipeline.text_to_video import TextToVideo
-generate, ops, last = TextToVideo.generate, [0], int(sys.argv.pop(1))
-def deadly(self, prompt, samples, prefix=None, observe=None):
+generate, ops, last = TextToVideo.generate_blocks, [0], int(sys.argv.pop(1))
+def deadly(self, prompt, samples, prefix=None, on_op=None):
     def observing(op):
         ops[0] += 1
         if ops[0] == last:
             os.kill(os.getpid(), signal.SIGKILL)
-    return generate(self, prompt, samples, given, observing)
-TextToVideo.generate = deadly
+    return generate(self, prompt, samples, prefix, observing)
+TextToVideo.generate_blocks = deadly
 inference.main()
 """
 
@@ -578,7 +578,7 @@ BAD = [
     bad(
         "frames after an image",
         *("--image", "{}/start.png"),
-        says="9 latent frames cannot be made after 1 given ones in blocks of 3; "
+        says="9 latent frames after a prefix of 1 cannot be divided into blocks of 3; "
         "the nearest valid --num_output_frames: 7 or 10",
         prepare=lambda folder, world: write_image(folder / "start.png"),
         late=True,

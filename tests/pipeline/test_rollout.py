@@ -1,9 +1,8 @@
-"""pipeline/rollout.py: executing ops in any order, on any number of ranks, is one and the same function.
+"""pipeline/rollout.py and pipeline/parallel/stage_rollout.py: law 1 (docs/method.md) and the denoising formulas.
 
-Claims: law 1, bit for bit (step-major, diagonal, random orders that keep the dependencies, 1, 2 and 4 ranks), with a
-fake denoiser and with the tiny net; the executor equals naive nested loops written down from METHOD section 3, and the
-context it reads equals one masked pass without any cache; the formulas between steps; given frames; the memory that a
-long video takes; videos without an end; fused passes; batches.
+Claims: any order that keeps the dependencies and any number of ranks give the same latents, bit for bit, with a fake
+denoiser and with the tiny network. The rollout equals naive nested loops of HiAR and Self-Forcing, and masked passes
+without a cache. Re-noising, prefixes, memory, endless videos, fused passes and batches are as documented.
 """
 
 import functools
@@ -24,6 +23,7 @@ from torch import Tensor
 from model.causal_wan import BlockCausal
 from model.denoiser import Denoiser
 from model.flow import add_noise
+from pipeline.parallel.stage_rollout import StageRollout
 from pipeline.rollout import BlockLayout, Rollout
 from pipeline.schedule import (
     Denoise,
@@ -54,7 +54,7 @@ VARIANTS = {
 variants = pytest.mark.parametrize("variant", VARIANTS)
 
 
-def noise_of(layout: BlockLayout, samples: Sequence[int] = (0,), frame=FRAME) -> Callable[[int, int], Tensor]:
+def keyed_block_noise(layout: BlockLayout, samples: Sequence[int] = (0,), frame=FRAME) -> Callable[[int, int], Tensor]:
     def noise(block: int, step: int) -> Tensor:
         return torch.stack([keyed_noise(7, s, block, step, (layout.frames(block), *frame)) for s in samples])
 
@@ -62,7 +62,7 @@ def noise_of(layout: BlockLayout, samples: Sequence[int] = (0,), frame=FRAME) ->
 
 
 def random_order(ops: Sequence[Op], random: Random) -> list[Op]:
-    """Some order that keeps the dependencies."""
+    """Return a random order of `ops` that keeps the dependencies."""
     waiting = dict(enumerate(dependencies(ops)))
     order: list[Op] = []
     while waiting:
@@ -72,18 +72,18 @@ def random_order(ops: Sequence[Op], random: Random) -> list[Op]:
     return order
 
 
-def finish(rollout: Rollout, ops, caches) -> Tensor:
-    """All blocks that the ops generate, [B, F, C, h, w]; each must come once."""
+def run_to_end(rollout: Rollout, ops, caches) -> Tensor:
+    """Return all generated blocks [B, F, C, h, w]; check that each is yielded once."""
     blocks = list(rollout.run(ops, caches))
     assert len(dict(blocks)) == len(blocks)
     return torch.cat([latents for _, latents in sorted(blocks, key=lambda item: item[0])], dim=1)
 
 
-# ---- a fake denoiser ----
+# ---- A fake denoiser ----
 
 
-class FakeLane(deque):
-    """A cache that holds what was written; at most the last three blocks."""
+class FakeCache(deque):
+    """A list of written blocks; keeps the last three."""
 
     def __init__(self) -> None:
         super().__init__(maxlen=3)
@@ -94,11 +94,11 @@ class FakeLane(deque):
 
 @dataclass
 class FakeDenoiser:
-    """Depends on all that it is given, and on the order within a cache; remembers what it was asked."""
+    """Its output depends on every argument and on the order of the cache. It records its calls."""
 
     calls: list[tuple] = field(default_factory=list)
 
-    def denoise(self, x: Tensor, sigma: float, first_frame: int, cache: FakeLane, write: bool = False) -> Tensor:
+    def denoise(self, x: Tensor, sigma: float, first_frame: int, cache: FakeCache, write: bool = False) -> Tensor:
         context = sum(((i + 1) * c.mean() for i, c in enumerate(cache)), torch.zeros(()))
         if write:
             cache.append(x * (1 + sigma))
@@ -106,20 +106,24 @@ class FakeDenoiser:
         self.calls.append(("denoise", first_frame, sigma, x, x0))
         return x0
 
-    def write_context(self, x: Tensor, sigma: float, first_frame: int, cache: FakeLane) -> None:
+    def write_context(self, x: Tensor, sigma: float, first_frame: int, cache: FakeCache) -> None:
         self.calls.append(("write", first_frame, sigma, x, None))
         cache.append(x * (1 + sigma))
 
     def write_then_denoise(
-        self, context: Tensor, context_sigma: float, x: Tensor, sigma: float, first_frame: int, cache: FakeLane
+        self, context: Tensor, context_sigma: float, x: Tensor, sigma: float, first_frame: int, cache: FakeCache
     ) -> Tensor:
         self.write_context(context, context_sigma, first_frame, cache)
         return self.denoise(x, sigma, first_frame + context.shape[1], cache)
 
 
-def fake_rollout(layout: BlockLayout = BlockLayout(2), **changes) -> Rollout:  # noqa: B008
-    noise = noise_of(layout, frame=(1, 1, 1))
-    return Rollout(FakeDenoiser(), SIGMAS, noise, FakeLane, layout, **changes)
+def fake_rollout(
+    layout: BlockLayout = BlockLayout(2),  # noqa: B008
+    rollout_class: type[Rollout] = Rollout,
+    **options,
+) -> Rollout:
+    noise = keyed_block_noise(layout, frame=(1, 1, 1))
+    return rollout_class(FakeDenoiser(), SIGMAS, noise, FakeCache, layout, **options)
 
 
 @variants
@@ -129,32 +133,32 @@ def fake_rollout(layout: BlockLayout = BlockLayout(2), **changes) -> Rollout:  #
 def test_any_order_gives_the_same_latents(variant, deterministic, random):
     schedule = Schedule(4, BLOCKS, **VARIANTS[variant])
     ops = list(schedule.ops())
-    expected = finish(fake_rollout(deterministic=deterministic), ops, schedule.caches)
+    expected = run_to_end(fake_rollout(deterministic=deterministic), ops, schedule.caches)
     for order in (list(schedule.ops("diagonal")), random_order(ops, random)):
-        assert torch.equal(finish(fake_rollout(deterministic=deterministic), order, schedule.caches), expected)
+        assert torch.equal(run_to_end(fake_rollout(deterministic=deterministic), order, schedule.caches), expected)
 
 
 def test_variants_differ():
-    """Otherwise comparing orders would prove little."""
+    """Comparing orders proves something only if the schedules differ."""
     schedules = [Schedule(4, BLOCKS, **variant) for variant in VARIANTS.values()]
-    results = [finish(fake_rollout(), list(s.ops()), s.caches) for s in schedules]
+    results = [run_to_end(fake_rollout(), list(s.ops()), s.caches) for s in schedules]
     for a, b in itertools.combinations(results, 2):
         assert not torch.equal(a, b)
 
 
-def test_an_order_against_the_dependencies_is_refused():
+def test_an_order_that_breaks_a_dependency_fails():
     ops = list(Schedule(4, 3).ops())
     assert ops[5] == Denoise(0, 1, 1) and ops[0] == Denoise(0, 0, 0)
     with pytest.raises(AssertionError, match="before it is there"):
-        finish(fake_rollout(), [ops[5], *ops[:5], *ops[6:]], range(4))
+        run_to_end(fake_rollout(), [ops[5], *ops[:5], *ops[6:]], range(4))
     with pytest.raises(AssertionError, match="not ready"):
-        finish(fake_rollout(), [*ops[:6], ops[5]], range(4))
+        run_to_end(fake_rollout(), [*ops[:6], ops[5]], range(4))
     late_write = [ops[0], ops[2], *ops[5:6], Denoise(0, 2, 2), ops[1]]
     with pytest.raises(AssertionError, match="too late"):
-        finish(fake_rollout(), late_write, range(4))
+        run_to_end(fake_rollout(), late_write, range(4))
 
 
-# ---- what happens between steps ----
+# ---- Between steps ----
 
 
 def denoise_calls(rollout: Rollout, schedule: Schedule) -> list[tuple]:
@@ -172,7 +176,7 @@ def test_steps_renoise_with_fresh_noise():
         torch.testing.assert_close(calls[step][3], (1 - sigma) * x0 + sigma * rollout.noise(0, step))
 
 
-def test_the_deterministic_variant_keeps_the_noise_that_the_flow_points_at():
+def test_deterministic_rollouts_take_euler_steps_along_the_flow():
     rollout = fake_rollout(deterministic=True)
     calls = denoise_calls(rollout, Schedule(4, 1))
     for step in (0, 1, 2):
@@ -182,11 +186,11 @@ def test_the_deterministic_variant_keeps_the_noise_that_the_flow_points_at():
 
 
 @pytest.mark.parametrize(
-    ("variant", "levels"),
+    ("variant", "noise_indices"),
     [("timestep_first", [1, 2, 3, 4]), ("input", [0, 1, 2, 3]), ("clean", [4] * 4), ("block_first", [4])],
 )
-def test_contexts_are_written_at_the_levels_of_the_rule(variant, levels):
-    """Unfused, so that the writes are seen: block 0 of two, at every step."""
+def test_contexts_are_written_at_the_noise_index_of_the_rule(variant, noise_indices):
+    """Checked on unfused writes of the first of two blocks, at every step."""
     schedule = Schedule(4, 2, **VARIANTS[variant])
     rollout = fake_rollout()
     list(rollout.run(list(drop_unread_writes(step_major(schedule.ops_per_cache()))), schedule.caches))
@@ -194,23 +198,23 @@ def test_contexts_are_written_at_the_levels_of_the_rule(variant, levels):
         sigma: (x, x0) for kind, frame, sigma, x, x0 in rollout.denoiser.calls if (kind, frame) == ("denoise", 0)
     }
     writes = [(sigma, x) for kind, _, sigma, x, _ in rollout.denoiser.calls if kind == "write"]
-    assert [sigma for sigma, _ in writes] == [SIGMAS[level] for level in levels]
+    assert [sigma for sigma, _ in writes] == [SIGMAS[index] for index in noise_indices]
     for step, (sigma, x) in enumerate(writes):
         if sigma:
-            assert torch.equal(x, denoised[sigma][0])  # the very latents that the block's own step sees
+            assert torch.equal(x, denoised[sigma][0])  # the same latents as the input of that step
         else:
             last = 3 if variant == "block_first" else step
             assert torch.equal(x, denoised[SIGMAS[last]][1])
 
 
-# ---- layout and given frames ----
+# ---- Layout and prefix ----
 
 
 @pytest.mark.parametrize(
     ("prefix_frames", "prefix_blocks", "starts"),
     [(0, 0, [0, 3, 6, 9]), (3, 1, [0, 3, 6, 9]), (1, 1, [0, 1, 4, 7]), (5, 2, [0, 2, 5, 8]), (6, 2, [0, 3, 6, 9])],
 )
-def test_prefix_frames_end_where_a_block_ends(prefix_frames, prefix_blocks, starts):
+def test_the_prefix_ends_where_a_block_ends(prefix_frames, prefix_blocks, starts):
     layout = BlockLayout(3, prefix_frames)
     assert layout.prefix_blocks == prefix_blocks
     assert [layout.start(block) for block in range(4)] == starts
@@ -219,7 +223,7 @@ def test_prefix_frames_end_where_a_block_ends(prefix_frames, prefix_blocks, star
 
 
 @variants
-def test_prefix_frames_are_clean_context_in_every_cache_and_are_not_yielded(variant):
+def test_the_prefix_is_clean_context_in_every_cache_and_is_not_yielded(variant):
     layout = BlockLayout(2, prefix_frames=3)
     frames = torch.arange(3.0).view(1, 3, 1, 1, 1)
     schedule = Schedule(4, 5, prefix_blocks=2, **VARIANTS[variant])
@@ -233,12 +237,12 @@ def test_prefix_frames_are_clean_context_in_every_cache_and_are_not_yielded(vari
     assert all(torch.equal(x, frames[:, frame : frame + x.shape[1]]) for frame, _, x in prefix_writes)
 
 
-# ---- memory ----
+# ---- Memory ----
 
 
 def test_diagonal_order_holds_a_few_blocks_and_one_cache_per_step():
     held: list[tuple[int, int]] = []
-    rollout = fake_rollout(observe=lambda op: held.append((len(rollout.blocks), len(rollout.caches))))
+    rollout = fake_rollout(on_op=lambda op: held.append((len(rollout.blocks), len(rollout.caches))))
     rollout.denoiser.calls = deque(maxlen=1)
     schedule = Schedule(4, 200)
     assert len(list(rollout.run(schedule.ops("diagonal"), schedule.caches))) == 200
@@ -252,48 +256,50 @@ def test_diagonal_order_holds_a_few_blocks_and_one_cache_per_step():
     ("block_first", "step_major", 1),
     ("leading_steps", "step_major", 1),
 ])  # fmt: skip
-def test_caches_are_used_again(variant, order, caches):
-    made: list[FakeLane] = []
+def test_caches_are_reused(variant, order, caches):
+    made: list[FakeCache] = []
 
-    def new_cache() -> FakeLane:
-        made.append(FakeLane())
+    def new_cache() -> FakeCache:
+        made.append(FakeCache())
         return made[-1]
 
     schedule = Schedule(4, BLOCKS, **VARIANTS[variant])
-    rollout = Rollout(FakeDenoiser(), SIGMAS, noise_of(BlockLayout(2), frame=(1, 1, 1)), new_cache, BlockLayout(2))
+    rollout = Rollout(
+        FakeDenoiser(), SIGMAS, keyed_block_noise(BlockLayout(2), frame=(1, 1, 1)), new_cache, BlockLayout(2)
+    )
     list(rollout.run(list(schedule.ops(order)), schedule.caches))
     assert len(made) == caches
-    assert not any(made)  # and nothing is kept
+    assert not any(made)  # all are empty again
 
 
 def test_block_first_order_holds_one_block():
     held = []
-    rollout = fake_rollout(observe=lambda op: held.append(len(rollout.blocks)))
+    rollout = fake_rollout(on_op=lambda op: held.append(len(rollout.blocks)))
     list(rollout.run(Schedule(4, 50, "block_first").ops(), [0]))
     assert max(held) <= 2
 
 
-def test_blocks_come_out_as_early_as_they_can():
-    """In diagonal order the first block is there after the ops of S diagonals, not after the whole video."""
+def test_blocks_finish_as_early_as_the_order_allows():
+    """In diagonal order the first block finishes after S diagonals instead of almost the whole video."""
     for order, ops_before in (("diagonal", 2 * (1 + 2 + 3) + 7), ("step_major", 3 * (2 * 50 - 1) + 1)):
         seen: list[Op] = []
         ops = Schedule(4, 50).ops(order)
-        next(iter(fake_rollout(observe=seen.append).run(ops, range(4))))
+        next(iter(fake_rollout(on_op=seen.append).run(ops, range(4))))
         assert len(seen) == ops_before
 
 
-def test_observers_see_every_op_in_order():
+def test_on_op_is_called_for_every_op_in_order():
     seen: list[Op] = []
     ops = list(Schedule(4, 3).ops("diagonal"))
-    list(fake_rollout(observe=seen.append).run(ops, range(4)))
+    list(fake_rollout(on_op=seen.append).run(ops, range(4)))
     assert seen == ops
 
 
-# ---- pipeline ranks ----
+# ---- Pipeline ranks ----
 
 
-class Pipe:
-    """One rank's ends of the queues between neighbours."""
+class QueueTransport:
+    """A rank's transport over queues between threads."""
 
     def __init__(
         self, before: queue.Queue | None, after: queue.Queue | None, handoff_index: Callable[[int], int | None]
@@ -306,15 +312,15 @@ class Pipe:
         assert number == block
         return tuple(state)
 
-    def send(self, block: int, level: int, x: Tensor, x0: Tensor) -> None:
+    def send(self, block: int, noise_index: int, x: Tensor, x0: Tensor) -> None:
         assert self.after is not None
-        self.after.put((block, level, x.clone(), x0.clone()))
+        self.after.put((block, noise_index, x.clone(), x0.clone()))
 
 
 def run_ranks(
     make: Callable[..., Rollout], schedule: Schedule, stages: list[list[int]], order: str, fuse_context: bool = False
 ) -> Tensor:
-    """What the ranks finish together, each in a thread of its own."""
+    """Run every rank in its own thread; return the finished blocks [B, F, C, h, w]."""
     queues = [None, *(queue.Queue() for _ in stages[1:]), None]
     finished: list[tuple[int, Tensor]] = []
 
@@ -322,15 +328,19 @@ def run_ranks(
         torch.set_num_threads(1)
         ops = for_stage(schedule.ops(order, fuse_context), stages[rank])
         handoff_index = functools.partial(schedule.handoff_index, caches=stages[rank])
-        rollout = make(transport=Pipe(queues[rank], queues[rank + 1], handoff_index))
+        rollout = make(
+            rollout_class=StageRollout, transport=QueueTransport(queues[rank], queues[rank + 1], handoff_index)
+        )
         blocks = list(rollout.run(ops, stages[rank]))
-        assert bool(blocks) == (rank == len(stages) - 1)  # only the last has finished blocks
+        assert bool(blocks) == (rank == len(stages) - 1)  # only the last rank yields blocks
         finished.extend(blocks)
 
     with ThreadPoolExecutor(len(stages)) as pool:
         for future in [pool.submit(work, rank) for rank in range(len(stages))]:
             future.result()
-    assert all(pipe.empty() for pipe in queues if pipe is not None), "blocks were sent that nobody wanted"
+    assert all(blocks.empty() for blocks in queues if blocks is not None), (
+        "a rank sent blocks that the next rank did not receive"
+    )
     assert len(dict(finished)) == len(finished)
     return torch.cat([latents for _, latents in sorted(finished, key=lambda item: item[0])], dim=1)
 
@@ -347,7 +357,7 @@ STAGES = {
 @pytest.mark.parametrize("variant", ["timestep_first", "clean", "input"])
 def test_ranks_give_the_same_latents(variant, order, stages):
     schedule = Schedule(4, BLOCKS, **VARIANTS[variant])
-    expected = finish(fake_rollout(), list(schedule.ops()), schedule.caches)
+    expected = run_to_end(fake_rollout(), list(schedule.ops()), schedule.caches)
     assert torch.equal(run_ranks(fake_rollout, schedule, STAGES[stages], order), expected)
 
 
@@ -363,45 +373,59 @@ def test_ranks_give_the_same_latents(variant, order, stages):
 )
 def test_ranks_of_hybrids_give_the_same_latents(variant, stages):
     schedule = Schedule(4, BLOCKS, **VARIANTS[variant])
-    expected = finish(fake_rollout(), list(schedule.ops()), schedule.caches)
+    expected = run_to_end(fake_rollout(), list(schedule.ops()), schedule.caches)
     assert torch.equal(run_ranks(fake_rollout, schedule, stages, "diagonal"), expected)
 
 
-def test_ranks_continue_prefix_frames():
+def test_ranks_continue_a_prefix():
     layout, frames = BlockLayout(2, prefix_frames=3), torch.arange(3.0).view(1, 3, 1, 1, 1)
     schedule = Schedule(4, 5, prefix_blocks=2)
 
     def make(**changes) -> Rollout:
         return fake_rollout(layout, prefix=frames, **changes)
 
-    expected = finish(make(), list(schedule.ops()), schedule.caches)
+    expected = run_to_end(make(), list(schedule.ops()), schedule.caches)
     assert torch.equal(run_ranks(make, schedule, STAGES["four ranks"], "diagonal"), expected)
 
 
 def test_a_rank_sends_a_block_before_it_writes_its_context():
-    """Else the next rank would wait for a pass that it does not need."""
+    """The next rank does not need that pass, so it must not wait for it."""
     events: list[str] = []
-    pipe = Pipe(None, None, handoff_index=lambda block: 1)
-    pipe.send = lambda block, level, x, x0: events.append(f"send {block}")
+    transport = QueueTransport(None, None, handoff_index=lambda block: 1)
+    transport.send = lambda block, noise_index, x, x0: events.append(f"send {block}")
     schedule = Schedule(4, 3)
-    rollout = fake_rollout(transport=pipe, observe=lambda op: events.append(f"{type(op).__name__} {op.block}"))
+    rollout = fake_rollout(
+        rollout_class=StageRollout,
+        transport=transport,
+        on_op=lambda op: events.append(f"{type(op).__name__} {op.block}"),
+    )
     list(rollout.run(for_stage(schedule.ops(), [0]), [0]))
     assert [e for e in events if e.endswith(" 1")] == ["send 1", "Denoise 1", "WriteContext 1"]
 
 
-# ---- the tiny net ----
+# ---- The tiny network ----
 
 
-def net_rollout(net, text, layout=BlockLayout(2), context=4, sink=0, samples=(0,), sigmas=SIGMAS, **changes):  # noqa: B008
+def net_rollout(
+    net,
+    text,
+    layout=BlockLayout(2),  # noqa: B008
+    context=4,
+    sink=0,
+    samples=(0,),
+    sigmas=SIGMAS,
+    rollout_class: type[Rollout] = Rollout,
+    **options,
+) -> Rollout:
     def new_cache():
         return net.new_cache(len(samples), *FRAME[1:], context, layout.block_frames, sink)
 
-    return Rollout(Denoiser(net, text), sigmas, noise_of(layout, samples), new_cache, layout, **changes)
+    return rollout_class(Denoiser(net, text), sigmas, keyed_block_noise(layout, samples), new_cache, layout, **options)
 
 
 CASES = {
     "timestep_first, short window": ("timestep_first", dict(context=4)),
-    "timestep_first, sink and given frames": (
+    "timestep_first, sink and prefix": (
         "timestep_first",
         dict(context=5, sink=1, layout=BlockLayout(2, 3), prefix=torch.linspace(-1, 1, 3 * 96).view(1, 3, *FRAME)),
     ),
@@ -431,39 +455,39 @@ def small_text(small_net):
 
 @pytest.fixture(scope="module")
 def expected(small_net, small_text) -> Callable[[str], Tensor]:
-    """The step-major latents of every case, computed once."""
+    """expected(case): the step-major latents of a case, computed once."""
     known: dict[str, Tensor] = {}
 
     def compute(case: str) -> Tensor:
         if case not in known:
             schedule = case_schedule(case)
             rollout = net_rollout(small_net, small_text, **CASES[case][1])
-            known[case] = finish(rollout, list(schedule.ops()), schedule.caches)
+            known[case] = run_to_end(rollout, list(schedule.ops()), schedule.caches)
         return known[case]
 
     return compute
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_net_in_diagonal_order(small_net, small_text, expected, case):
+def test_diagonal_order_of_the_network_gives_the_same_bits(small_net, small_text, expected, case):
     schedule = case_schedule(case)
     rollout = net_rollout(small_net, small_text, **CASES[case][1])
-    assert torch.equal(finish(rollout, schedule.ops("diagonal"), schedule.caches), expected(case))
+    assert torch.equal(run_to_end(rollout, schedule.ops("diagonal"), schedule.caches), expected(case))
 
 
 @pytest.mark.parametrize("case", CASES)
 @settings(max_examples=2)
 @given(random=st.randoms(use_true_random=False))
-def test_the_net_in_any_order(small_net, small_text, expected, case, random):
+def test_random_orders_of_the_network_give_the_same_bits(small_net, small_text, expected, case, random):
     schedule = case_schedule(case)
     rollout = net_rollout(small_net, small_text, **CASES[case][1])
     order = random_order(list(schedule.ops()), random)
-    assert torch.equal(finish(rollout, order, schedule.caches), expected(case))
+    assert torch.equal(run_to_end(rollout, order, schedule.caches), expected(case))
 
 
 @pytest.mark.parametrize("stages", [[[0, 1, 2, 3]], *STAGES.values()], ids=["one rank", *STAGES])
-def test_the_net_on_ranks(small_net, small_text, expected, stages):
-    case = "timestep_first, sink and given frames"
+def test_ranks_of_the_network_give_the_same_bits(small_net, small_text, expected, stages):
+    case = "timestep_first, sink and prefix"
 
     def make(**changes) -> Rollout:
         return net_rollout(small_net, small_text, **CASES[case][1], **changes)
@@ -476,9 +500,9 @@ def net_x0(net, text, x: Tensor, sigma: float, first_frame: int, **how) -> Tenso
     return None if flow is None else x - sigma * flow.transpose(1, 2)
 
 
-def test_block_first_equals_self_forcings_loop(small_net, small_text, expected):
+def test_block_first_equals_the_loop_of_self_forcing(small_net, small_text, expected):
     layout = BlockLayout(2)
-    noise, cache, blocks = noise_of(layout), small_net.new_cache(1, *FRAME[1:], 4, 2), []
+    noise, cache, blocks = keyed_block_noise(layout), small_net.new_cache(1, *FRAME[1:], 4, 2), []
     for block in range(BLOCKS):
         x = noise(block, 0)
         for step in range(4):
@@ -490,9 +514,9 @@ def test_block_first_equals_self_forcings_loop(small_net, small_text, expected):
     assert torch.equal(torch.cat(blocks, dim=1), expected("block_first, short window"))
 
 
-def test_timestep_first_equals_hiars_loop(small_net, small_text, expected):
+def test_timestep_first_equals_the_loop_of_hiar(small_net, small_text, expected):
     layout = BlockLayout(2)
-    noise = noise_of(layout)
+    noise = keyed_block_noise(layout)
     blocks = [noise(block, 0) for block in range(BLOCKS)]
     for step in range(4):
         cache = small_net.new_cache(1, *FRAME[1:], 4, 2)
@@ -507,8 +531,8 @@ def test_timestep_first_equals_hiars_loop(small_net, small_text, expected):
 
 @pytest.mark.parametrize("variant", ["timestep_first", "input", "clean"])
 def test_timestep_first_equals_masked_passes_without_a_cache(small_net, small_text, variant):
-    """Every Denoise again as one block-causal pass over [earlier blocks at their context level, this block]."""
-    num_blocks, noise = 3, noise_of(BlockLayout(2))
+    """Each Denoise equals one block-causal pass over the earlier blocks, at their context level, and this block."""
+    num_blocks, noise = 3, keyed_block_noise(BlockLayout(2))
     now, estimates = [noise(block, 0) for block in range(num_blocks)], [torch.empty(0)] * num_blocks
     for step in range(4):
         level = {"timestep_first": step + 1, "input": step, "clean": 4}[variant]
@@ -523,19 +547,19 @@ def test_timestep_first_equals_masked_passes_without_a_cache(small_net, small_te
             now[block] = add_noise(estimates[block], noise(block, step + 1), SIGMAS[step + 1])
             context.append({"timestep_first": now[block], "input": x, "clean": estimates[block]}[variant])
     schedule = Schedule(4, num_blocks, **VARIANTS[variant])
-    actual = finish(net_rollout(small_net, small_text, context=4), schedule.ops("diagonal"), schedule.caches)
+    actual = run_to_end(net_rollout(small_net, small_text, context=4), schedule.ops("diagonal"), schedule.caches)
     torch.testing.assert_close(actual, torch.cat(estimates, dim=1), atol=2e-4, rtol=0)
 
 
 @pytest.mark.parametrize("order", ["step_major", "diagonal"])
 @variants
-def test_writes_joined_with_the_next_denoise_change_nothing(variant, order):
+def test_writes_fused_with_the_next_denoise_give_the_same_latents(variant, order):
     schedule = Schedule(4, BLOCKS, **VARIANTS[variant])
-    plain, joined = list(schedule.ops(order)), list(schedule.ops(order, fuse_context=True))
-    if variant != "input":  # which has fused them already with their own Denoise
-        assert len(joined) < len(plain)
-    expected = finish(fake_rollout(), plain, schedule.caches)
-    assert torch.equal(finish(fake_rollout(), joined, schedule.caches), expected)
+    plain, fused = list(schedule.ops(order)), list(schedule.ops(order, fuse_context=True))
+    if variant != "input":  # its writes are fused with their own Denoise in both
+        assert len(fused) < len(plain)
+    expected = run_to_end(fake_rollout(), plain, schedule.caches)
+    assert torch.equal(run_to_end(fake_rollout(), fused, schedule.caches), expected)
     for stages in ([[cache] for cache in schedule.caches], [schedule.caches[:1], schedule.caches[1:]]):
         if all(stages) and order == "diagonal":
             assert torch.equal(run_ranks(fake_rollout, schedule, stages, order, fuse_context=True), expected)
@@ -543,66 +567,66 @@ def test_writes_joined_with_the_next_denoise_change_nothing(variant, order):
 
 @settings(max_examples=20)
 @given(random=st.randoms(use_true_random=False), variant=st.sampled_from(sorted(VARIANTS)))
-def test_any_order_of_joined_ops_gives_the_same_latents(variant, random):
+def test_any_order_of_fused_ops_gives_the_same_latents(variant, random):
     schedule = Schedule(4, BLOCKS, **VARIANTS[variant])
-    expected = finish(fake_rollout(), list(schedule.ops()), schedule.caches)
+    expected = run_to_end(fake_rollout(), list(schedule.ops()), schedule.caches)
     order = random_order(list(schedule.ops(fuse_context=True)), random)
-    assert torch.equal(finish(fake_rollout(), order, schedule.caches), expected)
+    assert torch.equal(run_to_end(fake_rollout(), order, schedule.caches), expected)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_one_pass_over_two_blocks_is_two_passes(small_net, small_text, expected, case):
-    """To float tolerance: the two blocks share matrix products, whose rounding depends on their size."""
+def test_one_pass_over_two_blocks_equals_two_passes(small_net, small_text, expected, case):
+    """Up to rounding: the two blocks share matrix products, and rounding depends on the size of a product."""
     schedule = case_schedule(case)
     ops = list(schedule.ops("diagonal", fuse_context=True))
-    actual = finish(net_rollout(small_net, small_text, **CASES[case][1]), ops, schedule.caches)
+    actual = run_to_end(net_rollout(small_net, small_text, **CASES[case][1]), ops, schedule.caches)
     torch.testing.assert_close(actual, expected(case), atol=2e-4, rtol=0)
 
 
-def test_fused_passes_change_nothing(small_net, small_text, expected):
+def test_a_denoise_fused_with_the_write_of_its_input_gives_the_same_bits(small_net, small_text, expected):
     case = "input, short window"
     schedule = case_schedule(case)
     unfused = list(drop_unread_writes(diagonal(schedule.ops_per_cache())))
     assert len(unfused) > len(list(schedule.ops()))
-    actual = finish(net_rollout(small_net, small_text, **CASES[case][1]), unfused, schedule.caches)
+    actual = run_to_end(net_rollout(small_net, small_text, **CASES[case][1]), unfused, schedule.caches)
     assert torch.equal(actual, expected(case))
 
 
-def test_a_batch_is_its_samples(small_net, small_text):
+def test_a_batch_equals_its_samples_one_by_one(small_net, small_text):
     schedule = Schedule(4, 3)
     wide = type(small_text)(*([x.expand(2, -1, -1, -1) for x in xs] for xs in (small_text.k, small_text.v)))
-    both = finish(net_rollout(small_net, wide, samples=(3, 4)), schedule.ops(), schedule.caches)
+    both = run_to_end(net_rollout(small_net, wide, samples=(3, 4)), schedule.ops(), schedule.caches)
     for row, sample in enumerate((3, 4)):
-        one = finish(net_rollout(small_net, small_text, samples=(sample,)), schedule.ops(), schedule.caches)
+        one = run_to_end(net_rollout(small_net, small_text, samples=(sample,)), schedule.ops(), schedule.caches)
         torch.testing.assert_close(both[row : row + 1], one, atol=1e-5, rtol=1e-5)
 
 
 def test_an_endless_video_passes_frame_1024(make_net):
-    """Wan's table of positions ends there. The same blocks as of a video with an end, bit for bit."""
+    """Wan's table of positions ends at 1024. The blocks equal those of a finite video, bit for bit."""
     net = make_net(num_layers=1, in_channels=1, out_channels=1).requires_grad_(False)
     text = net.encode_text(torch.ones(1, 2, 24))
     layout = BlockLayout(64)
 
-    def rollout() -> Rollout:
-        noise = noise_of(layout, frame=(1, 2, 2))
+    def endless_rollout() -> Rollout:
+        noise = keyed_block_noise(layout, frame=(1, 2, 2))
         return Rollout(Denoiser(net, text), [1.0, 0.5, 0.0], noise, lambda: net.new_cache(1, 2, 2, 64, 64), layout)
 
     num_blocks = 1024 // 64 + 2
     endless = Schedule(2, None).ops("diagonal")
-    blocks = list(itertools.islice(rollout().run(endless, [0, 1]), num_blocks))
+    blocks = list(itertools.islice(endless_rollout().run(endless, [0, 1]), num_blocks))
     assert [block for block, _ in blocks] == list(range(num_blocks))
-    ended = finish(rollout(), list(Schedule(2, num_blocks).ops()), [0, 1])
+    ended = run_to_end(endless_rollout(), list(Schedule(2, num_blocks).ops()), [0, 1])
     assert torch.equal(torch.cat([latents for _, latents in blocks], dim=1), ended)
     assert ended[:, 1024:].isfinite().all() and ended[:, 1024:].std() > 0.1
 
 
 def test_a_rollout_keeps_no_graph(make_net, small_text):
-    """Inference never grows with autograd, whatever mode the caller is in."""
+    """Also when the caller has gradients enabled."""
     net = make_net(num_layers=2)
     with torch.enable_grad():
-        latents = finish(net_rollout(net, small_text), Schedule(4, 2).ops(), range(4))
+        latents = run_to_end(net_rollout(net, small_text), Schedule(4, 2).ops(), range(4))
     assert not latents.requires_grad
 
 
-def test_ops_know_what_they_are():
+def test_ops_of_different_kinds_differ():
     assert Denoise(1, 0, 0) != WriteContext(1, 0, 0)

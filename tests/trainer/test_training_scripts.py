@@ -77,7 +77,7 @@ def samples(world: Path, weights: Path, *overrides: str) -> torch.Tensor:
 
 
 def sampled(pipeline: TextToVideo) -> torch.Tensor:
-    return torch.cat(list(pipeline.generate(["a red circle"], [0])), dim=1)
+    return torch.cat(list(pipeline.generate_blocks(["a red circle"], [0])), dim=1)
 
 
 def test_an_exported_generator_makes_the_samples_of_the_run_itself(world, tmp_path, call):

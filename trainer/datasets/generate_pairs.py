@@ -12,10 +12,10 @@ from tqdm import tqdm
 
 from model.flow import solver_sigmas
 from model.weights import TEXT_ENCODER_FILES, TRANSFORMER_FILES
-from pipeline.build import VAE_STRIDE, rollout_sigmas
+from pipeline.build import latent_size, rollout_sigmas
 from pipeline.teacher import Teacher, sample_euler
 from trainer.datasets.ode_pairs import check_pair_settings, load_pair, pair_file, write_ode_pair, write_pair_settings
-from utils.config import Config, DType
+from utils.config import Config, DType, VideoConfig
 from utils.device import DTYPES, pick_device
 from utils.distributed import rank, world_size
 from utils.errors import UserError
@@ -142,7 +142,7 @@ def _check_existing_pairs(folder: Path, prompts: Sequence[Prompt], settings: dic
     Raises:
         UserError: if a pair differs from its prompt or the settings, or is corrupt.
     """
-    size = [settings["data.num_frames"], *(settings[f"video.{side}"] // VAE_STRIDE for side in ("height", "width"))]
+    size = [settings["data.num_frames"], *latent_size(VideoConfig(settings["video.height"], settings["video.width"]))]
     expected = f"{[len(settings['sigmas']), *size]} in {settings['dtype']}"
     for prompt in (prompts[0], prompts[-1]):
         file = pair_file(folder, prompt.index)

@@ -8,16 +8,15 @@ from torch import Tensor
 
 from model.causal_wan import CausalWanModel
 from model.denoiser import Denoiser
-from model.kv_cache import KVCache
 from model.vae import WanVAE
 from model.weights import ModelDirectory
-from pipeline.build import build_schedule, context_frames, latent_size, rollout_sigmas
-from pipeline.rollout import BlockLayout, Rollout
+from pipeline.build import build_rollout, build_schedule, context_frames, rollout_sigmas
+from pipeline.training_rollout import TrainingRollout
 from trainer.networks import mixed_precision
 from trainer.sharding import sync_gradients
 from utils.config import Config
 from utils.device import DTYPES
-from utils.rng import keyed_generator, keyed_noise
+from utils.rng import keyed_generator
 
 ROLES = ("generator", "critic")
 """The networks that a rollout can train; each has its own noise, exit steps and prompts."""
@@ -27,7 +26,7 @@ ROLES = ("generator", "critic")
 class GeneratedClip:
     """A rollout that stopped at its exit step."""
 
-    rollout: Rollout
+    rollout: TrainingRollout
     blocks: dict[int, Tensor]  # x0 of every block, [B, block frames, C, h, w]; trained blocks may have a graph
     trained_blocks: range  # the blocks that the loss reaches
     exit_step: int
@@ -76,31 +75,19 @@ class SelfRollout:
         # A rollout longer than the window trains all blocks of the window but the first, which is masked.
         first = num_blocks - window // block_frames + (num_frames > window)
         trained_blocks = range(first, num_blocks) if trained else range(0)
-        context, sink = context_frames(config.rollout, num_frames)
+        context, _ = context_frames(config.rollout, num_frames)
         # Denoising again needs the context of the first trained block, which later blocks evict if the cache is full.
         written = num_frames - block_frames
         replayed = len(trained_blocks) > 0 and not keep_graph
         history = written - first * block_frames if replayed and written > context else 0
-        height, width = latent_size(config.video)
-
-        def new_cache() -> KVCache:
-            dtype = DTYPES[config.train.dtype]
-            return self.generator.new_cache(len(embeddings), height, width, context, block_frames, sink, history, dtype)
-
-        samples = [len(ROLES) * position + ROLES.index(role) for position in positions]
-        shape = (block_frames, self.generator.config.in_channels, height, width)
-
-        def noise(block: int, step: int) -> Tensor:
-            drawn = [keyed_noise(config.runtime.seed, sample, block, step, shape) for sample in samples]
-            return torch.stack(drawn).to(self.device)
-
-        rollout = Rollout(
+        rollout = build_rollout(
+            config,
             self._denoiser(embeddings, keep_graph),
-            self.sigmas,
-            noise,
-            new_cache,
-            BlockLayout(block_frames),
-            deterministic=config.rollout.use_ode_trajectory,
+            [len(ROLES) * position + ROLES.index(role) for position in positions],
+            num_frames=num_frames,
+            dtype=DTYPES[config.train.dtype],
+            history_frames=history,
+            rollout_class=TrainingRollout,
             exit_step=exit_step,
             with_grad=lambda block: keep_graph and block in trained_blocks,
         )
@@ -122,17 +109,17 @@ class SelfRollout:
             x at the exit step and the flow there, both [B, F, C, h, w]. The flow has a graph.
         """
         config = self.config
-        size, num_frames = noise.shape[:2]
-        block_frames = config.rollout.block_frames
-        context, sink = context_frames(config.rollout, num_frames)
-        height, width = noise.shape[-2:]
-        dtype = DTYPES[config.train.dtype]
-        rollout = Rollout(
+        num_frames, block_frames = noise.shape[1], config.rollout.block_frames
+        rollout = build_rollout(
+            config,
             self._denoiser(embeddings, graph=True),
-            [*sigmas, *[0.0] * (len(self.sigmas) - len(sigmas))],
-            lambda block, step: noise[:, block * block_frames : (block + 1) * block_frames],
-            lambda: self.generator.new_cache(size, height, width, context, block_frames, sink, 0, dtype),
-            BlockLayout(block_frames),
+            range(len(noise)),
+            num_frames=num_frames,
+            size=(noise.shape[-2], noise.shape[-1]),
+            dtype=DTYPES[config.train.dtype],
+            rollout_class=TrainingRollout,
+            sigmas=[*sigmas, *[0.0] * (len(self.sigmas) - len(sigmas))],
+            noise=lambda block, step: noise[:, block * block_frames : (block + 1) * block_frames],
             deterministic=True,
             exit_step=exit_step,
             with_grad=lambda block: True,
@@ -140,7 +127,7 @@ class SelfRollout:
         schedule = build_schedule(config.rollout, num_frames)
         blocks = dict(rollout.run(list(schedule.ops_until(exit_step)), schedule.caches_until(exit_step)))
         x0 = torch.cat([blocks[block] for block in sorted(blocks)], dim=1)
-        x = torch.cat([rollout.exits[block].x for block in sorted(blocks)], dim=1)
+        x = torch.cat([rollout.exit_inputs[block].x for block in sorted(blocks)], dim=1)
         return x, (x - x0) / sigmas[exit_step]
 
     def training_window(self, clip: GeneratedClip) -> tuple[Tensor, Tensor | None]:

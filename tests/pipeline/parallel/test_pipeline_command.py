@@ -364,7 +364,7 @@ def test_ranks_that_would_share_a_gpu_are_refused(world, tmp_path, device, says)
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--num_output_frames", "10"], "10 latent frames cannot be made in blocks of 3"),
+        (["--num_output_frames", "10"], "10 latent frames cannot be divided into blocks of 3"),
         (["--prompt", "a cat"], "give --prompt TEXT or --data_path FILE"),
         (["--output_path", "one.mp4"], "is one file, but there are 2 videos"),
         (["--image", "nowhere.png", "--num_output_frames", "10"], "there is no such file"),

@@ -1,0 +1,54 @@
+"""The rollout of one rank of a pipeline: it executes the ops of its stage and exchanges blocks with its neighbours."""
+
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from pipeline.rollout import BlockState, Rollout
+
+
+class Transport(Protocol):
+    """Exchanges blocks with the ranks before and after."""
+
+    def handoff_index(self, block: int) -> int | None:
+        """The noise index at which this rank sends a block on; None on the last rank. See `Schedule.handoff_index`."""
+        ...
+
+    def receive(self, block: int) -> tuple[int, Tensor, Tensor]:
+        """Noise index, x and x0 of a block, as the rank before sent them."""
+        ...
+
+    def send(self, block: int, noise_index: int, x: Tensor, x0: Tensor) -> None:
+        """Send a block to the rank after."""
+        ...
+
+
+class StageRollout(Rollout):
+    """Executes the ops of one rank. Only the last rank yields blocks, and it yields all of them."""
+
+    def __init__(self, *args: Any, transport: Transport, **kwargs: Any):
+        """
+        Args:
+            transport: receives and sends blocks.
+            args, kwargs: see `Rollout`.
+        """
+        super().__init__(*args, **kwargs)
+        self.transport = transport
+
+    def _start_block(self, block: int, noise_index: int) -> None:
+        """Receive a block, unless this rank has the prefix or the first cache."""
+        if block < self.layout.prefix_blocks or 0 in self._last_block:
+            super()._start_block(block, noise_index)
+            return
+        received_index, x, x0 = self.transport.receive(block)
+        self.blocks[block] = BlockState(received_index, x, x0, previous_x=x)
+        self._block_moved(block, x if received_index == self.num_steps else None)
+
+    def _block_moved(self, block: int, finished: Tensor | None) -> None:
+        """Send a block as soon as this rank no longer changes it, before its context is written."""
+        handoff_index = self.transport.handoff_index(block)
+        state = self.blocks[block]
+        if handoff_index is None:
+            super()._block_moved(block, finished)
+        elif state.noise_index == handoff_index:
+            self.transport.send(block, state.noise_index, state.x, state.x0)

@@ -1,0 +1,76 @@
+"""Rollouts for training: they stop at an exit step and give gradients there."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.rollout import Cache, Rollout
+from pipeline.schedule import Denoise, DenoiseAndWrite, Op
+
+
+@dataclass(frozen=True)
+class ExitInput:
+    """The input of a block's Denoise at the exit step."""
+
+    x: Tensor  # [B, F, C, h, w]
+    sigma: float
+    first_frame: int
+    cache: Cache
+
+
+class TrainingRollout(Rollout):
+    """A rollout whose blocks end at an exit step: the x0 predicted there is their result.
+
+    Run it with the ops of `Schedule.ops_until(exit_step)`. Only the exit step's Denoise may run under autograd.
+    Contexts are detached, so gradients do not cross blocks (Self-Forcing, arXiv 2506.08009, section 3.2).
+    """
+
+    def __init__(
+        self, *args: Any, exit_step: int, with_grad: Callable[[int], bool] = lambda block: False, **kwargs: Any
+    ):
+        """
+        Args:
+            exit_step: the step that finishes a block.
+            with_grad: whether the result of a block keeps its graph.
+            args, kwargs: see `Rollout`.
+        """
+        super().__init__(*args, **kwargs)
+        self.final_step = exit_step
+        self.with_grad = with_grad
+        self.exit_inputs: dict[int, ExitInput] = {}
+
+    def denoise_again(self, block: int) -> Tensor:
+        """Repeat a block's exit-step Denoise after the rollout, and return its x0 with a graph.
+
+        Each block's gradient depends only on the gradient at its own output, so one graph at a time is enough. The
+        cache's history must reach back to the block.
+        """
+        inputs = self.exit_inputs[block]
+        inputs.cache.close()
+        with torch.enable_grad():
+            return self.denoiser.denoise(inputs.x, inputs.sigma, inputs.first_frame, inputs.cache)
+
+    def execute(self, op: Op) -> None:
+        """Execute one op. A fused pair with a graph runs as two passes, because contexts carry no graph."""
+        if isinstance(op, DenoiseAndWrite) and op.denoise.step == self.final_step and self.with_grad(op.block):
+            super().execute(op.denoise)
+            super().execute(op.write)
+        else:
+            super().execute(op)
+
+    def _denoise(self, op: Denoise, cache: Cache, write: bool = False) -> None:
+        if op.step < self.final_step:
+            super()._denoise(op, cache, write)
+            return
+        x, sigma = self._input(op)
+        self.exit_inputs[op.block] = ExitInput(x, sigma, self.layout.start(op.block), cache)
+        with torch.set_grad_enabled(self.with_grad(op.block)):
+            super()._denoise(op, cache, write)
+
+    def _release_cache(self, number: int) -> None:
+        """Keep the caches that `denoise_again` reads."""
+        if all(inputs.cache is not self.caches[number] for inputs in self.exit_inputs.values()):
+            super()._release_cache(number)
