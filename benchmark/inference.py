@@ -18,6 +18,7 @@ from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 from torch import Tensor
 from transformers import ByT5Tokenizer, UMT5Config, UMT5EncoderModel
 
+from benchmark.flops import PassFlops
 from benchmark.measure import (
     Effort,
     Figures,
@@ -31,7 +32,6 @@ from benchmark.measure import (
 from model import presets
 from model.causal_wan import CausalWanModel
 from model.embeddings import EmbeddingCache
-from model.flops import bidirectional_flops, context_flops, denoise_flops
 from model.flow import flow_to_x0
 from model.kv_cache import KVCache
 from model.presets import random_network
@@ -42,11 +42,11 @@ from pipeline.build import (
     check_size,
     choose_attention_backend,
     context_frames,
+    latent_size,
     load_embeddings,
     load_network,
     load_vae,
     prepare_network,
-    tokens_per_frame,
 )
 from pipeline.generate import Files, VideoJob, VideoOutput
 from pipeline.parallel.profile import WORK, RecordedDenoiser, Recorder, Span
@@ -245,22 +245,27 @@ def measure_rollout(watch: Watch, effort: Effort, peak_flops: float) -> Figures:
 
 
 def rollout_flops(watch: Watch) -> int:
-    """Floating-point operations of the ops' passes, by the formula."""
-    config, net = watch.config, watch.pipeline.net.config
-    frames, text = config.rollout.block_frames, config.model.text_length
+    """Return the floating-point operations of all ops."""
+    config = watch.config
+    frames = config.rollout.block_frames
     context, _ = context_frames(config.rollout, config.video.num_output_frames)
-    per_frame = tokens_per_frame(config.video, net["patch_size"])
+    count = pass_flops(config, watch.pipeline.net, context)
 
     def of(op: Op) -> int:
         held = min(op.block * frames, context)
         if isinstance(op, WriteThenDenoise):
             return of(op.write) + of(op.denoise)
         if watch.peer:
-            return 0 if isinstance(op, WriteContext) else bidirectional_flops(net, held + frames, per_frame, text)
-        count = context_flops if isinstance(op, WriteContext) else denoise_flops
-        return count(net, frames, per_frame, held * per_frame, text)
+            return 0 if isinstance(op, WriteContext) else count.bidirectional(held + frames)
+        return count.write(held) if isinstance(op, WriteContext) else count.denoise(held)
 
     return sum(of(op.denoise if isinstance(op, DenoiseAndWrite) else op) for op in watch.ops)
+
+
+def pass_flops(config: Config, net: CausalWanModel, context: int) -> PassFlops:
+    """Return counts of a network's passes next to up to `context` frames."""
+    size, text_length = latent_size(config.video), config.model.text_length
+    return PassFlops(net.config, size, config.rollout.block_frames, context, text_length)
 
 
 # ---- The peer: no cache ----
@@ -344,10 +349,13 @@ def measure_passes(networks: Networks, names: Sequence[str], effort: Effort, pea
         "context": WriteContext(block, 0, 0),
         "context+denoise": WriteThenDenoise(WriteContext(block, 0, 0), Denoise(block + 1, 0, 0)),
     }
-    per_frame = cache.tokens_per_frame
-    shape = (net.config, frames, per_frame, cache.context_frames * per_frame, config.model.text_length)
-    counts = {"denoise": denoise_flops(*shape), "context": context_flops(*shape)}
-    counts["context+denoise"] = sum(counts.values())
+    full = cache.context_frames
+    count = pass_flops(config, net, full)
+    counts = {
+        "denoise": count.denoise(full),
+        "context": count.write(full),
+        "context+denoise": count.write_then_denoise(full),
+    }
     figures: Figures = {}
     shares = []
 

@@ -1,66 +1,60 @@
-"""The causal DiT as the rollout sees it: x at a noise level in, x0 out, on latents [B, F, C, h, w]."""
+"""Denoiser of a rollout: the causal DiT with its text, from noisy latents [B, F, C, h, w] and a sigma to x0."""
 
 import torch
 from torch import Tensor
 
-from model.causal_wan import BlockCausal, CausalWanModel, TextContext
+from model.attention import BlockCausalMask
+from model.causal_wan import CausalWanModel, TextContext
 from model.flow import flow_to_x0
 from model.kv_cache import KVCache
 
 
 class Denoiser:
-    """One prompt's denoiser: a network with the text it is conditioned on."""
+    """A network and the text that it is conditioned on."""
 
     def __init__(self, net: CausalWanModel, text: TextContext):
         self.net = net
         self.text = text
 
     def denoise(self, x: Tensor, sigma: float, first_frame: int, cache: KVCache, write: bool = False) -> Tensor:
-        """Predict the block x0, float32 [B, F, C, h, w], from x at level sigma beside the cache's context.
+        """Predict the block's x0, float32 [B, F, C, h, w], from x at noise level sigma and the cache's context.
 
         Args:
             first_frame: absolute index of the block's first frame.
-            write: also append the block, at this level, to the cache.
+            write: also append the block, at this noise level, to the cache.
         """
-        flow = self.net(
-            x.transpose(1, 2), self._timestep(x, sigma), self.text, first_frame=first_frame, cache=cache, write=write
-        )
+        timestep = timesteps(x, sigma)
+        flow = self.net.denoise_block(x.transpose(1, 2), timestep, self.text, cache, first_frame, append=write)
         return flow_to_x0(x, flow.transpose(1, 2), sigma)
 
     def write_context(self, x: Tensor, sigma: float, first_frame: int, cache: KVCache) -> None:
-        """Append the block x, at level sigma, to the cache."""
-        self.net(
-            x.transpose(1, 2),
-            self._timestep(x, sigma),
-            self.text,
-            first_frame=first_frame,
-            cache=cache,
-            write=True,
-            head=False,
-        )
+        """Append the block x, at noise level sigma, to the cache."""
+        self.net.write_block(x.transpose(1, 2), timesteps(x, sigma), self.text, cache, first_frame)
 
     def write_then_denoise(
         self, context: Tensor, context_sigma: float, x: Tensor, sigma: float, first_frame: int, cache: KVCache
     ) -> Tensor:
-        """`write_context` of a block and `denoise` of the one after it, by one pass.
+        """Do `write_context` of one block and `denoise` of the next one in one pass.
 
         Args:
             first_frame: absolute index of the context block's first frame.
         """
-        timestep = torch.cat([self._timestep(context, context_sigma), self._timestep(x, sigma)], dim=1)
-        flow = self.net(
-            torch.cat([context, x], dim=1).transpose(1, 2),
-            timestep,
+        flow = self.net.write_then_denoise(
+            context.transpose(1, 2),
+            timesteps(context, context_sigma),
+            x.transpose(1, 2),
+            timesteps(x, sigma),
             self.text,
-            first_frame=first_frame,
-            cache=cache,
-            written=context.shape[1],
+            cache,
+            first_frame,
         )
         return flow_to_x0(x, flow.transpose(1, 2), sigma)
 
-    def _timestep(self, x: Tensor, sigma: float) -> Tensor:
-        # Filled on the device: nothing is copied to it, nothing waits for it.
-        return torch.full(x.shape[:2], 1000 * sigma, dtype=torch.float32, device=x.device)
+
+def timesteps(x: Tensor, sigma: float) -> Tensor:
+    """Return the timestep 1000 sigma for every frame of x [B, F, C, h, w], as [B, F]."""
+    # Filled on the device: a copy from the host would make the host wait.
+    return torch.full(x.shape[:2], 1000 * sigma, dtype=torch.float32, device=x.device)
 
 
 def clip_flow(
@@ -68,7 +62,7 @@ def clip_flow(
     x: Tensor,
     sigma: float | Tensor,
     text: Tensor | TextContext,
-    causal: BlockCausal | None = None,
+    causal: BlockCausalMask | None = None,
 ) -> Tensor:
     """Return the flow of whole clips, [B, F, C, h, w], from one pass without a cache.
 

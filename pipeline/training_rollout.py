@@ -49,7 +49,7 @@ class TrainingRollout(Rollout):
         cache's history must reach back to the block.
         """
         inputs = self.exit_inputs[block]
-        inputs.cache.close()
+        inputs.cache.freeze()
         with torch.enable_grad():
             return self.denoiser.denoise(inputs.x, inputs.sigma, inputs.first_frame, inputs.cache)
 

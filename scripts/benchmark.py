@@ -39,7 +39,7 @@ from benchmark.inference import (
 )
 from benchmark.measure import Effort, Figures, Spread, matmul_peak
 from benchmark.training import measure_training
-from model.causal_wan import compile_failure
+from model.compilation import compile_failure
 from pipeline.generate import device_name
 from utils.config import Config, load_config
 from utils.device import DTYPES, pick_device

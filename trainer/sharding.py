@@ -40,7 +40,8 @@ def shard_transformer(net: CausalWanModel, config: TrainConfig, device: torch.de
         for method in ("kv", "text_kv"):
             register_fsdp_forward_method(layer, method)
     fully_shard(net, mesh=mesh, mp_policy=policy)
-    register_fsdp_forward_method(net, "encode_text")
+    for method in ("denoise_block", "write_block", "write_then_denoise", "encode_text"):
+        register_fsdp_forward_method(net, method)
 
 
 def shard_text_encoder(encoder: UMT5EncoderModel, config: TrainConfig, device: torch.device) -> None:

@@ -174,10 +174,10 @@ def test_a_frame_that_has_not_come_cannot_be_read_before():
         make(4).read(0, before=1)
 
 
-def test_a_closed_one_takes_no_more_until_it_is_reset():
+def test_a_frozen_cache_refuses_blocks_until_it_is_reset():
     cache = make(6)
     append(cache, 3)
-    cache.close()
+    cache.freeze()
     with pytest.raises(AssertionError):
         append(cache, 3)
     assert tokens(cache.read(0)[0]) == expected_tokens([0, 1, 2], 0)

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from model.causal_wan import BlockCausal
+from model.attention import BlockCausalMask
 from model.denoiser import Denoiser
 from model.flow import add_noise
 from pipeline.parallel.stage_rollout import StageRollout
@@ -495,9 +495,13 @@ def test_ranks_of_the_network_give_the_same_bits(small_net, small_text, expected
     assert torch.equal(run_ranks(make, case_schedule(case), stages, "diagonal"), expected(case))
 
 
-def net_x0(net, text, x: Tensor, sigma: float, first_frame: int, **how) -> Tensor:
-    flow = net(x.transpose(1, 2), torch.full(x.shape[:2], 1000 * sigma), text, first_frame=first_frame, **how)
-    return None if flow is None else x - sigma * flow.transpose(1, 2)
+def net_x0(net, text, x: Tensor, sigma: float, first_frame: int, cache) -> Tensor:
+    timestep = torch.full(x.shape[:2], 1000 * sigma)
+    return x - sigma * net.denoise_block(x.transpose(1, 2), timestep, text, cache, first_frame).transpose(1, 2)
+
+
+def write(net, text, x: Tensor, sigma: float, first_frame: int, cache) -> None:
+    net.write_block(x.transpose(1, 2), torch.full(x.shape[:2], 1000 * sigma), text, cache, first_frame)
 
 
 def test_block_first_equals_the_loop_of_self_forcing(small_net, small_text, expected):
@@ -506,10 +510,10 @@ def test_block_first_equals_the_loop_of_self_forcing(small_net, small_text, expe
     for block in range(BLOCKS):
         x = noise(block, 0)
         for step in range(4):
-            x0 = net_x0(small_net, small_text, x, SIGMAS[step], 2 * block, cache=cache)
+            x0 = net_x0(small_net, small_text, x, SIGMAS[step], 2 * block, cache)
             if step < 3:
                 x = add_noise(x0, noise(block, step + 1), SIGMAS[step + 1])
-        net_x0(small_net, small_text, x0, 0.0, 2 * block, cache=cache, write=True)
+        write(small_net, small_text, x0, 0.0, 2 * block, cache)
         blocks.append(x0)
     assert torch.equal(torch.cat(blocks, dim=1), expected("block_first, short window"))
 
@@ -521,11 +525,9 @@ def test_timestep_first_equals_the_loop_of_hiar(small_net, small_text, expected)
     for step in range(4):
         cache = small_net.new_cache(1, *FRAME[1:], 4, 2)
         for block in range(BLOCKS):
-            x0 = net_x0(small_net, small_text, blocks[block], SIGMAS[step], 2 * block, cache=cache)
+            x0 = net_x0(small_net, small_text, blocks[block], SIGMAS[step], 2 * block, cache)
             blocks[block] = x0 if step == 3 else add_noise(x0, noise(block, step + 1), SIGMAS[step + 1])
-            net_x0(
-                small_net, small_text, blocks[block], SIGMAS[step + 1], 2 * block, cache=cache, write=True, head=False
-            )
+            write(small_net, small_text, blocks[block], SIGMAS[step + 1], 2 * block, cache)
     assert torch.equal(torch.cat(blocks, dim=1), expected("timestep_first, short window"))
 
 
@@ -540,7 +542,7 @@ def test_timestep_first_equals_masked_passes_without_a_cache(small_net, small_te
         for block in range(num_blocks):
             x = now[block]
             sigmas = torch.tensor([SIGMAS[level]] * 2 * block + [SIGMAS[step]] * 2)
-            causal = BlockCausal((2,) * (block + 1), context_frames=4)
+            causal = BlockCausalMask((2,) * (block + 1), context_frames=4)
             whole = torch.cat([*context, x], dim=1).transpose(1, 2)
             flow = small_net(whole, 1000 * sigmas[None], small_text, causal=causal)[:, :, -2:].transpose(1, 2)
             estimates[block] = x - SIGMAS[step] * flow

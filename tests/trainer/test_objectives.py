@@ -10,7 +10,8 @@ from diffusers import WanPipeline, WanTransformer3DModel
 from tiny_model import all_clips, write_config, write_model_index
 
 import train
-from model.causal_wan import BlockCausal, CausalWanModel
+from model.attention import BlockCausalMask
+from model.causal_wan import CausalWanModel
 from model.text_encoder import TextEncoder
 from model.weights import ModelDirectory
 from pipeline.teacher import Teacher, sample_unipc
@@ -74,7 +75,7 @@ def test_forcing_draws_a_level_for_every_block_and_is_causal(make_config, clips,
 
     objective.net = spy = Spy(exact)
     assert objective.loss(0, 0)[0].item() < 1e-8
-    assert spy.causal == BlockCausal((2, 2), beside_clean=forcing == "teacher")
+    assert spy.causal == BlockCausalMask((2, 2), teacher_forcing=forcing == "teacher")
     if forcing == "teacher":
         assert torch.equal(spy.x[:, :, :4], x0.expand(4, -1, -1, -1, -1)) and not spy.timestep[:, :4].any()
     levels = spy.timestep[:, -4:]
@@ -248,7 +249,7 @@ def test_every_block_has_one_level_and_its_own_point(tmp_path, make_config, tiny
             fitting = [all(torch.equal(x[f], pair[level[f], f]) for f in range(6)) for pair in points]
             assert any(fitting)
         seen |= {tuple(pair) for pair in blocks[..., 0].tolist()}
-    assert objective.net.causal == BlockCausal((3, 3))
+    assert objective.net.causal == BlockCausalMask((3, 3))
     assert {level for pair in seen for level in pair} == set(range(5)) and len(seen) > 12  # independent of each other
 
 

@@ -115,25 +115,25 @@ def test_layers_keep_context_and_block_as_planned():
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        output = net(x, torch.full((1,), 500.0), torch.zeros(1, 80, 64), first_frame=18, cache=cache)
+        output = net.denoise_block(x, torch.full((1,), 500.0), torch.zeros(1, 80, 64), cache, first_frame=18)
     assert len(kept) == 12 and output.requires_grad
     assert size(of_rollouts(config, SHAPES), BESIDE) == sum(kept.values())
 
 
-@pytest.mark.parametrize("closed", [False, True])
-def test_checkpointed_layers_copy_their_context_as_planned(closed):
+@pytest.mark.parametrize("frozen", [False, True])
+def test_checkpointed_layers_copy_their_context_as_planned(frozen):
     """The copies that live after a forward of the miniature's last block: none where nothing is appended any more."""
     config = miniature("train.batch_size=1", "train.activation_checkpointing=true")
     net, cache, x = last_block()
     net.gradient_checkpointing = True
-    if closed:
-        cache.close()
-    output = net(x, torch.full((1,), 500.0), torch.zeros(1, 80, 64), first_frame=18, cache=cache)
+    if frozen:
+        cache.freeze()
+    output = net.denoise_block(x, torch.full((1,), 500.0), torch.zeros(1, 80, 64), cache, first_frame=18)
     alive = [t for t in gc.get_objects() if type(t) is Tensor and t.shape == (1, 18 * 16, 6, 32)]
     copies = {t.untyped_storage().data_ptr() for t in alive if t.untyped_storage().nbytes() == t.nbytes}
-    assert len(copies) == (0 if closed else 12) and output.requires_grad
+    assert len(copies) == (0 if frozen else 12) and output.requires_grad
     one_layer = 2 * 21 * 16 * 192 * 4
-    if closed:
+    if frozen:
         assert size(of_rollouts(config, SHAPES), COPIED) == one_layer
     else:
         config.distill.forward_kl_mode, config.data.num_frames = "rollout", 21

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from model.causal_wan import BlockCausal
+from model.attention import BlockCausalMask
 from model.denoiser import clip_flow
 from model.flow import add_noise, shift_sigma
 from trainer.datasets.captions import CaptionEmbeddings
@@ -82,8 +82,9 @@ class FlowMatching(SingleNetObjective):
         if not self.block_frames:
             return clip_flow(self.net, x, sigma[:, 0], text)
         num_frames = x.shape[1]
-        beside_clean = self.config.train.forcing == "teacher"
-        causal = BlockCausal((self.block_frames,) * (num_frames // self.block_frames), beside_clean=beside_clean)
-        if beside_clean:  # the clean clip comes first, as the past of the noisy one
+        teacher_forcing = self.config.train.forcing == "teacher"
+        blocks = (self.block_frames,) * (num_frames // self.block_frames)
+        causal = BlockCausalMask(blocks, teacher_forcing=teacher_forcing)
+        if teacher_forcing:  # the clean clip comes first, as the past of the noisy one
             x, sigma = torch.cat([x0, x], dim=1), torch.cat([torch.zeros_like(sigma), sigma], dim=1)
         return clip_flow(self.net, x, sigma, text, causal)[:, -num_frames:]

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from model.causal_wan import BlockCausal
+from model.attention import BlockCausalMask
 from model.denoiser import clip_flow
 from model.flow import flow_to_x0
 from pipeline.build import context_frames, rollout_sigmas
@@ -98,5 +98,5 @@ class ForwardKL:
             return point, clip_flow(self.generator, point, sigma, embeddings)
         rollout, num_frames = self.config.rollout, point.shape[1]
         blocks = (rollout.block_frames,) * (num_frames // rollout.block_frames)
-        causal = BlockCausal(blocks, *context_frames(rollout, num_frames))
+        causal = BlockCausalMask(blocks, *context_frames(rollout, num_frames))
         return point, clip_flow(self.generator, point, sigma, embeddings, causal)

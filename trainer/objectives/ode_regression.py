@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from model.causal_wan import BlockCausal
+from model.attention import BlockCausalMask
 from model.denoiser import clip_flow
 from model.flow import flow_to_x0
 from pipeline.build import rollout_sigmas
@@ -60,7 +60,7 @@ class ODERegression(SingleNetObjective):
         x = points.gather(1, index[:, None, :, None, None, None].expand(-1, 1, -1, *points.shape[3:]))[:, 0]
         sigma = self.sigmas.to(self.device)[index]
         with mixed_precision(self.config, self.device):
-            flow = clip_flow(self.net, x, sigma, self.text.of(chosen), BlockCausal((block_frames,) * num_blocks))
+            flow = clip_flow(self.net, x, sigma, self.text.of(chosen), BlockCausalMask((block_frames,) * num_blocks))
         x0 = flow_to_x0(x, flow, sigma[:, :, None, None, None])
         noisy = (index < len(self.sigmas) - 1).float()  # clean blocks have nothing to predict
         return masked_mse(x0, points[:, -1], noisy), {}

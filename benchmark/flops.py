@@ -1,0 +1,70 @@
+"""Floating-point operations of the DiT's passes, counted by torch on the meta device, where nothing is computed.
+
+A multiplication in a matrix product or convolution counts as two operations, all else as none. Counts are of one clip.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any
+
+import torch
+from diffusers import WanTransformer3DModel
+
+from benchmark.measure import counted_flops
+from model.causal_wan import CausalWanModel, TextContext
+from model.kv_cache import KVCache
+
+_META = torch.device("meta")
+
+
+class PassFlops:
+    """Counts the passes of one network over blocks of one size, next to some frames of context."""
+
+    def __init__(
+        self, config: Mapping[str, Any], size: tuple[int, int], block_frames: int, context_frames: int, text_length: int
+    ):
+        """
+        Args:
+            config: the network's.
+            size: height and width of the latents.
+            context_frames: frames of a full context.
+        """
+        with _META:
+            self.net = CausalWanModel.from_config(config)
+        self.config, self.size = self.net.config, size
+        self.block_frames, self.context_frames = block_frames, context_frames
+        self.text = torch.empty(1, text_length, self.config["text_dim"], device=_META)
+        self.denoise = cache(self._denoise)
+        self.write = cache(self._write)
+        self.bidirectional = cache(self._bidirectional)
+
+    def write_then_denoise(self, context: int) -> int:
+        """Return the count of a pass that writes one block and denoises the next."""
+        return self.write(context) + self.denoise(min(context + self.block_frames, self.context_frames))
+
+    def _denoise(self, context: int) -> int:
+        x, timestep = self._block()
+        return self._count(lambda cache, text: self.net.denoise_block(x, timestep, text, cache, context), context)
+
+    def _write(self, context: int) -> int:
+        x, timestep = self._block()
+        return self._count(lambda cache, text: self.net.write_block(x, timestep, text, cache, context), context)
+
+    def _bidirectional(self, frames: int) -> int:
+        """Return the count of diffusers' own network over a clip; it projects the text in every pass."""
+        with _META:
+            net = WanTransformer3DModel.from_config(self.config)
+            x = torch.empty(1, self.config["in_channels"], frames, *self.size)
+            timestep = torch.empty(1)
+        return counted_flops(torch.no_grad()(lambda: net(x, timestep, self.text)))
+
+    def _block(self) -> tuple[torch.Tensor, torch.Tensor]:
+        shape = (1, self.config["in_channels"], self.block_frames, *self.size)
+        return torch.empty(shape, device=_META), torch.empty(1, self.block_frames, device=_META)
+
+    @torch.no_grad()
+    def _count(self, work: Callable[[KVCache, TextContext], object], context: int) -> int:
+        cache = self.net.new_cache(1, *self.size, context, self.block_frames)
+        cache.commit(context)
+        text = self.net.encode_text(self.text)
+        return counted_flops(lambda: work(cache, text))

@@ -1,0 +1,37 @@
+"""Rotary position embedding over time, height and width, without an upper limit on the frame index."""
+
+import torch
+from torch import Tensor
+
+Rope = tuple[Tensor, Tensor]  # cosines and sines, float32 [N, 1, head_dim / 2] each
+
+
+def rotary_table(
+    head_dim: int, first_frame: int, grid: tuple[int, int, int], device: torch.device, theta: float = 10000.0
+) -> Rope:
+    """Return cosines and sines of the token positions in `grid` (frames, rows, columns).
+
+    Wan2.1 splits the pairs of channels over time, height and width. Angles are computed in float64 for any position, so
+    the video has no last frame.
+
+    Args:
+        first_frame: absolute index of the grid's first frame.
+    """
+    spatial = 2 * (head_dim // 6)
+    exact = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
+    angles = []
+    for axis, (size, dim) in enumerate(zip(grid, (head_dim - 2 * spatial, spatial, spatial), strict=True)):
+        start = first_frame if axis == 0 else 0
+        position = torch.arange(start, start + size, dtype=torch.float64, device=exact)
+        frequency = theta ** -(torch.arange(0, dim, 2, dtype=torch.float64, device=exact) / dim)
+        shape = [1, 1, 1, dim // 2]
+        shape[axis] = size
+        angles.append(torch.outer(position, frequency).view(shape).expand(*grid, dim // 2))
+    table = torch.cat(angles, dim=-1).flatten(0, 2).unsqueeze(1)
+    return table.cos().float().to(device), table.sin().float().to(device)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate pairs of neighbouring channels of x [B, N, heads, head_dim] (RoPE, arXiv 2104.09864)."""
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x)
