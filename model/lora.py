@@ -1,6 +1,6 @@
 """LoRA weights, fused into a transformer."""
 
-from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_wan_lora_to_diffusers
+from diffusers.loaders import WanLoraLoaderMixin
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -9,10 +9,11 @@ from utils.errors import UserError
 
 
 def fuse_lora(net: CausalWanModel, path: str, scale: float = 1.0) -> None:
-    """Add scale times the low-rank updates in a safetensors file to the weights of `net`.
+    """Add `scale` times the low-rank updates in a safetensors file to the weights of `net`.
 
-    The file may have diffusers' names (`transformer.blocks.0.attn1.to_q.lora_A.weight`, with or without the prefix) or
-    Wan's (`diffusion_model.blocks.0.self_attn.q.lora_A.weight`, `lora_down`, `lora_unet_...`).
+    Layers may have the names of diffusers (`transformer.blocks.0.attn1.to_q.lora_A.weight`, with or without the prefix)
+    or of Wan (`diffusion_model.blocks.0.self_attn.q.lora_A.weight`, with or without the prefix; `lora_down`;
+    `lora_unet_...`).
 
     Raises:
         UserError: if the file is missing or broken, or does not fit the network.
@@ -21,10 +22,10 @@ def fuse_lora(net: CausalWanModel, path: str, scale: float = 1.0) -> None:
         state = load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot read LoRA weights {path} ({error}); give a .safetensors file") from None
-    foreign = any(name.startswith(("diffusion_model.", "lora_unet_")) or ".self_attn." in name for name in state)
+    if any(name.startswith("blocks.") and ".self_attn." in name for name in state):
+        state = {f"diffusion_model.{name}": value for name, value in state.items()}
     try:
-        if foreign:
-            state = _convert_non_diffusers_wan_lora_to_diffusers(state)
+        state = WanLoraLoaderMixin.lora_state_dict(state)  # to diffusers' names
         state = {f"transformer.{name.removeprefix('transformer.')}": value for name, value in state.items()}
         layers = {name.removeprefix("transformer.").partition(".lora_")[0] for name in state}
         unknown = sorted(layers - dict(net.named_modules()).keys())

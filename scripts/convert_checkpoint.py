@@ -17,7 +17,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from model.weights import export_state, read_checkpoint, save_transformer, save_weights, transformer_config
+from model.weight_files import read_checkpoint, save_transformer, save_weights
+from model.weight_names import export_state
+from model.weights import infer_transformer_config
 from utils.errors import UserError, command
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "keep": None}
@@ -65,7 +67,7 @@ def folder_config(source: Path, state: dict[str, torch.Tensor], num_heads: int |
             config = json.loads(file.read_text())
             if "num_attention_heads" in config:
                 return {name: value for name, value in config.items() if not name.startswith("_")}
-    return transformer_config(state, num_heads)
+    return infer_transformer_config(state, num_heads)
 
 
 def folder_or_suffix(path: Path) -> str:

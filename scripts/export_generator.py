@@ -13,7 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from model.weights import export_state, save_transformer, save_weights
+from model.weight_files import save_transformer, save_weights
+from model.weight_names import export_state
 from scripts.convert_checkpoint import TORCH_SUFFIXES, folder_or_suffix
 from trainer.checkpoints import CONFIG_FILE, find_checkpoint, read_tensors
 from trainer.planner import student_config

@@ -14,7 +14,8 @@ import torch
 
 from model.causal_wan import CausalWanModel
 from model.presets import random_network
-from model.weights import ModelDirectory, save_transformer
+from model.weight_files import save_transformer
+from model.weights import ModelDirectory
 from utils.device import DTYPES
 from utils.errors import UserError, command
 

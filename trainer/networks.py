@@ -10,7 +10,8 @@ from torch import Tensor
 
 from model import presets
 from model.causal_wan import CausalWanModel
-from model.weights import ModelDirectory, save_transformer
+from model.weight_files import save_transformer
+from model.weights import ModelDirectory
 from pipeline.build import choose_attention_backend
 from trainer.sharding import shard_transformer
 from utils.config import Config

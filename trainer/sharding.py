@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from transformers import UMT5EncoderModel
 
 from model.causal_wan import CausalWanModel
-from model.weights import build
+from model.weights import build_from_state
 from utils.config import TrainConfig, num_micro_batches
 from utils.device import DTYPES
 from utils.distributed import local_world_size, rank, world_size
@@ -75,7 +75,7 @@ def unsharded_copy(net: CausalWanModel, dtype: torch.dtype) -> CausalWanModel:
     Each rank may then use its copy independently of the others.
     """
     state = {name: full_tensor(tensor.to(dtype)) for name, tensor in net.state_dict().items()}
-    return build(lambda: CausalWanModel.from_config(net.config), state, "a copy", dtype).to(net.device)
+    return build_from_state(lambda: CausalWanModel.from_config(net.config), state, "a copy", dtype).to(net.device)
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

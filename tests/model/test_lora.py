@@ -1,15 +1,15 @@
-"""LoRA files in diffusers' and in Wan's names change the weights by scale * B A, and nothing else fits by accident."""
+"""model/lora.py: LoRA files in all public names add scale * B A to the weights; files that do not fit are refused."""
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
-from model.causal_wan import CausalWanModel
 from model.lora import fuse_lora
 from utils.errors import UserError
 
-SIZES = dict(num_attention_heads=2, attention_head_dim=16, ffn_dim=64, num_layers=2, text_dim=24)
-TARGETS = {  # diffusers name: Wan's own
+RANK = 4
+LAYERS = {  # diffusers' name: Wan's own
     "blocks.0.attn1.to_q": "blocks.0.self_attn.q",
     "blocks.0.attn1.to_k": "blocks.0.self_attn.k",
     "blocks.0.attn1.to_v": "blocks.0.self_attn.v",
@@ -23,63 +23,50 @@ TARGETS = {  # diffusers name: Wan's own
 }
 
 
-def lora_pairs(net: CausalWanModel) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Random rank-4 factors (A, B) for every target."""
-    pairs = {}
-    for name in TARGETS:
-        out_features, in_features = net.get_submodule(name).weight.shape
-        pairs[name] = (torch.randn(4, in_features), torch.randn(out_features, 4))
-    return pairs
+def names_of(layer: str, layout: str) -> tuple[str, str]:
+    """Return the names of the factors A and B of a layer."""
+    wan = LAYERS[layer]
+    if layout == "musubi":
+        return tuple(f"lora_unet_{wan.replace('.', '_')}.lora_{which}.weight" for which in ("down", "up"))
+    stems = {"diffusers": f"transformer.{layer}", "bare": layer, "wan": f"diffusion_model.{wan}", "bare wan": wan}
+    return tuple(f"{stems[layout]}.lora_{which}.weight" for which in "AB")
 
 
-@pytest.mark.parametrize("prefix", ["transformer.", ""])
-def test_diffusers_names(tmp_path, prefix):
-    net = CausalWanModel(**SIZES)
-    pairs = lora_pairs(net)
+@pytest.mark.parametrize("layout", ["diffusers", "bare", "wan", "bare wan", "musubi"])
+def test_factors_are_added(make_net, tmp_path, layout):
+    net = make_net(num_layers=1)
+    factors: dict[str, tuple[Tensor, Tensor]] = {}
     state = {}
-    for name, (a, b) in pairs.items():
-        state |= {f"{prefix}{name}.lora_A.weight": a, f"{prefix}{name}.lora_B.weight": b}
-    check_fused(net, pairs, state, tmp_path)
-
-
-def test_wan_names(tmp_path):
-    net = CausalWanModel(**SIZES)
-    pairs = lora_pairs(net)
-    state = {}
-    for name, (a, b) in pairs.items():
-        wan = f"diffusion_model.{TARGETS[name]}"
-        state |= {f"{wan}.lora_A.weight": a, f"{wan}.lora_B.weight": b}
-    check_fused(net, pairs, state, tmp_path)
-
-
-def check_fused(net, pairs, state, folder):
+    for layer in LAYERS:
+        out_features, in_features = net.get_submodule(layer).weight.shape
+        factors[layer] = torch.randn(RANK, in_features), torch.randn(out_features, RANK)
+        state |= dict(zip(names_of(layer, layout), factors[layer], strict=True))
+        if layout == "musubi":  # it always has alpha, which scales by alpha / rank
+            state[f"lora_unet_{LAYERS[layer].replace('.', '_')}.alpha"] = torch.tensor(float(RANK))
+    save_file(state, tmp_path / "lora.safetensors")
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    save_file(state, folder / "lora.safetensors")
-    fuse_lora(net, str(folder / "lora.safetensors"), scale=0.5)
+    fuse_lora(net, str(tmp_path / "lora.safetensors"), scale=0.5)
     after = net.state_dict()
     assert after.keys() == before.keys()
     for name, value in before.items():
         layer = name.removesuffix(".weight")
-        expected = value + 0.5 * pairs[layer][1] @ pairs[layer][0] if layer in pairs else value
+        expected = value + 0.5 * factors[layer][1] @ factors[layer][0] if layer in factors else value
         torch.testing.assert_close(after[name], expected)
 
 
-def test_other_network_is_refused(tmp_path):
-    net = CausalWanModel(**SIZES)
-    save_file({"transformer.blocks.9.attn1.to_q.lora_A.weight": torch.zeros(4, 8)}, tmp_path / "lora.safetensors")
-    with pytest.raises(UserError, match=r"no layer blocks\.9\.attn1\.to_q"):
-        fuse_lora(net, str(tmp_path / "lora.safetensors"))
-
-
-def test_other_width_is_refused(tmp_path):
-    net = CausalWanModel(**SIZES)
-    name = "transformer.blocks.0.attn1.to_q"
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [("blocks.9.attn1.to_q", r"no layer blocks\.9\.attn1\.to_q"), ("blocks.0.attn1.to_q", "does not fit")],
+    ids=["another depth", "another width"],
+)
+def test_weights_of_another_network_are_refused(make_net, tmp_path, layer, message):
+    name = f"transformer.{layer}"
     state = {f"{name}.lora_A.weight": torch.zeros(4, 8), f"{name}.lora_B.weight": torch.zeros(8, 4)}
     save_file(state, tmp_path / "lora.safetensors")
-    with pytest.raises(UserError, match="does not fit"):
-        fuse_lora(net, str(tmp_path / "lora.safetensors"))
+    with pytest.raises(UserError, match=message):
+        fuse_lora(make_net(num_layers=1), str(tmp_path / "lora.safetensors"))
 
 
-def test_missing_file(tmp_path):
+def test_a_missing_file_is_refused(net, tmp_path):
     with pytest.raises(UserError, match="cannot read LoRA"):
-        fuse_lora(CausalWanModel(**SIZES), str(tmp_path / "none.safetensors"))
+        fuse_lora(net, str(tmp_path / "none.safetensors"))

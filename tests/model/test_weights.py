@@ -15,26 +15,19 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import ByT5Tokenizer, UMT5Config, UMT5EncoderModel
 
+from model.weight_files import TRANSFORMER_FILE, read_checkpoint
+from model.weight_names import DIT_NAMES, UMT5_NAMES, WRAPPERS, State, export_state, inverse, rename
 from model.weights import (
-    DIT_NAMES,
     NATIVE_TEXT_ENCODER,
     NATIVE_TOKENIZER,
     NATIVE_VAE,
     TEXT_ENCODER_FILES,
-    TRANSFORMER_FILE,
-    UMT5_NAMES,
     VAE_FILES,
-    WRAPPERS,
     ModelDirectory,
-    State,
     aligned,
-    export_state,
-    inverse,
+    infer_transformer_config,
+    infer_umt5_config,
     load_into,
-    read_checkpoint,
-    rename,
-    transformer_config,
-    umt5_config,
 )
 from utils.errors import UserError
 from utils.files import fingerprint
@@ -347,13 +340,13 @@ def test_another_architecture_changes_nothing(change, words, meta):
 
 
 def test_transformer_config_from_shapes(dit, state):
-    assert transformer_config(state, num_heads=2) == CONFIG
+    assert infer_transformer_config(state, num_heads=2) == CONFIG
     with pytest.raises(UserError, match=r"width of 24 does not split into Wan's heads of 128.*--num_heads"):
-        transformer_config(state)
+        infer_transformer_config(state)
     with pytest.raises(UserError, match="does not split into 5 heads"):
-        transformer_config(state, num_heads=5)
+        infer_transformer_config(state, num_heads=5)
     with pytest.raises(UserError, match="not a Wan transformer's weights"):
-        transformer_config({"a": torch.zeros(1)})
+        infer_transformer_config({"a": torch.zeros(1)})
 
 
 # ---- text encoder ----
@@ -417,10 +410,10 @@ def test_text_encoder_equals_wans(tmp_path):
     expected = wan_text_encoder(state, ids, heads=3, num_layers=2)
     torch.testing.assert_close(encoder(ids).last_hidden_state, expected, rtol=1e-4, atol=1e-4)
 
-    config = umt5_config(rename(state, UMT5_NAMES))
+    config = infer_umt5_config(rename(state, UMT5_NAMES))
     assert {name: getattr(config, name) for name in TEXT_CONFIG} == TEXT_CONFIG
     with pytest.raises(UserError, match="not a UMT5 encoder's weights"):
-        umt5_config({"a": torch.zeros(1)})
+        infer_umt5_config({"a": torch.zeros(1)})
 
 
 # ---- model folders ----
@@ -527,7 +520,7 @@ def test_generator_checkpoint_for_a_folder(tmp_path, model, diffusers_folder):
 def test_subfolder(diffusers_folder):
     net = ModelDirectory.open(diffusers_folder).load_transformer(WanTransformer3DModel, subfolder="generator")
     assert_same(net.state_dict(), tiny_dit(1).state_dict())
-    with pytest.raises(UserError, match=r"cannot read .*critic"):
+    with pytest.raises(UserError, match=r"cannot read model file .*critic"):
         ModelDirectory.open(diffusers_folder).load_transformer(WanTransformer3DModel, subfolder="critic")
 
 
@@ -592,7 +585,7 @@ def test_what_is_not_a_model_folder(tmp_path):
     with pytest.raises(UserError, match="is not a model folder"):
         ModelDirectory.open(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match="cannot read"):
+    with pytest.raises(UserError, match="config.json is not a valid model file.*download the model folder again"):
         ModelDirectory.open(tmp_path)
 
 

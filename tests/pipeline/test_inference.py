@@ -22,7 +22,9 @@ from tiny_model import ROOT, write_config
 
 import pipeline.generate as generate
 from model.vae import WanVAE
-from model.weights import ModelDirectory, export_state, read_checkpoint
+from model.weight_files import read_checkpoint
+from model.weight_names import export_state
+from model.weights import ModelDirectory
 from pipeline.text_to_video import TextToVideo
 from utils.config import load_config
 from utils.video import VideoWriter, fit, read_video

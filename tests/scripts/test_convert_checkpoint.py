@@ -9,7 +9,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file
 
-from model.weights import DIT_NAMES, State, inverse, rename
+from model.weight_names import DIT_NAMES, State, inverse, rename
 from scripts.convert_checkpoint import convert, main
 from utils.errors import UserError
 

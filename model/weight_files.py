@@ -1,0 +1,140 @@
+"""Files of weights: reads public checkpoints of every known layout, and writes our own.
+
+Nothing is downloaded, and no file can run code: pickles are read as plain tensors or refused.
+"""
+
+import pickle
+import re
+import struct
+import zipfile
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from model.weight_names import DIT_NAMES, State, listed, rename, without_wrappers
+from utils.errors import UserError
+from utils.files import atomic_path, read_json, writable_folder, write_json
+
+TRANSFORMER_FILE = "diffusion_pytorch_model.safetensors"
+HOW_TO_DOWNLOAD = "see python scripts/download_weights.py --list"
+# Everything that torch.load and safetensors raised when they were fed mutilated files.
+_UNREADABLE = (
+    *(RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, EOFError, OSError),
+    *(pickle.UnpicklingError, struct.error, zipfile.BadZipFile, SafetensorError),
+)
+
+
+def read_checkpoint(path: str | Path, use_ema: bool = False) -> State:
+    """Return a transformer's weights from a file or folder, under diffusers' names, on the CPU and as stored.
+
+    Known layouts are the checkpoints of HiAR, Self-Forcing and CausVid (a dict with `generator`, `generator_ema` or
+    `model`), bare state dicts in Wan's or diffusers' names, `.safetensors` and torch files, and folders with one such
+    file or with shards and their index. Tensors are memory-mapped if the format allows it.
+
+    Args:
+        path: the file or folder; of a whole model folder, its transformer is read.
+        use_ema: read `generator_ema`, the moving average of the trained weights, instead of `generator`.
+
+    Raises:
+        UserError: if the file is missing, cut off, unsafe to read, or lacks these weights.
+    """
+    state = read_state(Path(path), use_ema)
+    names = {name: without_wrappers(name) for name in state}
+    if len(set(names.values())) < len(names):
+        raise UserError(f"{path} holds the same weights more than once under different prefixes; keep one of them")
+    return rename({names[name]: tensor for name, tensor in state.items()}, DIT_NAMES)
+
+
+def read_state(path: Path, use_ema: bool = False) -> State:
+    """Return the state dict in a file or folder under its own names. Arguments and errors as `read_checkpoint`."""
+    content = _read(path)
+    if _is_state(content) and not use_ema:
+        return content
+    keys = ("generator_ema",) if use_ema else ("generator", "model", "state_dict")
+    state = next((content[key] for key in keys if key in content), None)
+    if _is_state(state):
+        return dict(state)
+    held = "one unnamed set of weights" if _is_state(content) else listed(map(str, content), 9) or "nothing"
+    advice = "add --use_ema" if "generator_ema" in content else "choose another file"
+    if use_ema:
+        advice = "leave out --use_ema"
+    raise UserError(f"{path} has no {' or '.join(keys)} weights, it holds {held}; {advice}")
+
+
+def save_weights(path: Path, content: dict[str, Any]) -> None:
+    """Write weights atomically, as safetensors or with torch.save according to the suffix."""
+    writable_folder(path.parent)
+    with atomic_path(path) as file:
+        if path.suffix == ".safetensors":
+            save_file({name: tensor.contiguous() for name, tensor in content.items()}, file, metadata={"format": "pt"})
+        else:
+            torch.save(content, file)
+
+
+def save_transformer(folder: Path, state: dict[str, Tensor], config: dict[str, Any]) -> None:
+    """Write a transformer's weights and config.json in diffusers' layout."""
+    save_weights(folder / TRANSFORMER_FILE, state)
+    write_json(folder / "config.json", {"_class_name": "WanTransformer3DModel", **config})
+
+
+def read_model_json(path: Path) -> dict[str, Any]:
+    """Return a JSON object of a model folder, such as a config.json.
+
+    Raises:
+        UserError: if the file is missing or holds something else.
+    """
+    try:
+        content = read_json(path, "model file")
+    except UserError as error:
+        raise UserError(f"{error}; copy or download the model folder again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no JSON object; copy or download the model folder again")
+    return content
+
+
+def _is_state(content: Any) -> TypeGuard[State]:
+    if not isinstance(content, dict) or not content:
+        return False
+    return all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items())
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Return the content of a weights file, or of the weights file or shards in a folder."""
+    if not path.is_dir():
+        return _read_file(path)
+    if (path / "model_index.json").is_file():
+        return _read(path / "transformer")
+    for index in sorted(path.glob("*.safetensors.index.json")):
+        shards = sorted(set(read_model_json(index).get("weight_map", {}).values()))
+        return {name: tensor for shard in shards for name, tensor in _read_file(path / shard).items()}
+    files = [file for file in (path / TRANSFORMER_FILE, path / "model.safetensors") if file.is_file()]
+    files = files or sorted(path.glob("*.safetensors"))
+    files = files or [file for file in sorted(path.iterdir()) if file.suffix in (".pt", ".pth", ".bin")]
+    if len(files) == 1:
+        return _read_file(files[0])
+    held = f"several weights files ({listed(file.name for file in files)})" if files else "no *.safetensors or *.pt"
+    raise UserError(f"folder {path} holds {held}; name the folder or file with the weights")
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"weights {path} do not exist; check the path, or {HOW_TO_DOWNLOAD}")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        # Only the zip format of torch.save can be mapped; the older format is read at once.
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except _UNREADABLE as error:
+        if code := re.search(r"GLOBAL (\S+)", str(error)):
+            raise UserError(
+                f"{path} is refused: reading it could run code ({code[1]}); only plain tensors are read, "
+                "so get a file with nothing but weights, best as .safetensors"
+            ) from None
+        raise UserError(f"{path} is cut off or not a checkpoint; copy or download it again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not a checkpoint: it holds a {type(content).__name__}; choose another file")
+    return content
