@@ -1,6 +1,6 @@
-"""Several videos as one: panels beside each other, each under its label, with a caption below.
+"""Combine several videos into one: labelled panels side by side, with a caption below.
 
-Videos stream through: memory does not grow with their length. Frames are uint8 RGB arrays [H, W, 3] throughout.
+Frames are streamed, so memory does not grow with the videos' length. Frames are uint8 RGB arrays [H, W, 3].
 """
 
 import contextlib
@@ -11,16 +11,16 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from utils.contact_sheet import time_text, wrap
+from utils.contact_sheet import format_time, wrap_text
 from utils.video import VideoReader, VideoWriter
 
 _MAX_COLUMNS = 4
-_LEGIBLE = 256  # pixels: a panel at least this large has room for its label
+_LEGIBLE = 256  # pixels; a panel of this size has room for its label
 _MARGIN, _GAP = 12, 8  # pixels
 _FONT_MIN, _FONT_MAX = 13, 28  # pixels
 _LABEL_LINES, _CAPTION_LINES = 1, 3
-_BARS = (238, 238, 238)  # what fills a panel around a narrower video
-_DIMMED = 0.35  # brightness of a video that is over
+_BARS = (238, 238, 238)  # colour of the bars around a narrower video
+_DIMMED = 0.35  # brightness of a video that has ended
 
 
 def write_side_by_side(
@@ -35,27 +35,27 @@ def write_side_by_side(
     max_frames: int | None = None,
     crf: int = 17,
 ) -> None:
-    """Write videos as panels of one video, which appears complete or not at all.
+    """Write one video with a panel for each of several videos, atomically.
 
-    All panels are as high as the highest video times `scale`, narrower ones between grey bars; nothing is stretched.
-    A video that is over shows its last frame, darkened and marked as ended, until the longest is over too.
+    All panels have the height of the tallest video times `scale`. Narrower videos get grey bars; nothing is stretched.
+    A video that has ended shows its last frame, darkened and marked, until the longest video ends.
 
     Args:
         path: the mp4 file to write; its folder must exist.
         videos: (label, file) of every panel.
-        caption: below the panels; cut where it fills three lines.
-        columns: panels per row; default: all in one row, up to four.
-        scale: pixels of a panel per pixel of the highest video; enlarging by whole numbers is without smoothing.
-            Default: the least that leaves room for the labels, which is 1 for videos of 256 pixels or more.
-        fps: frames per second; default: the highest of the videos'. Frames of other rates are repeated or dropped.
+        caption: text below the panels, truncated after three lines.
+        columns: panels per row; default: one row of up to four.
+        scale: panel pixels per pixel of the tallest video; whole factors enlarge without smoothing. Default: the
+            smallest factor with legible labels, which is 1 for videos of 256 pixels or more.
+        fps: frames per second; default: the highest rate. Frames of other videos are repeated or dropped.
         timestamp: show the time at the lower right.
-        max_frames: stop every video after so many of its frames.
+        max_frames: stop every video after this number of its frames.
         crf: x264's quality, see `VideoWriter`.
 
     Raises:
         OSError: if the disk is full or not writable.
         UserError: if a video cannot be read.
-        ValueError: if there are no videos, or a number is not positive.
+        ValueError: if there are no videos, or `columns` or `scale` is below 1.
     """
     if not videos or min(columns or 1, scale or 1) < 1:
         raise ValueError(f"side by side needs videos, columns >= 1 and scale >= 1, not {videos}, {columns}, {scale}")
@@ -71,7 +71,7 @@ def write_side_by_side(
             files.enter_context(VideoReader(file, max_frames, None if rate == fps else fps))
             for (_, file), rate in zip(videos, rates, strict=True)
         ]
-        # Labels and enlarged pixels cost x264 thrice the time at its usual effort, and no fewer bytes.
+        # At x264's default effort, labels and enlarged pixels take three times as long and save no bytes.
         output = files.enter_context(VideoWriter(path, fps, crf=crf, preset="veryfast"))
         streams = [iter(reader) for reader in readers]
         count = 0
@@ -91,7 +91,7 @@ def write_side_by_side(
 
 
 class _Board:
-    """The picture that all frames share: drawn once, then only the panels and the time are replaced."""
+    """The picture that is shared by all frames: labels are drawn once, then only panels and time are replaced."""
 
     def __init__(
         self,
@@ -102,59 +102,59 @@ class _Board:
         scale: int | None,
         timestamp: bool,
     ) -> None:
-        highest = max(height for height, _ in sizes)
+        tallest = max(height for height, _ in sizes)
         scale = scale or math.ceil(_LEGIBLE / max(max(size) for size in sizes))
-        self._height = highest * scale
+        self._height = tallest * scale
         self._width = max(round(width * self._height / height) for height, width in sizes)
         font_size = min(_FONT_MAX, max(_FONT_MIN, self._width // 16))
         self._font = ImageFont.load_default(font_size)
         columns = min(len(labels), columns or _MAX_COLUMNS)
         rows = -(-len(labels) // columns)
         line = int(font_size * 1.35)  # between the tops of two lines
-        row = line + self._height + _GAP
+        row_height = line + self._height + _GAP
 
         inner = columns * (self._width + _GAP) - _GAP
         time_width = int(self._font.getlength("00:00:00")) if timestamp else 0
-        lines = wrap(caption, max(1, inner - time_width), self._font.getlength, _CAPTION_LINES)
+        lines = wrap_text(caption, max(1, inner - time_width), self._font.getlength, _CAPTION_LINES)
         width = inner + 2 * _MARGIN
-        height = _MARGIN + rows * row + max(len(lines), int(timestamp)) * line + _MARGIN
-        # H.264 needs even sides.
+        height = _MARGIN + rows * row_height + max(len(lines), int(timestamp)) * line + _MARGIN
+        # H.264 requires even sides.
         self._board = Image.new("RGB", (width + width % 2, height + height % 2), "white")
         self._draw = ImageDraw.Draw(self._board)
         self._corners = []
         for number, label in enumerate(labels):
             left = _MARGIN + number % columns * (self._width + _GAP)
-            top = _MARGIN + number // columns * row
-            for text in wrap(label, self._width, self._font.getlength, _LABEL_LINES):
+            top = _MARGIN + number // columns * row_height
+            for text in wrap_text(label, self._width, self._font.getlength, _LABEL_LINES):
                 self._draw.text((left, top), text, fill="black", font=self._font)
             self._corners.append((left, top + line))
         for number, text in enumerate(lines):
-            self._draw.text((_MARGIN, _MARGIN + rows * row + number * line), text, fill="black", font=self._font)
-        time_left, time_top = _MARGIN + inner - time_width, _MARGIN + rows * row
+            self._draw.text((_MARGIN, _MARGIN + rows * row_height + number * line), text, fill="black", font=self._font)
+        time_left, time_top = _MARGIN + inner - time_width, _MARGIN + rows * row_height
         self._time_box = (time_left, time_top, time_left + time_width, time_top + line) if timestamp else None
 
     def show(self, number: int, frame: np.ndarray) -> None:
-        """Put a frame into a panel."""
+        """Draw a frame into a panel."""
         self._board.paste(self._fit(Image.fromarray(frame)), self._corners[number])
 
     def end(self, number: int) -> None:
-        """Mark a panel: its frame stays, darkened."""
+        """Darken a panel's last frame and mark it as ended."""
         left, top = self._corners[number]
         box = (left, top, left + self._width, top + self._height)
-        self._board.paste(self._board.crop(box).point([round(_DIMMED * level) for level in range(256)] * 3), box)
+        self._board.paste(self._board.crop(box).point([round(_DIMMED * value) for value in range(256)] * 3), box)
         centre = (left + self._width // 2, top + self._height // 2)
         self._draw.text(centre, "ended", fill="white", font=self._font, anchor="mm")
 
     def frame(self, seconds: float) -> np.ndarray:
-        """The picture as it is now: uint8 [H, W, 3]."""
+        """Return the current picture, uint8 [H, W, 3]."""
         if self._time_box is not None:
             self._draw.rectangle(self._time_box, fill="white")
             right, top = self._time_box[2], self._time_box[1]
-            self._draw.text((right, top), time_text(seconds), fill="dimgray", font=self._font, anchor="ra")
+            self._draw.text((right, top), format_time(seconds), fill="dimgray", font=self._font, anchor="ra")
         return np.asarray(self._board)
 
     def _fit(self, image: Image.Image) -> Image.Image:
-        """The image at the panel's size: as large as fits, in the middle."""
+        """Resize an image to the panel, centred and with its aspect ratio."""
         factor = min(self._height / image.height, self._width / image.width)
         if factor.is_integer():
             image = image.resize((image.width * int(factor), image.height * int(factor)), Image.Resampling.NEAREST)

@@ -1,10 +1,10 @@
-"""VBench in a process of its own, for scripts/evaluate_vbench.py: says where VBench is, or scores one dimension.
+"""Run VBench in its own environment for scripts/evaluate_vbench.py: locate it, or score one dimension.
 
-It runs in VBench's environment and imports nothing of this repository: VBench pins other versions of numpy and
-transformers, and the DINO that it loads has a module `utils`, which ours would hide.
+This script imports nothing of this repository. VBench pins other versions of numpy and transformers, and DINO, which
+VBench loads, has a module `utils` that ours would hide.
 
 python scripts/vbench_worker.py               prints the folders of vbench and vbench2_beta_long, and the version
-python scripts/vbench_worker.py score < job   runs a job, as evaluation/vbench.py writes it
+python scripts/vbench_worker.py score < job   runs a job in the format of evaluation/vbench/folder.py
 """
 
 from __future__ import annotations  # VBench's environment may have an older Python
@@ -16,24 +16,24 @@ import shutil
 import sys
 from pathlib import Path
 
-del sys.path[0]  # this folder: its files would hide packages of the same names
+del sys.path[0]  # this folder; its files would hide packages of the same names
 
 
-def describe() -> dict:
-    """Where the packages are, found without importing them."""
+def locate_packages() -> dict:
+    """Return the folders of the packages and VBench's version, without importing them."""
     found: dict[str, str | None] = {}
     for name in ("vbench", "vbench2_beta_long"):
         spec = importlib.util.find_spec(name)
         found[name] = str(Path(spec.origin).parent) if spec and spec.origin else None
     try:
         found["version"] = importlib.metadata.version("vbench")
-    except importlib.metadata.PackageNotFoundError:  # a checkout on the path
+    except importlib.metadata.PackageNotFoundError:  # not installed: a checkout on the path
         found["version"] = "unknown"
     return found
 
 
 def score(job: dict) -> None:
-    """Run VBench on one dimension; it writes <dimension>_eval_results.json into the job's output folder."""
+    """Score one dimension; VBench writes <dimension>_eval_results.json to the job's output folder."""
     import torch
 
     device = torch.device(job["device"] or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -45,10 +45,10 @@ def score(job: dict) -> None:
 
 
 def long_benchmark(job: dict) -> type:
-    """VBench-Long, told which clip is of which prompt, and safe to interrupt.
+    """Return a subclass of VBenchLong that assigns clips to prompts correctly and survives an interruption.
 
-    By itself it takes a file name with its index for the prompt, or finds no clips at all, depending on the order in
-    which the file system lists a folder; and it takes what an interrupted run has left for complete.
+    VBenchLong itself uses the file name with its index as the prompt. With its own prompts it finds clips or none,
+    depending on the order of the folder listing. It also treats the clips of an interrupted run as complete.
     """
     from vbench2_beta_long import VBenchLong
 
@@ -78,4 +78,4 @@ if __name__ == "__main__":
     if sys.argv[1:] == ["score"]:
         score(json.load(sys.stdin))
     else:
-        print(json.dumps(describe()))
+        print(json.dumps(locate_packages()))

@@ -1,9 +1,10 @@
-"""Write clips of the miniature world as mp4 files with their captions, for those who want files.
+"""Write clips of the miniature world as mp4 files, with their captions.
 
 python scripts/write_shapes_clips.py --output outputs/shapes --num_clips 16 --num_frames 81
 python scripts/write_shapes_clips.py --output runs/shapes --num_clips 400 --captions_only
 
-Writes 00000.mp4, 00001.mp4, ... and captions.txt, line i for clip i.
+Writes 00000.mp4, 00001.mp4, ... and captions.txt with line i for clip i. Training renders clips on the fly and does not
+need these files.
 """
 
 import argparse
@@ -25,10 +26,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, help="folder")
     parser.add_argument("--num_clips", type=int, default=16)
-    parser.add_argument("--num_frames", type=int, default=81, help="pixel frames")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--held_out", action="store_true", help="combinations that training never shows")
-    parser.add_argument("--captions_only", action="store_true", help="no videos")
+    parser.add_argument("--num_frames", type=int, default=81, help="pixel frames per clip")
+    parser.add_argument("--seed", type=int, default=0, help="of the clips")
+    parser.add_argument("--held_out", action="store_true", help="combinations that are held out from training")
+    parser.add_argument("--captions_only", action="store_true", help="write captions.txt only")
     args = parser.parse_args()
     if args.num_clips < 1 or args.num_frames < 1:
         raise UserError("--num_clips and --num_frames must be positive")

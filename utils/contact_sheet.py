@@ -1,21 +1,22 @@
-"""A video in a row of frames: contact sheets, from whole videos or while they stream by.
+"""Contact sheets: one row of evenly spaced frames per video, from files or from streamed frames.
 
-Frames are uint8 RGB arrays [T, H, W, 3] throughout.
+Frames are uint8 RGB arrays [T, H, W, 3].
 """
 
 import bisect
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from utils.files import atomic_path
-from utils.video import to_uint8
+from utils.files import atomic_path, read_json
+from utils.video import read_video, to_uint8
 
-_THUMBNAIL_MIN, _THUMBNAIL_MAX = 128, 320  # pixels of the longer side
+_THUMBNAIL_MIN, _THUMBNAIL_MAX = 128, 320  # pixels of a thumbnail's longer side
 _MARGIN, _GAP = 12, 4  # pixels
 _CAPTION_LINES, _CAPTION_SIZE, _TIME_SIZE = 2, 15, 11  # lines, and font sizes in pixels
 
@@ -25,9 +26,9 @@ class Strip:
     """One row of a contact sheet.
 
     Attributes:
-        caption: the text above it.
-        frames: the frames to show, uint8 [T, H, W, 3].
-        seconds: when each of them is shown in the video.
+        caption: text above the frames.
+        frames: frames to show, uint8 [T, H, W, 3].
+        seconds: time of each frame in the video.
     """
 
     caption: str
@@ -36,44 +37,48 @@ class Strip:
 
 
 class ContactSheetSampler:
-    """Keep the few frames that a contact sheet shows while a video streams by; memory does not grow with its length.
+    """Select the frames of a contact sheet while a video is streamed. Memory does not grow with its length.
 
-    The frames kept are evenly spaced, the first and the last included. With an unknown length they are as even as
-    thinning allows: at most twice `columns` frames are held, and every second one is dropped when there are more.
+    The selected frames are evenly spaced and include the first and the last. If the length is unknown, up to twice
+    `columns` frames are held, and every second one is dropped when there are more. The spacing is then less even.
     """
 
     def __init__(self, num_frames: int | None = None, columns: int = 8, fps: float = 16.0) -> None:
         """
         Args:
-            num_frames: pixel frames of the video; None if it may go on for ever.
-            columns: frames to keep in the end, at least 2.
+            num_frames: pixel frames of the video; None if unknown.
+            columns: frames to select, at least 2.
             fps: frames per second.
+
+        Raises:
+            ValueError: if `columns` is below 2.
         """
         if columns < 2:
-            raise ValueError(f"a contact sheet shows the first and the last frame: columns must be >= 2, not {columns}")
+            raise ValueError(f"columns must be at least 2, for the first and the last frame, not {columns}")
         self._columns, self._fps = columns, fps
-        self._wanted = None if num_frames is None else frozenset(_evenly_spaced(num_frames, columns))
+        self._selected = None if num_frames is None else frozenset(_evenly_spaced(num_frames, columns))
         self._stride = 1
         self._kept: dict[int, np.ndarray] = {}  # frame index => frame [H, W, 3]
         self._last: np.ndarray | None = None
         self._count = 0
 
     def add(self, frames: np.ndarray | torch.Tensor) -> None:
-        """Take the next frames of the video: uint8 [T, H, W, 3], or a float tensor [T, 3, H, W] in [-1, 1]."""
+        """Add the next frames of the video: uint8 [T, H, W, 3], or a float tensor [T, 3, H, W] in [-1, 1]."""
         pixels = to_uint8(frames)
         for frame in pixels:
-            if self._count in self._wanted if self._wanted is not None else self._count % self._stride == 0:
-                self._kept[self._count] = frame.copy()  # a view would keep all of `frames` alive
+            index, selected = self._count, self._selected
+            if index % self._stride == 0 if selected is None else index in selected:
+                self._kept[self._count] = frame.copy()  # a view would keep all of `frames` in memory
                 self._thin()
             self._count += 1
         if len(pixels):
             self._last = pixels[-1].copy()
 
     def strip(self, caption: str) -> Strip:
-        """The frames seen so far as a row of a contact sheet.
+        """Return the selection from the frames so far.
 
         Raises:
-            ValueError: if there were none.
+            ValueError: if there are no frames.
         """
         if self._last is None:
             raise ValueError(f"no frames for the contact sheet of {caption!r}")
@@ -83,22 +88,39 @@ class ContactSheetSampler:
         return Strip(caption, np.stack([kept[i] for i in indices]), tuple(i / self._fps for i in indices))
 
     def _thin(self) -> None:
-        if self._wanted is None and len(self._kept) > 2 * self._columns:
+        if self._selected is None and len(self._kept) > 2 * self._columns:
             self._stride *= 2
             self._kept = {index: frame for index, frame in self._kept.items() if index % self._stride == 0}
 
 
-def contact_sheet(rows: Sequence[Strip | tuple[str, np.ndarray]], columns: int = 8, fps: float = 16.0) -> Image.Image:
-    """Draw videos below each other: a caption, evenly spaced frames from first to last, and their times.
+def read_strip(path: Path, columns: int = 8) -> Strip:
+    """Read a video file's row; its caption is the prompt in the video's metadata, or else the file's name.
 
-    Frames smaller than 128 pixels are enlarged without smoothing, those larger than 320 reduced.
+    Raises:
+        UserError: if the video or its metadata cannot be read.
+    """
+    frames, fps = read_video(path)
+    metadata = path.with_suffix(".json")
+    caption = read_json(metadata, "video metadata file")["name"] if metadata.exists() else path.stem
+    return _sample(caption, frames, columns, fps)
+
+
+def draw_contact_sheet(
+    rows: Sequence[Strip | tuple[str, np.ndarray]], columns: int = 8, fps: float = 16.0
+) -> Image.Image:
+    """Draw one row per video: a caption, evenly spaced frames, and their times.
+
+    Frames smaller than 128 pixels are enlarged without smoothing; frames larger than 320 pixels are reduced.
 
     Args:
-        rows: a video each, as (caption, all its frames [T, H, W, 3]) or as a sampler's `Strip`.
-        columns: frames per row, at least 2, for the rows given as a whole video.
-        fps: frames per second, for the same rows.
+        rows: for each video a `Strip`, or (caption, all frames [T, H, W, 3]).
+        columns: frames per row for videos with all frames, at least 2.
+        fps: frames per second of these videos.
+
+    Raises:
+        ValueError: if there are no rows.
     """
-    strips = [row if isinstance(row, Strip) else _strip_of(*row, columns, fps) for row in rows]
+    strips = [row if isinstance(row, Strip) else _sample(*row, columns, fps) for row in rows]
     if not strips:
         raise ValueError("a contact sheet needs at least one video")
     drawn = [_draw_strip(strip) for strip in strips]
@@ -117,27 +139,27 @@ def save_contact_sheet(
     columns: int = 8,
     fps: float = 16.0,
 ) -> None:
-    """Write `contact_sheet(rows, columns, fps)` as a PNG; it appears complete or not at all.
+    """Write a contact sheet as a PNG, atomically; arguments as in `draw_contact_sheet`.
 
     Raises:
-        OSError: if the disk is full or not writable; it names `path`.
+        OSError: if the disk is full or not writable; the error names `path`.
     """
-    sheet = contact_sheet(rows, columns, fps)
+    sheet = draw_contact_sheet(rows, columns, fps)
     try:
         with atomic_path(path) as temporary:
             sheet.save(temporary, format="PNG")
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None  # Pillow does not say which file
+        raise OSError(error.errno, error.strerror, str(path)) from None  # Pillow's error has no file name
 
 
-def _strip_of(caption: str, frames: np.ndarray, columns: int, fps: float) -> Strip:
+def _sample(caption: str, frames: np.ndarray, columns: int, fps: float) -> Strip:
     sampler = ContactSheetSampler(len(frames), columns, fps)
     sampler.add(frames)
     return sampler.strip(caption)
 
 
 def _evenly_spaced(count: int, columns: int) -> list[int]:
-    """At most `columns` distinct indices below `count`, the first and the last included."""
+    """Return at most `columns` distinct indices below `count`, including the first and the last."""
     return sorted({round(i * (count - 1) / (columns - 1)) for i in range(columns)})
 
 
@@ -146,7 +168,7 @@ def _draw_strip(strip: Strip) -> Image.Image:
     width, height = thumbnails[0].size
     caption_font, time_font = ImageFont.load_default(_CAPTION_SIZE), ImageFont.load_default(_TIME_SIZE)
     image_width = len(thumbnails) * (width + _GAP) - _GAP
-    lines = wrap(strip.caption, image_width, caption_font.getlength, _CAPTION_LINES)
+    lines = wrap_text(strip.caption, image_width, caption_font.getlength, _CAPTION_LINES)
     caption_height = len(lines) * (_CAPTION_SIZE + _GAP) + _GAP
     image = Image.new("RGB", (image_width, caption_height + height + _TIME_SIZE + 2 * _GAP), "white")
     draw = ImageDraw.Draw(image)
@@ -155,25 +177,33 @@ def _draw_strip(strip: Strip) -> Image.Image:
     for column, (small, second) in enumerate(zip(thumbnails, strip.seconds, strict=True)):
         left = column * (width + _GAP)
         image.paste(small, (left, caption_height))
-        draw.text((left, caption_height + height + _GAP), time_text(second), fill="dimgray", font=time_font)
+        draw.text((left, caption_height + height + _GAP), format_time(second), fill="dimgray", font=time_font)
     return image
 
 
 def thumbnail(frame: np.ndarray, smallest: int = _THUMBNAIL_MIN, largest: int = _THUMBNAIL_MAX) -> Image.Image:
-    """A frame [H, W, 3] at a size to look at: one whose longer side is below `smallest` pixels is enlarged by a whole
-    number, without smoothing, one above `largest` is reduced."""
+    """Resize a frame [H, W, 3] for viewing.
+
+    If its longer side is below `smallest` pixels, it is enlarged by a whole factor without smoothing. If it is above
+    `largest` pixels, it is reduced.
+    """
     image = Image.fromarray(frame)
     longer = max(image.size)
     if longer < smallest:
         factor = -(-smallest // longer)
         return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
-    image.thumbnail((largest, largest), Image.Resampling.LANCZOS)  # only ever reduces
+    image.thumbnail((largest, largest), Image.Resampling.LANCZOS)  # never enlarges
     return image
 
 
-def wrap(text: str, width: float, measure: Callable[[str], float], num_lines: int) -> list[str]:
-    """`text` in at most `num_lines` lines of `width` pixels, ellipsized if it is longer; `measure` gives a width."""
-    text = " ".join(text.split())[:1000]  # the lines of the widest sheet hold fewer
+def wrap_text(text: str, width: float, measure: Callable[[str], float], num_lines: int) -> list[str]:
+    """Break a text into lines of at most `width` pixels; longer texts end in an ellipsis.
+
+    Args:
+        measure: returns the width of a text in pixels.
+        num_lines: maximum number of lines.
+    """
+    text = " ".join(text.split())[:1000]  # more than fits on the widest sheet
     text = "".join(c if c.isprintable() else " " for c in text)
     lines: list[str] = []
     while text:
@@ -189,10 +219,10 @@ def wrap(text: str, width: float, measure: Callable[[str], float], num_lines: in
 
 
 def _fitting(text: str, width: float, measure: Callable[[str], float]) -> int:
-    """How many leading characters of `text` fit into `width`; at least one."""
+    """Return how many leading characters of `text` fit into `width`, at least one."""
     return max(1, bisect.bisect_left(range(1, len(text) + 1), True, key=lambda n: measure(text[:n]) > width))
 
 
-def time_text(seconds: float) -> str:
-    """A time in a video as it is shown."""
+def format_time(seconds: float) -> str:
+    """Format a time in a video, such as "5.0 s" or "1:30"."""
     return f"{seconds:.1f} s" if seconds < 60 else f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

@@ -46,7 +46,7 @@ def test_folders_are_paired_by_prompt_seed_and_sample(folders, tmp_path, call):
         compare_videos, f"one={folders / 'a'}", folders / "b", "--output", tmp_path / "out", "--timestamp"
     )
     assert code == 0 and "wrote 2 videos" in out
-    assert "1 of one's 3 videos are not in all folders" in out and "1 of b's 3 videos" in out
+    assert "skipping 1 of one's 3 videos, which are not in all folders" in out and "1 of b's 3 videos" in out
     assert sorted(p.name for p in (tmp_path / "out").glob("*.mp4")) == ["cat-0.mp4", "cat-1.mp4"]
     assert levels(tmp_path / "out/cat-0.mp4") == [40, 120] and levels(tmp_path / "out/cat-1.mp4") == [80, 160]
     record = json.loads((tmp_path / "out/cat-0.json").read_text())
@@ -65,7 +65,7 @@ def test_videos_that_exist_are_kept_unless_asked(folders, tmp_path, call):
     assert code == 0  # named 7.mp4: of the first folder
     (tmp_path / "7.mp4").rename(tmp_path / "cat-0.mp4")
     code, out, _ = call(compare_videos, f"new={folders / 'a'}", folders / "b", "--output", tmp_path)
-    assert "made of other videos; --overwrite" in out and levels(tmp_path / "cat-0.mp4") == [120, 40]
+    assert "which shows other videos; use --overwrite" in out and levels(tmp_path / "cat-0.mp4") == [120, 40]
     code, out, _ = call(compare_videos, *words, "--overwrite")
     assert "wrote 2 videos" in out and levels(tmp_path / "cat-0.mp4") == [40, 120]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from evaluation import vbench
+from evaluation.vbench.installation import DEFAULT_DIMENSIONS
 from scripts import evaluate_vbench
 
 STUB = Path(__file__).parent / "vbench_stub"
@@ -73,13 +73,13 @@ def test_folders_are_scored_side_by_side_with_their_original_prompts(folders, st
     words = (f"a={folders / 'plain'}", folders / "extended", "--output", tmp_path / "out")
     code, out, err = call(evaluate_vbench, *words)
     assert code == 0, err
-    assert runs(stub) == [*vbench.USUAL, *vbench.USUAL]
-    assert "extended: 3 of 3 videos were made from extended prompts" in out and "a: " not in out
+    assert runs(stub) == [*DEFAULT_DIMENSIONS, *DEFAULT_DIMENSIONS]
+    assert "extended: 3 of 3 videos were generated from extended prompts" in out and "a: " not in out
     assert "extended and a have 0 prompts, seeds and samples in common" in out
     score = (5 + 5 + 18) / 3
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if line.startswith("|")]
     assert rows[0] == ["[%]", "a (3 videos)", "extended (3 videos)"]
-    assert rows[2:] == [[name, f"{score:.2f}", f"{score:.2f}"] for name in vbench.USUAL]
+    assert rows[2:] == [[name, f"{score:.2f}", f"{score:.2f}"] for name in DEFAULT_DIMENSIONS]
     report = json.loads((tmp_path / "out/custom_input.json").read_text())
     assert [(m["label"], m["seeds"], m["num_extended"]) for m in report["methods"]] == [
         ("a", [7], 0),
@@ -128,7 +128,7 @@ def test_the_suites_videos_are_named_as_vbench_looks_for_them(suite, stub, tmp_p
     code, out, err = call(evaluate_vbench, suite, "--suite", "--output", tmp_path / "out")
     assert code == 0, err
     assert runs(stub) == ["imaging_quality", "overall_consistency", "human_action", "appearance_style"]
-    assert "2 of VBench's 3 prompts" in out and "3 of 4 videos were made from extended prompts" in out
+    assert "2 of VBench's 3 prompts" in out and "3 of 4 videos were generated from extended prompts" in out
     links = {path.name: path.resolve().name for path in (tmp_path / "out/vbench_standard/suite/videos").iterdir()}
     castle = "a castle, oil painting"
     assert links == {
@@ -192,7 +192,7 @@ def test_vbenchs_prompts_are_written_once_each(stub, tmp_path, call):
         ("a/b={0}/plain", "cannot be a folder's"),
         ("{0}/plain --dimensions beauty", "no dimension 'beauty'; it has subject_consistency,"),
         ("{0}/plain --dimensions color", "color needs VBench's own prompts (--suite)"),
-        ("{0}/plain --suite", "is not of VBench's prompts ('a cat')"),
+        ("{0}/plain --suite", "has none of VBench's prompts ('a cat')"),
         ("{0}/suite --suite --dimensions color scene", "no videos of the prompts of color, scene"),
         ("{0}/plain --long", "clip_length_mix.yaml is missing"),
         ("{0}/plain --python {0}/none", "--python must name a Python interpreter"),
@@ -209,7 +209,7 @@ def test_too_many_samples_of_a_prompt_are_refused(stub, tmp_path, call):
     for sample in range(6):
         save(tmp_path / "many", str(sample), "a red bird", sample=sample)
     code, _, err = call(evaluate_vbench, tmp_path / "many", "--suite", "--output", tmp_path / "out")
-    assert code == 2 and "up to 6 videos of a prompt" in err
+    assert code == 2 and "up to 6 videos per prompt" in err
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vbench") is not None, reason="VBench is installed")

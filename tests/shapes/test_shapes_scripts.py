@@ -25,7 +25,7 @@ from shapes import world
 from shapes.objectives import VAEReconstruction
 from trainer.datasets.generate_pairs import loss_sigmas, nearest_indices
 from utils.config import load_config
-from utils.contact_sheet import save_contact_sheet
+from utils.contact_sheet import read_strip, save_contact_sheet
 from utils.rng import keyed_noise
 from utils.video import VideoWriter, read_video
 
@@ -301,7 +301,7 @@ def test_a_contact_sheet_of_a_folder(tmp_path, call):
     code, out, _ = call(contact_sheet, tmp_path, "--columns", 4, "--videos", 1, "--output", tmp_path / "one.png")
     one = np.asarray(Image.open(tmp_path / "one.png"))
     assert code == 0 and "1 videos" in out and one.shape[0] < small[1] / 2
-    strips = [contact_sheet.strip(tmp_path / f"{number}.mp4", 4) for number in range(3)]
+    strips = [read_strip(tmp_path / f"{number}.mp4", 4) for number in range(3)]
     save_contact_sheet(tmp_path / "middle.png", [strips[1]], columns=4)
     assert np.array_equal(one, np.asarray(Image.open(tmp_path / "middle.png")))
     assert wide[0] > 1.5 * small[0] and small[0] >= 4 * 128 and small[1] >= 3 * 128

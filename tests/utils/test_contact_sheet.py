@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from utils.contact_sheet import ContactSheetSampler, Strip, contact_sheet, save_contact_sheet
+from utils.contact_sheet import ContactSheetSampler, Strip, draw_contact_sheet, save_contact_sheet
 
 
 def numbered(count: int) -> np.ndarray:
@@ -61,7 +61,7 @@ def test_sampler_of_an_interrupted_video_shows_what_there_was():
 
 def test_contact_sheet_shows_the_frames_enlarged_and_has_room_for_captions():
     red, blue = np.full((9, 32, 32, 3), (255, 0, 0), np.uint8), np.full((9, 32, 32, 3), (0, 0, 255), np.uint8)
-    sheet = np.asarray(contact_sheet([("red", red), ("blue", blue)], columns=3))
+    sheet = np.asarray(draw_contact_sheet([("red", red), ("blue", blue)], columns=3))
     for colour in ((255, 0, 0), (0, 0, 255)):
         assert (sheet == colour).all(axis=2).sum() == 3 * 128 * 128
     assert (sheet.reshape(-1, 3).max(axis=1) < 64).any()  # captions are black
@@ -70,7 +70,7 @@ def test_contact_sheet_shows_the_frames_enlarged_and_has_room_for_captions():
 def test_contact_sheet_reduces_large_frames_and_survives_any_caption():
     frames = np.zeros((2, 100, 1000, 3), np.uint8)
     captions = ["word " * 2000, "一只猫" * 300, "🐱\n\x00\u202e", "", "x" * 5000]
-    sheets = [contact_sheet([(caption, frames)], columns=2) for caption in captions]
+    sheets = [draw_contact_sheet([(caption, frames)], columns=2) for caption in captions]
     assert {sheet.width for sheet in sheets} == {2 * 320 + 4 + 24}
     assert max(sheet.height for sheet in sheets) < 140
 
