@@ -184,7 +184,7 @@ class VBenchFolder:
         answer.unlink(missing_ok=True)
         log = self._log_file(dimension)
         with log.open("wb") as file:
-            command = [installation.python, WORKER, "score"]
+            command: list[str | Path] = [installation.python, WORKER, "score"]
             process = subprocess.run(
                 command, input=json.dumps(job, default=str).encode(), stdout=file, stderr=subprocess.STDOUT
             )
