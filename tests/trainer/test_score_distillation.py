@@ -349,7 +349,7 @@ def test_interrupted_and_sampled_runs_end_with_the_weights_of_a_plain_run(make_t
     next_folder = tmp_path / "sampled/samples/00000004"
 
     def spied_sample(folder):
-        seen.append(torch.equal(sampled.objective.generator.proj_out.weight, sampled.ema["proj_out.weight"]))
+        seen.append(torch.equal(sampled.objective.generator.proj_out.weight, sampled.ema.weights["proj_out.weight"]))
         sample(folder)
         (next_folder / "a red circle-0.mp4").mkdir(parents=True, exist_ok=True)  # blocks the next video
 
@@ -367,7 +367,7 @@ def test_values_that_are_not_finite_stop_the_run_and_are_named(make_trainer):
     objective = run.objective
     backward = objective.forward_kl.backward
     objective.forward_kl.backward = lambda *args: backward(*args) | {"forward_kl": float("nan")}
-    with pytest.raises(UserError, match="iteration 0: forward_kl is nan; nothing was saved yet"):
+    with pytest.raises(UserError, match="iteration 0: forward_kl is nan; no checkpoint was saved yet"):
         run.train()
     objective.forward_kl.backward = backward
     with torch.no_grad():
