@@ -410,9 +410,7 @@ def test_bad_arguments_of_train_are_one_line_errors(tmp_path, monkeypatch, capsy
         assert message in err and err.startswith("error:") and err.count("\n") == 1, err
 
 
-def test_missing_wandb_credentials_are_reported_before_anything_is_loaded(
-    tmp_path, monkeypatch, capsys, model, clips
-):
+def test_missing_wandb_credentials_are_reported_before_anything_is_loaded(tmp_path, monkeypatch, capsys, model, clips):
     config = write_config(
         tmp_path / "c.yaml", model, train={"objective": "flow_matching", "wandb": "online"}, data={"path": str(clips)}
     )
