@@ -1,4 +1,4 @@
-"""Sampling the bidirectional teacher: many steps over a whole clip, with classifier-free guidance."""
+"""Samples the bidirectional teacher: many steps over a whole clip, with classifier-free guidance."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -8,6 +8,7 @@ from diffusers import UniPCMultistepScheduler
 from torch import Tensor
 
 from model.causal_wan import CausalWanModel, TextContext
+from model.denoiser import clip_flow
 from model.embeddings import EmbeddingCache
 from model.flow import guide
 from model.weights import ModelDirectory
@@ -18,7 +19,7 @@ from utils.rng import keyed_noise
 
 
 class Teacher:
-    """The teacher of one configuration on one device, ready to be sampled."""
+    """The teacher network of a configuration on one device, with its text encoder."""
 
     def __init__(self, config: Config, net: CausalWanModel, embeddings: EmbeddingCache):
         self.config = config
@@ -27,10 +28,10 @@ class Teacher:
 
     @classmethod
     def load(cls, config: Config, device: torch.device) -> "Teacher":
-        """Load the DiT that `config.teacher.path` names, or the base's own, and the text encoder.
+        """Load the weights of `teacher.path`, or else the base's transformer, and the text encoder.
 
         Raises:
-            UserError: for missing or broken files, and for a size that VAE and patches do not divide.
+            UserError: for missing or corrupt files, and for a size that VAE stride and patches do not divide.
         """
         model, dtype = config.model, DTYPES[config.model.dtype]
         directory = ModelDirectory.open(model.base)
@@ -42,14 +43,14 @@ class Teacher:
         return cls(config, net, EmbeddingCache.load(directory, dtype, model.text_length, model.text_cache).to(device))
 
     def noise(self, seed: int, samples: Sequence[int]) -> Tensor:
-        """Noise [B, F, C, h, w] of numbered samples: a clip of `data.num_frames` latent frames is one block."""
+        """Return the noise of these samples, [B, F, C, h, w], with F = `data.num_frames`: a clip is one block."""
         size = latent_size(self.config.video)
         shape = (self.config.data.num_frames, self.net.config.in_channels, *size)
         return torch.stack([keyed_noise(seed, sample, 0, 0, shape) for sample in samples]).to(self.net.device)
 
     def flow(self, prompts: Sequence[str]) -> Callable[[Tensor, float], Tensor]:
-        """The guided flow of a batch of prompts, as a function of x [B, F, C, h, w] and sigma."""
-        with torch.no_grad():  # keys and values of the text are the same at every step
+        """Return the guided flow for a batch of prompts, a function of x [B, F, C, h, w] and sigma."""
+        with torch.no_grad():  # once: keys and values of the text are the same at every step
             text = self.net.encode_text(self.embeddings.get(prompts).to(self.net.device))
             negative = self.embeddings.get([self.config.teacher.negative_prompt]).to(self.net.device)
             negative = self.net.encode_text(negative.expand(len(prompts), -1, -1))
@@ -66,21 +67,19 @@ def guided_flow(
     negative: Tensor | TextContext,
     scale: float,
 ) -> Tensor:
-    """The teacher's flow with guidance, float32 [B, F, C, h, w].
+    """Return the flow with classifier-free guidance, float32 [B, F, C, h, w].
 
     Args:
-        x: [B, F, C, h, w] at level sigma; one level for all, or [B].
-        text, negative: prompt and negative-prompt embeddings [B, L, text_dim], or what the net's `encode_text` made of
-            them.
-        scale: 1 leaves guidance out, and its second forward.
+        x: clips at level sigma, [B, F, C, h, w].
+        sigma: one level for all clips, or [B].
+        text, negative: embeddings [B, L, text_dim] of the prompts and the negative prompt, or the network's
+            `encode_text` of them.
+        scale: guidance scale; 1 means no guidance and skips the negative prompt's pass.
     """
-    timestep = 1000 * sigma if isinstance(sigma, Tensor) else torch.full((len(x),), 1000 * sigma, device=x.device)
-
-    def flow(condition: Tensor | TextContext) -> Tensor:
-        return net(x.transpose(1, 2), timestep, condition).transpose(1, 2).float()
-
-    conditional = flow(text)
-    return conditional if scale == 1 else guide(conditional, flow(negative), scale)
+    conditional = clip_flow(net, x, sigma, text).float()
+    if scale == 1:
+        return conditional
+    return guide(conditional, clip_flow(net, x, sigma, negative).float(), scale)
 
 
 def sample_euler(
@@ -89,7 +88,13 @@ def sample_euler(
     sigmas: Sequence[float],
     on_step: Callable[[int], None] | None = None,
 ) -> list[Tensor]:
-    """Follow the probability-flow ODE by Euler steps through `sigmas`; returns x at each of them, first to last."""
+    """Solve the probability-flow ODE dx/dsigma = flow(x, sigma) by Euler steps; return x at each of `sigmas`.
+
+    Args:
+        noise: x at the first level.
+        sigmas: falling noise levels.
+        on_step: called with the index of every finished step.
+    """
     points = [noise]
     for index, (sigma, next_sigma) in enumerate(itertools.pairwise(sigmas)):
         x = points[-1]
@@ -100,7 +105,11 @@ def sample_euler(
 
 
 def sample_unipc(flow: Callable[[Tensor, float], Tensor], noise: Tensor, num_steps: int, shift: float) -> Tensor:
-    """Sample with UniPC (arXiv 2302.04867), diffusers' implementation, as Wan's own pipeline does; returns x0."""
+    """Sample with diffusers' UniPC (arXiv 2302.04867), the solver of Wan's own pipeline; return x0.
+
+    Args:
+        shift: shift of the noise levels.
+    """
     solver = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
     solver.set_timesteps(num_steps, device=noise.device)
     x = noise

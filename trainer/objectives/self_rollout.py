@@ -91,9 +91,8 @@ class SelfRollout:
             exit_step=exit_step,
             with_grad=lambda block: keep_graph and block in trained_blocks,
         )
-        schedule = build_schedule(config.rollout, num_frames)
         with mixed_precision(config, self.device):
-            blocks = dict(rollout.run(list(schedule.ops_until(exit_step)), schedule.caches_until(exit_step)))
+            blocks = self._finished_blocks(rollout, num_frames)
         return GeneratedClip(rollout, blocks, trained_blocks, exit_step)
 
     def from_noise(
@@ -124,8 +123,7 @@ class SelfRollout:
             exit_step=exit_step,
             with_grad=lambda block: True,
         )
-        schedule = build_schedule(config.rollout, num_frames)
-        blocks = dict(rollout.run(list(schedule.ops_until(exit_step)), schedule.caches_until(exit_step)))
+        blocks = self._finished_blocks(rollout, num_frames)
         x0 = torch.cat([blocks[block] for block in sorted(blocks)], dim=1)
         x = torch.cat([rollout.exit_inputs[block].x for block in sorted(blocks)], dim=1)
         return x, (x - x0) / sigmas[exit_step]
@@ -182,6 +180,11 @@ class SelfRollout:
         max_extra_blocks = (distill.max_rollout_frames - window) // block_frames
         extra_blocks = int(torch.randint(max_extra_blocks + 1, (), generator=shared))
         return exit_step, window + extra_blocks * block_frames
+
+    def _finished_blocks(self, rollout: TrainingRollout, num_frames: int) -> dict[int, Tensor]:
+        """Run a rollout up to its exit step; return the x0 of every block."""
+        schedule, exit_step = build_schedule(self.config.rollout, num_frames), rollout.final_step
+        return dict(rollout.run(list(schedule.ops_until(exit_step)), schedule.caches_until(exit_step)))
 
     def _denoiser(self, embeddings: Tensor, graph: bool) -> Denoiser:
         with torch.set_grad_enabled(graph), mixed_precision(self.config, self.device):
