@@ -1,10 +1,9 @@
-"""Write the generator of a training run as a checkpoint that inference reads.
+"""Export the generator of a training run as a checkpoint for inference.
 
 python scripts/export_generator.py --logdir runs/hiar --output ckpts/hiar.pt [--use_ema] [--iteration 600]
 
-OUTPUT may be a .pt file ({"generator": ..., "generator_ema": ...} with the names of the original's checkpoints, both
-halves), a .safetensors file (diffusers' names) or a folder (diffusers' layout). The run may have had any number of
-processes.
+OUTPUT is a .pt file (both the weights and their EMA, with the names of the original's checkpoints), a .safetensors file
+(diffusers' names), or a folder (diffusers' layout). The run may have used any number of ranks.
 """
 
 import argparse
@@ -27,27 +26,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--logdir", type=Path, required=True, help="folder of the training run")
     parser.add_argument("--output", type=Path, required=True, help="FILE.pt, FILE.safetensors or a folder")
-    parser.add_argument("--use_ema", action="store_true", help="the average of the weights; a .pt file holds both")
-    parser.add_argument("--iteration", type=int, help="default: the last one that was saved")
+    parser.add_argument("--use_ema", action="store_true", help="export the EMA weights; a .pt file contains both")
+    parser.add_argument("--iteration", type=int, help="iteration of the checkpoint; default: the last one")
     args = parser.parse_args()
     suffix = folder_or_suffix(args.output)
     if suffix not in ("", ".safetensors", *TORCH_SUFFIXES):
         raise UserError(f"--output {args.output} must end in .pt or .safetensors, or be a folder without a suffix")
     checkpoint = find_checkpoint(args.logdir, args.iteration)
-    config = load_config(
-        str(checkpoint / CONFIG_FILE if (checkpoint / CONFIG_FILE).exists() else args.logdir / CONFIG_FILE)
-    )
+    config_file = checkpoint / CONFIG_FILE
+    config = load_config(str(config_file if config_file.exists() else args.logdir / CONFIG_FILE))
     if config.train.objective not in DIT_OBJECTIVES:
         raise UserError(f"{args.logdir} is a run of {config.train.objective}, which trains no generator")
-    weights = "nets/generator/" if config.train.objective == "score_distillation" else "nets/net/"
+    prefix = "nets/generator/" if config.train.objective == "score_distillation" else "nets/net/"
     if suffix in TORCH_SUFFIXES:
-        halves = {
-            "generator": read_tensors(checkpoint, weights),
-            "generator_ema": read_tensors(checkpoint, "ema/"),
-        }
-        save_weights(args.output, {k: export_state(state, "generator")["generator"] for k, state in halves.items()})
+        states = {"generator": read_tensors(checkpoint, prefix), "generator_ema": read_tensors(checkpoint, "ema/")}
+        save_weights(args.output, {k: export_state(state, "generator")["generator"] for k, state in states.items()})
     else:
-        state = read_tensors(checkpoint, "ema/" if args.use_ema else weights)
+        state = read_tensors(checkpoint, "ema/" if args.use_ema else prefix)
         if suffix:
             save_weights(args.output, state)
         else:

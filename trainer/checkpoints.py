@@ -1,4 +1,4 @@
-"""Checkpoints of a run: sharded, written in the background, complete or absent, the last few kept."""
+"""Checkpoints of a run: sharded, written in the background, atomic; the latest few are kept."""
 
 import itertools
 import pickle
@@ -22,47 +22,47 @@ from utils.errors import UserError
 from utils.files import write_text
 
 CONFIG_FILE = "config.yaml"
-"""In a checkpoint: the configuration of the run that wrote it."""
+"""File in a checkpoint: the configuration of the run that wrote it."""
 _NAME = re.compile(r"\d{8}")
-_RESUMED = "resumed_from"  # beside checkpoints that descend from another: where that was
+_RESUMED_FROM = "resumed_from"  # file in checkpoints/: path of the checkpoint that the run started from
 
 
 class Checkpoints:
-    """The folder `checkpoints/` of a run: a folder per saved iteration, each in torch.distributed.checkpoint's format.
+    """The folder `checkpoints/` of a run, with one folder per saved iteration in torch.distributed.checkpoint's format.
 
-    A folder appears under its name when all of it is on the disk, whatever becomes of the run meanwhile. Tensors that
-    are sharded are written in parts by the processes that hold them, and can be loaded by any number of processes.
+    A checkpoint gets its final name when it is completely on disk, even if the run is killed meanwhile. Each rank
+    writes its own shards; a run of any world size can load them.
     """
 
     def __init__(self, logdir: Path, keep: int):
         self.folder = logdir / "checkpoints"
         self.keep = keep
-        self._pending: tuple[Future, int] | None = None
-        # A group of its own: the background thread's messages must not get between those of training.
+        self._pending: tuple[Future, int] | None = None  # the save in progress and its iteration
+        # The background thread needs its own group, so that its messages do not mix with those of training.
         self._group = dist.new_group(backend="gloo")
 
     def saved(self) -> list[Path]:
-        """The complete checkpoints, oldest first."""
-        return saved_in(self.folder)
+        """Return the complete checkpoints, oldest first."""
+        return list_checkpoints(self.folder)
 
     def save(self, iteration: int, state: Mapping[str, Tensor], config: str) -> None:
-        """Copy the state and write it, beside the configuration, in the background; waits only for the save before."""
+        """Copy the state and write it with the configuration in the background. Wait for the previous save first."""
         self.finish()
-        partial = self._partial(iteration)
+        partial = self._partial_folder(iteration)
         if rank() == 0:
-            partial.mkdir(parents=True, exist_ok=True)  # another process may have begun to write
+            partial.mkdir(parents=True, exist_ok=True)  # another rank may have created it
             write_text(partial / CONFIG_FILE, config)
-        # What lies on the CPU would be written while training changes it.
+        # async_save copies GPU tensors. CPU tensors would change while they are written.
         copy = {name: x.detach().clone() if x.device.type == "cpu" else x for name, x in state.items()}
         self._pending = dcp.async_save(copy, checkpoint_id=partial, process_group=self._group), iteration  # type: ignore[assignment]
 
     def poll(self) -> None:
-        """Give the save that is under way its name if it is done; never waits."""
+        """Finish the save in progress if it is already written; never wait."""
         if self._pending is not None and self._pending[0].done():
             self.finish()
 
     def finish(self) -> None:
-        """Wait for the save that is under way, give it its name, and drop those that are too old."""
+        """Wait for the save in progress, give it its final name, and delete the oldest checkpoints."""
         if self._pending is None:
             return
         future, iteration = self._pending
@@ -72,43 +72,45 @@ class Checkpoints:
             return
         final = self.folder / f"{iteration:08d}"
         shutil.rmtree(final, ignore_errors=True)
-        self._partial(iteration).rename(final)
+        self._partial_folder(iteration).rename(final)
         for old in self.saved()[: -self.keep]:
             shutil.rmtree(old, ignore_errors=True)
 
     def load(self, state: Mapping[str, Tensor], path: Path | None = None) -> Path | None:
-        """Load the newest checkpoint into the tensors of `state`; returns where it was, if there is any.
+        """Load a checkpoint into the tensors of `state` and return its folder; None if the run has no checkpoint.
 
         Args:
-            path: what a run is to begin with: a checkpoint of another run, in a folder without any, or one of its own,
-                for which later ones are put aside. Once it has, the same path goes on from the newest.
+            path: the checkpoint to start from; default: the newest. It may belong to another run, if this run has no
+                checkpoints yet, or to this run; then later checkpoints are renamed to abandoned-*. If the same path is
+                given again, the run resumes from its newest checkpoint.
 
         Raises:
-            UserError: if `path` is none or cannot be begun with; if it is of another network or optimizer, or broken.
+            UserError: if `path` is not a checkpoint or conflicts with those of the run; if the checkpoint is broken or
+                belongs to another network or optimizer.
         """
-        source = self._chosen_by_one(path)
+        source = self._agree_on_source(path)
         if source is None:
             return None
         try:
             read_checkpoint_metadata(source)  # dcp.load prints a traceback if the metadata is broken
             dcp.load(dict(state), storage_reader=CheckpointReader(source))
         except _UNREADABLE as error:
-            earlier = _before(source)
+            earlier = _previous_checkpoint(source)
             raise UserError(
                 f"{source} does not fit this configuration's networks and optimizers, or is broken ({_reason(error)}); "
-                "choose another --logdir, or the configuration that it was made with"
-                + (f", or go on from the one before it by --resume {earlier}" if earlier else "")
+                "choose another --logdir, or use the configuration that wrote it"
+                + (f", or resume from the previous checkpoint with --resume {earlier}" if earlier else "")
             ) from None
         if rank() == 0 and source == path:
-            self._begin_at(path)
+            self._start_from(path)
         return source
 
-    def _chosen_by_one(self, path: Path | None) -> Path | None:
-        """What the first process takes for the source: a shared disk may show others something older for a while."""
+    def _agree_on_source(self, path: Path | None) -> Path | None:
+        """Return the checkpoint that rank 0 chooses: on a shared disk, other ranks may see an older state."""
         answer: list[Path | UserError | None] = [None]
         if rank() == 0:
             try:
-                answer = [self._source(path)]
+                answer = [self._choose_source(path)]
             except UserError as error:
                 answer = [error]
         dist.broadcast_object_list(answer, src=0, group=self._group)
@@ -117,11 +119,11 @@ class Checkpoints:
             raise source
         return source
 
-    def _source(self, path: Path | None) -> Path | None:
-        """Tidy up behind a run that was killed, and choose."""
+    def _choose_source(self, path: Path | None) -> Path | None:
+        """Clean up after a killed run, and return the checkpoint to load."""
         for partial in self.folder.glob(".*.partial"):
             final = self.folder / partial.name.removeprefix(".").removesuffix(".partial")
-            if (partial / ".metadata").exists() and not final.exists():  # which is written last
+            if (partial / ".metadata").exists() and not final.exists():  # .metadata is written last
                 partial.rename(final)
             else:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -129,60 +131,61 @@ class Checkpoints:
         if path is None or (saved and self._resumed_from() == str(path.resolve())):
             return saved[-1] if saved else None
         if not (path / ".metadata").is_file():
-            raise UserError(f"--resume {path} is no checkpoint folder such as LOGDIR/checkpoints/00000500, nor auto")
+            raise UserError(
+                f"--resume {path} is not a checkpoint; give auto or a folder such as LOGDIR/checkpoints/00000500"
+            )
         if saved and path.resolve() not in [folder.resolve() for folder in saved]:
             raise UserError(
-                f"{self.folder} has checkpoints of its own; leave out --resume to go on from them, or choose another "
-                f"--logdir to begin with {path}"
+                f"{self.folder} already has checkpoints; leave out --resume to continue from them, or choose another "
+                f"--logdir to start from {path}"
             )
         return path
 
     def _resumed_from(self) -> str:
-        note = self.folder / _RESUMED
-        return note.read_text() if note.exists() else ""
+        file = self.folder / _RESUMED_FROM
+        return file.read_text() if file.exists() else ""
 
-    def _begin_at(self, path: Path) -> None:
-        """Put later checkpoints aside, and note where this run comes from."""
+    def _start_from(self, path: Path) -> None:
+        """Rename the checkpoints later than `path`, and store `path` as the start of this run."""
         for later in self.saved():
             if later.name > path.name:
-                aside = (self.folder / f"abandoned-{later.name}-{n}" for n in itertools.count())
-                later.rename(next(name for name in aside if not name.exists()))
+                names = (self.folder / f"abandoned-{later.name}-{n}" for n in itertools.count())
+                later.rename(next(name for name in names if not name.exists()))
         self.folder.mkdir(exist_ok=True)
-        write_text(self.folder / _RESUMED, str(path.resolve()))
+        write_text(self.folder / _RESUMED_FROM, str(path.resolve()))
 
-    def _partial(self, iteration: int) -> Path:
+    def _partial_folder(self, iteration: int) -> Path:
         return self.folder / f".{iteration:08d}.partial"
 
 
-def saved_in(folder: Path) -> list[Path]:
-    """The complete checkpoints of a folder, oldest first."""
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Return the complete checkpoints in a folder, oldest first."""
     if not folder.is_dir():
         return []
     return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name))
 
 
 def find_checkpoint(logdir: Path, iteration: int | None = None) -> Path:
-    """The checkpoint of a run's iteration, or its last one.
+    """Return the checkpoint of an iteration of a run; default: the last one.
 
     Raises:
-        UserError: if there is none; it names those that there are.
+        UserError: if there is none; it lists the iterations that have one.
     """
-    saved = saved_in(logdir / "checkpoints")
+    saved = list_checkpoints(logdir / "checkpoints")
     if not saved:
-        raise UserError(f"no checkpoints in {logdir}; is it the --logdir of a training run?")
+        raise UserError(f"no checkpoints in {logdir}; give the --logdir of a training run")
     chosen = [path for path in saved if iteration in (None, int(path.name))]
     if not chosen:
-        raise UserError(
-            f"{logdir} has no checkpoint of iteration {iteration}, but of {', '.join(str(int(p.name)) for p in saved)}"
-        )
+        iterations = ", ".join(str(int(path.name)) for path in saved)
+        raise UserError(f"{logdir} has no checkpoint of iteration {iteration}; choose from {iterations}")
     return chosen[-1]
 
 
 def read_tensors(checkpoint: Path, prefix: str) -> dict[str, Tensor]:
-    """The whole tensors of a checkpoint whose names begin with `prefix`, without it, by a single process.
+    """Return the full tensors whose names start with `prefix`, by the rest of the name. A single process can call it.
 
     Raises:
-        UserError: if it is no checkpoint, broken, or holds none.
+        UserError: if the checkpoint is broken or has no such tensors.
     """
     try:
         entries = read_checkpoint_metadata(checkpoint).state_dict_metadata
@@ -192,15 +195,17 @@ def read_tensors(checkpoint: Path, prefix: str) -> dict[str, Tensor]:
             if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
         }
         if not tensors:
-            raise UserError(f"{checkpoint} holds no {prefix.rstrip('/')}")
+            raise UserError(f"{checkpoint} contains no {prefix.rstrip('/')}; choose the --logdir of another run")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # that it is a single process, which is what we want
+            warnings.simplefilter("ignore", UserWarning)  # about loading without a process group
             dcp.load(tensors, storage_reader=CheckpointReader(checkpoint), no_dist=True)
+    except UserError:
+        raise
     except _UNREADABLE as error:
-        earlier = _before(checkpoint)
+        earlier = _previous_checkpoint(checkpoint)
         raise UserError(
-            f"{checkpoint} is no checkpoint of train.py, or broken ({_reason(error)})"
-            + (f"; the one before it is {earlier}" if earlier else "")
+            f"{checkpoint} is broken, or not a checkpoint of train.py ({_reason(error)}); "
+            + (f"the previous checkpoint is {earlier}" if earlier else "choose another --logdir")
         ) from None
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
@@ -209,15 +214,15 @@ _UNREADABLE = (
     *(CheckpointException, pickle.UnpicklingError, EOFError, OSError, RuntimeError, AssertionError),
     *(ValueError, TypeError, LookupError, AttributeError),
 )
-"""What torch reports a broken checkpoint by, or one of something else."""
+"""The exceptions that torch raises for a broken or foreign checkpoint."""
 
 
 def _reason(error: BaseException) -> str:
-    if isinstance(error, CheckpointException):  # of all processes; one will do
+    if isinstance(error, CheckpointException):  # it collects the errors of all ranks; show one
         error = next((failure for failure, _ in error.failures.values()), error)
     return f"{type(error).__name__}: {error}".splitlines()[0].removesuffix(": ")[:100]
 
 
-def _before(checkpoint: Path) -> Path | None:
-    """The complete checkpoint before one of the same run."""
-    return next((path for path in reversed(saved_in(checkpoint.parent)) if path.name < checkpoint.name), None)
+def _previous_checkpoint(checkpoint: Path) -> Path | None:
+    earlier = [path for path in list_checkpoints(checkpoint.parent) if path.name < checkpoint.name]
+    return earlier[-1] if earlier else None

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from utils.config import Config
 from utils.distributed import rank
 from utils.errors import UserError
@@ -78,6 +80,35 @@ class MetricsLog:
 
             files = [path for path in sorted(folder.glob("*.mp4")) if path.is_file()]
             self._wandb.log({f"samples/{path.stem}": wandb.Video(str(path)) for path in files}, step=iteration)
+
+
+def read_curves(logdir: Path, smooth: int = 1) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Return the curve of each metric in a run's log file: iterations and values.
+
+    Args:
+        smooth: logged lines to average per point.
+
+    Raises:
+        UserError: if the file is missing or broken.
+    """
+    file = logdir / METRICS_FILE
+    try:
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        if not all(isinstance(line, dict) and "iteration" in line for line in lines):
+            raise ValueError("a line has no iteration")
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {file}: {error}; give the --logdir of a training run") from None
+    points: dict[str, list[tuple[float, float]]] = {}
+    for line in lines:
+        for name, value in line.items():
+            if name != "iteration":
+                points.setdefault(name, []).append((line["iteration"], value))
+    curves = {}
+    for name, pairs in points.items():
+        x, y = np.array(pairs).T
+        chunks = np.array_split(np.arange(len(x)), max(1, len(x) // smooth))
+        curves[name] = (np.array([x[c].mean() for c in chunks]), np.array([y[c].mean() for c in chunks]))
+    return curves
 
 
 # ---- W&B ----

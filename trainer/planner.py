@@ -1,6 +1,5 @@
-"""What a training run takes of every process's memory, from shapes alone: nothing is loaded, nothing is computed."""
+"""Estimates the memory of a training run per rank from tensor shapes. Nothing is loaded or computed."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,18 +17,20 @@ from pipeline.build import context_frames, tokens_per_frame
 from utils.config import Config
 from utils.device import DTYPES
 from utils.errors import UserError
+from utils.files import read_json
 
 Module = TypeVar("Module", bound=nn.Module)
 
 GB = 1e9
-_LIMIT = 80  # GB of the GPUs that people train on
+_GPU_GB = 80  # memory of the GPUs that are common for training
+_GPUS_PER_MACHINE = 8
 
-Rows = list[tuple[str, float]]  # what takes memory, and how many bytes
+Rows = list[tuple[str, float]]  # label and size in bytes
 
 
 @dataclass(frozen=True)
-class Net:
-    """A DiT of the run."""
+class NetworkSize:
+    """A DiT of the run: its configuration and its number of parameters."""
 
     name: str
     config: dict
@@ -37,131 +38,135 @@ class Net:
     trained: bool
 
 
-def plan(config: Config, processes: int) -> str:
-    """A table of memory per process, in GB, with what would not fit in 80 GB.
+def memory_plan(config: Config, world_size: int) -> str:
+    """Return a table of the memory per rank in GB, and whether it fits in 80 GB.
 
-    Weights, gradients, averages and optimizer state (AdamW's) are exact; activations, contexts and gathered weights are
-    estimates: what a forward pass keeps for its backward pass, in `train.dtype`, with attention that keeps no matrix of
-    its own. What VAE and text encoder take beside their weights is left out.
+    Weights, gradients, EMA and optimizer state (AdamW's) are exact. Activations, contexts and gathered weights are
+    estimates: what a forward pass stores for its backward pass, in `train.dtype`, with an attention kernel that stores
+    no attention matrix. Activations of the VAE and the text encoder are not counted.
     """
-    nets = networks(config)
-    rows = taken(config, nets, processes)
-    total = sum(size for _, size in rows)
+    nets = dit_sizes(config)
+    rows = memory_rows(config, nets, world_size)
+    total = sum(size for _, size in rows) / GB
     sizes = ", ".join(f"{net.name} {net.num_parameters / 1e9:.2f}B" for net in nets)
-    sharding = f"sharding {config.train.sharding} ({num_shards(config, processes)} shards)"
-    lines = [f"# {processes} processes, {sharding}; parameters: {sizes}"]
-    lines += [f"# {size / GB:8.2f} GB  {name}" for name, size in rows]
-    lines.append(f"# {total / GB:8.2f} GB  in all; " + verdict(total / GB, rows))
+    sharding = f"sharding {config.train.sharding} ({num_shards(config, world_size)} shards)"
+    lines = [f"# {world_size} ranks, {sharding}; parameters: {sizes}"]
+    lines += [f"# {size / GB:8.2f} GB  {label}" for label, size in rows]
+    if total <= _GPU_GB:
+        verdict = f"fits in {_GPU_GB} GB"
+    else:
+        largest = sorted(rows, key=lambda row: -row[1])[:3]
+        verdict = f"does NOT fit in {_GPU_GB} GB; the largest: " + "; ".join(label for label, _ in largest)
+    lines.append(f"# {total:8.2f} GB  in total; {verdict}")
     return "\n".join(lines)
 
 
-def verdict(total: float, rows: Rows) -> str:
-    """Whether it fits, and if not, what takes the most."""
-    if total <= _LIMIT:
-        return f"fits in {_LIMIT} GB"
-    most = sorted(rows, key=lambda row: -row[1])[:3]
-    return f"does NOT fit in {_LIMIT} GB; the most is taken by " + "; ".join(name for name, _ in most)
+# ---- Rows of the table ----
 
 
-# ---- What takes memory ----
-
-
-def taken(config: Config, nets: list[Net], processes: int) -> Rows:
-    """What each process holds."""
-    student, frames, shards = nets[0].config, config.data.num_frames, num_shards(config, processes)
-    rows = [row for net in nets for row in states(config, net, net is nets[0], shards)]
-    if shards > 1 and (adding := adding_up(config, nets, processes)):
-        largest = max(adding, key=lambda net: net.num_parameters)
-        rows.append((f"{largest.name}: whole float32 gradients while they add up", 4 * largest.num_parameters))
+def memory_rows(config: Config, nets: list[NetworkSize], world_size: int) -> Rows:
+    """Return everything that occupies memory on each rank."""
+    student, frames, shards = nets[0].config, config.data.num_frames, num_shards(config, world_size)
+    rows = [row for net in nets for row in network_rows(config, net, net is nets[0], shards)]
+    if shards > 1 and (accumulating := accumulating_nets(config, nets, world_size)):
+        largest = max(accumulating, key=lambda net: net.num_parameters)
+        rows.append((f"{largest.name}: unsharded float32 gradients while they accumulate", 4 * largest.num_parameters))
     distilled = config.train.objective == "score_distillation"
-    rows += of_rollouts(config, student) if distilled else []
-    # Not at the same time as a rollout's, but memory that was freed is not always whole.
-    whose = " (critic, forward KL)" if distilled else ""
-    rows.append((f"activations of {frames} frames{whose}", activations(config, student, frames)))
+    if distilled:
+        rows += rollout_rows(config, student)
+    # The rollout's memory is free by then, but fragmented memory cannot always be reused.
+    users = " (critic, forward KL)" if distilled else ""
+    rows.append((f"activations of {frames} frames{users}", activation_bytes(config, student, frames)))
     if shards > 1 and config.train.sample_every > 0:
         size = DTYPES[config.train.dtype].itemsize * nets[0].num_parameters
-        rows.append((f"{nets[0].name}: whole, for sample videos ({config.train.dtype})", size))
-    return rows + around(config, student, shards)
+        rows.append((f"{nets[0].name}: unsharded copy for sample videos ({config.train.dtype})", size))
+    return rows + encoder_and_vae_rows(config, student, shards)
 
 
-def states(config: Config, net: Net, averaged: bool, shards: int) -> Rows:
-    """What a net holds from the start of a run to its end, and the layers that are gathered for a pass."""
+def network_rows(config: Config, net: NetworkSize, has_ema: bool, shards: int) -> Rows:
+    """Return what a network occupies during the whole run, and the layers that are gathered for a pass."""
     count, element = net.num_parameters, DTYPES[config.train.dtype].itemsize
     if net.trained:
-        kinds = "float32 weights, gradients" + (", average" if averaged else "")
-        rows: Rows = [(f"{net.name}: {kinds}", 4 * (2 + averaged) * count / shards)]
+        tensors = "float32 weights, gradients" + (", EMA" if has_ema else "")
+        rows: Rows = [(f"{net.name}: {tensors}", 4 * (2 + has_ema) * count / shards)]
         rows.append((f"{net.name}: optimizer state", 4 * 2 * count / shards))
     else:
         rows = [(f"{net.name}: weights ({config.train.dtype})", element * count / shards)]
     if shards > 1:
-        rows.append((f"{net.name}: two layers gathered", 2 * element * count / net.config["num_layers"]))
+        rows.append((f"{net.name}: two gathered layers", 2 * element * count / net.config["num_layers"]))
     return rows
 
 
-def adding_up(config: Config, nets: list[Net], processes: int) -> list[Net]:
-    """The nets whose gradients several backward passes add up to; FSDP2 has them whole until the last of these. It is
-    never two nets' turn at once."""
+def accumulating_nets(config: Config, nets: list[NetworkSize], world_size: int) -> list[NetworkSize]:
+    """Return the networks whose gradients accumulate over several backward passes.
+
+    FSDP2 keeps these gradients unsharded until the last pass. Only one network is updated at a time.
+    """
     train, distill = config.train, config.distill
-    parts = train.total_batch_size > train.batch_size * processes
-    blocks = distill.block_backward and config.data.num_frames > config.rollout.block_frames
-    several = train.objective == "score_distillation" and (blocks or distill.forward_kl_weight > 0)
-    return [net for net in nets if net.trained and (parts or (several and net is nets[0]))]
+    several_micro_batches = train.total_batch_size > train.batch_size * world_size
+    block_by_block = distill.block_backward and config.data.num_frames > config.rollout.block_frames
+    several_losses = train.objective == "score_distillation" and (block_by_block or distill.forward_kl_weight > 0)
+    return [net for net in nets if net.trained and (several_micro_batches or (several_losses and net is nets[0]))]
 
 
-def of_rollouts(config: Config, student: dict) -> Rows:
-    """What the generator's rollouts leave for its backward passes: caches, the context that blocks see, activations."""
+def rollout_rows(config: Config, student: dict) -> Rows:
+    """Return what the generator's rollouts keep for the backward pass: KV caches, the blocks' context, activations."""
     train, distill, block = config.train, config.distill, config.rollout.block_frames
     frames, longest, layers = config.data.num_frames, distill.max_rollout_frames, student["num_layers"]
     context, _ = context_frames(config.rollout, longest)
     written = longest - block
-    held = context + (longest - frames if distill.block_backward and written > context else 0)
-    seen = seen_at_once(config)
-    together = block if distill.block_backward else frames
+    cached = context + (longest - frames if distill.block_backward and written > context else 0)
+    contexts = block_contexts(config)
+    in_graph = block if distill.block_backward else frames
+    # Keys and values of one frame in one layer.
     frame = 2 * train.batch_size * frame_tokens(config, student) * width(student) * DTYPES[train.dtype].itemsize
-    rows: Rows = [(f"KV cache of a rollout, {held} frames", layers * (held + block) * frame)]
-    if kl_rolls_out(config):
+    rows: Rows = [(f"KV cache of a rollout, {cached} frames", layers * (cached + block) * frame)]
+    if forward_kl_has_rollout(config):
         own, _ = context_frames(config.rollout, frames)
         rows.append((f"KV cache of the forward KL's rollout, {own} frames", layers * (own + block) * frame))
-    if train.activation_checkpointing:  # one layer at a time has its context beside the block
-        # A cache that goes on while graphs exist is copied for all layers.
-        copied = sum(seen) if kl_rolls_out(config) or not distill.block_backward else 0
-        name = "context that checkpointed blocks see" + (f", {copied} frames copied" if copied else "")
-        rows.append((name, (layers * copied + max(seen) + block) * frame))
+    if train.activation_checkpointing:  # one layer at a time concatenates context and block
+        # A cache that is still appended to is copied in every layer, because the graph needs its old content.
+        copied = sum(contexts) if forward_kl_has_rollout(config) or not distill.block_backward else 0
+        label = "context of checkpointed blocks" + (f", {copied} frames copied" if copied else "")
+        rows.append((label, (layers * copied + max(contexts) + block) * frame))
     else:
-        name = f"keys and values of context and block in every layer, {sum(seen) + len(seen) * block} frames"
-        rows.append((name, layers * (sum(seen) + len(seen) * block) * frame))
-    rows.append((f"activations of {together} frames of the generator", activations(config, student, together)))
+        stored = sum(contexts) + len(contexts) * block
+        label = f"keys and values of context and block in every layer, {stored} frames"
+        rows.append((label, layers * stored * frame))
+    label = f"activations of {in_graph} frames of the generator"
+    rows.append((label, activation_bytes(config, student, in_graph)))
     return rows
 
 
-def seen_at_once(config: Config) -> list[int]:
-    """Frames of context that each block sees of those whose graphs exist at the same time, where they are the most."""
-    rollout, distill, window = config.rollout, config.distill, config.data.num_frames
+def block_contexts(config: Config) -> list[int]:
+    """Return the frames of context of each block whose graph exists at the same time, in the most expensive case."""
+    rollout, distill, clip_frames = config.rollout, config.distill, config.data.num_frames
 
-    def seen(frames: int, first: int) -> list[int]:
+    def contexts(frames: int, first: int) -> list[int]:
         context, _ = context_frames(rollout, frames)
         return [min(start, context) for start in range(first, frames, rollout.block_frames)]
 
-    lengths = range(window, max(window, distill.max_rollout_frames) + 1, rollout.block_frames)
-    # Of a rollout that is cut to its end, the first block is not trained.
-    cases = [seen(n, n - window + (rollout.block_frames if n > window else 0)) for n in lengths]
+    lengths = range(clip_frames, max(clip_frames, distill.max_rollout_frames) + 1, rollout.block_frames)
+    # A longer rollout is cut to its end, and the first block of the end is not trained.
+    cases = [contexts(n, n - clip_frames + (rollout.block_frames if n > clip_frames else 0)) for n in lengths]
     if distill.block_backward:
         cases = [[max(case)] for case in cases if case]
-    if kl_rolls_out(config):
-        cases.append(seen(window, 0))
+    if forward_kl_has_rollout(config):
+        cases.append(contexts(clip_frames, 0))
     return max(cases, key=lambda case: sum(case) + len(case) * rollout.block_frames)
 
 
-def kl_rolls_out(config: Config) -> bool:
-    """Whether the forward KL has a rollout of its own."""
+def forward_kl_has_rollout(config: Config) -> bool:
+    """Return whether the forward KL runs a rollout of its own."""
     return config.distill.forward_kl_weight > 0 and config.distill.forward_kl_mode == "rollout"
 
 
-def activations(config: Config, net: dict, frames: int) -> float:
-    """Bytes that a forward pass of `frames` frames per clip keeps for its backward pass.
+def activation_bytes(config: Config, net: dict, frames: int) -> float:
+    """Return the bytes that a forward pass of `frames` frames per clip stores for its backward pass.
 
-    Per layer and token: 2 float32 and 14 other activations of the width (inputs of norms and linear layers, q, k, v and
-    outputs of both attentions), and two of the feed-forward's; with checkpointing, a layer's input and one whole layer.
+    A layer stores per token 2 float32 and 14 other activations of the DiT's width D: inputs of norms and linear layers,
+    q, k, v and outputs of both attentions. The feed-forward adds two of its own width. With checkpointing, every layer
+    stores its input, and one layer at a time stores everything.
     """
     train = config.train
     element, tokens = DTYPES[train.dtype].itemsize, frames * frame_tokens(config, net) * train.batch_size
@@ -171,113 +176,116 @@ def activations(config: Config, net: dict, frames: int) -> float:
     return net["num_layers"] * tokens * width(net) * element + layer
 
 
-def around(config: Config, student: dict, shards: int = 1) -> Rows:
-    """Weights of the text encoder, if it is not spared by `model.text_cache`, and of a VAE each for rollouts that are
-    cut and for sample videos."""
+def encoder_and_vae_rows(config: Config, student: dict, shards: int = 1) -> Rows:
+    """Return the weights of the text encoder, unless `model.text_cache` replaces it, and of the VAEs.
+
+    Rollouts longer than a clip need one VAE, sample videos another.
+    """
     rows: Rows = []
     train, folder = config.train, Path(config.model.base)
     if not config.model.text_cache:
-        sizes = part_config(folder / "text_encoder") or preset_of_width(student["text_dim"], folder)
+        sizes = component_config(folder / "text_encoder") or text_encoder_preset(student["text_dim"], folder)
         dtype = "float32" if config.runtime.device == "cpu" else config.model.dtype
         encoder = on_meta(lambda: UMT5EncoderModel(UMT5Config.from_dict(sizes)))
         element = DTYPES[dtype].itemsize
         rows.append((f"text encoder: weights ({dtype})", element * num_parameters(encoder) / shards))
-        if shards > 1:  # the table of tokens stands outside of the layers
+        if shards > 1:  # the token table is not part of a layer
             gathered = num_parameters(encoder.shared) + 2 * num_parameters(encoder.encoder.block[0])
-            rows.append(("text encoder: tokens and two layers gathered", element * gathered))
+            rows.append(("text encoder: gathered token table and two layers", element * gathered))
     distilled = train.objective == "score_distillation"
-    cut = distilled and config.distill.max_rollout_frames > config.data.num_frames
-    sampled = train.sample_every > 0
-    if cut or sampled:
-        vae = part_config(folder / "vae") or presets.VAES["wan"]
+    longer_rollouts = distilled and config.distill.max_rollout_frames > config.data.num_frames
+    samples = train.sample_every > 0
+    if longer_rollouts or samples:
+        vae = component_config(folder / "vae") or presets.VAES["wan"]
         size = DTYPES[train.dtype].itemsize * num_parameters(on_meta(lambda: AutoencoderKLWan.from_config(vae)))
-        rows.append((f"VAE: weights ({train.dtype})" + ", twice" * (cut and sampled), (cut + sampled) * size))
+        twice = ", twice" if longer_rollouts and samples else ""
+        rows.append((f"VAE: weights ({train.dtype}){twice}", (longer_rollouts + samples) * size))
     return rows
 
 
 # ---- Sizes ----
 
 
-def num_shards(config: Config, processes: int) -> int:
-    """Into how many parts weights are shared out; machines are taken to have 8 GPUs."""
+def num_shards(config: Config, world_size: int) -> int:
+    """Return the number of shards of the weights. Machines are assumed to have 8 GPUs."""
     sharding = config.train.sharding
-    return processes if sharding == "shard" else min(8, processes) if sharding == "hybrid" else 1
+    return {"replicate": 1, "shard": world_size, "hybrid": min(_GPUS_PER_MACHINE, world_size)}[sharding]
 
 
-def networks(config: Config) -> list[Net]:
-    """The DiTs of a run, sized on the meta device. The first is the one that it is for."""
-    train = config.train
-    if train.objective != "score_distillation":
-        return [sized("net", student_config(config), True)]
+def dit_sizes(config: Config) -> list[NetworkSize]:
+    """Return the sizes of the DiTs of a run, counted on the meta device. The trained result comes first."""
+    if config.train.objective != "score_distillation":
+        return [network_size("net", student_config(config), True)]
     base = base_config(config.model.base)
     return [
-        sized("generator", student_config(config), True),
-        sized("critic", base, True),
-        sized("teacher", base_config(config.teacher.base or config.model.base), False),
+        network_size("generator", student_config(config), True),
+        network_size("critic", base, True),
+        network_size("teacher", base_config(config.teacher.base or config.model.base), False),
     ]
 
 
 def student_config(config: Config) -> dict:
-    """Sizes of the net that is trained: a preset's if it starts from nothing, else the base's."""
+    """Return the configuration of the trained DiT: a preset's if it starts from random weights, else the base's."""
     if not config.train.init and config.train.network in presets.TRANSFORMERS:
         return presets.TRANSFORMERS[config.train.network]
     return base_config(config.model.base)
 
 
 def base_config(base: str) -> dict:
-    """Sizes of a model directory's transformer; of one that has not been downloaded, by its name."""
+    """Return the configuration of a model directory's DiT. If it is not downloaded, its name selects a preset.
+
+    Raises:
+        UserError: if the directory cannot be read and its name contains no known size.
+    """
     try:
         return ModelDirectory.open(base).transformer_config()
     except UserError:
-        for part, name in (("1.3b", "wan-1.3b"), ("14b", "wan-14b")):
-            if part in base.lower():
+        for size, name in (("1.3b", "wan-1.3b"), ("14b", "wan-14b")):
+            if size in base.lower():
                 return presets.TRANSFORMERS[name]
         raise
 
 
-def part_config(folder: Path) -> dict[str, Any]:
-    """What the config.json of a model directory's part says; nothing if there is none, as in Wan's own layout."""
+def component_config(folder: Path) -> dict[str, Any]:
+    """Return the config.json of a component of a model directory; {} if there is none, as in Wan's native layout."""
     file = folder / "config.json"
-    try:
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {file} ({error}); copy or download the model folder again") from None
+    return read_json(file, "model configuration") if file.is_file() else {}
 
 
-def preset_of_width(text_dim: int, base: Path) -> dict[str, Any]:
-    """Sizes of the text encoder that makes embeddings of this width.
+def text_encoder_preset(text_dim: int, base: Path) -> dict[str, Any]:
+    """Return the configuration of the text encoder with this embedding width.
 
     Raises:
-        UserError: if none is known.
+        UserError: if no preset has this width.
     """
     for sizes in presets.TEXT_ENCODERS.values():
         if sizes["d_model"] == text_dim:
             return sizes
-    raise UserError(f"{base} has no text_encoder/config.json, and no text encoder of width {text_dim} is known")
+    raise UserError(f"{base} has no text_encoder/config.json, and no known text encoder has the width {text_dim}")
 
 
 def width(net: dict) -> int:
-    """A DiT's width D."""
+    """Return a DiT's width D."""
     return net["num_attention_heads"] * net["attention_head_dim"]
 
 
 def frame_tokens(config: Config, net: dict) -> int:
-    """A DiT's tokens per frame of the configuration's videos."""
+    """Return a DiT's tokens per frame for `config.video`."""
     return tokens_per_frame(config.video, net.get("patch_size", (1, 2, 2)))
 
 
-def sized(name: str, config: dict, trained: bool) -> Net:
-    """Count a DiT's parameters without making them."""
+def network_size(name: str, config: dict, trained: bool) -> NetworkSize:
+    """Count a DiT's parameters on the meta device."""
     net = on_meta(lambda: CausalWanModel(**config))
-    return Net(name, dict(net.config), num_parameters(net), trained)
+    return NetworkSize(name, dict(net.config), num_parameters(net), trained)
 
 
-def on_meta(make: Callable[[], Module]) -> Module:
-    """A network that is made without its parameters' memory."""
+def on_meta(build: Callable[[], Module]) -> Module:
+    """Build a network on the meta device, which allocates no memory."""
     with torch.device("meta"):
-        return make()
+        return build()
 
 
 def num_parameters(net: nn.Module) -> int:
-    """Parameters of a network; those it shares with itself count once."""
+    """Return the number of parameters of a network. Shared parameters count once."""
     return sum(p.numel() for p in net.parameters())

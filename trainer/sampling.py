@@ -1,5 +1,4 @@
-"""Sample videos during training: by inference's own pipeline, with the net that is being trained. One that is
-bidirectional is sampled as a teacher is."""
+"""Sample videos during training: causal networks by inference's pipeline, bidirectional ones like a teacher."""
 
 from collections.abc import Sequence
 from copy import deepcopy
@@ -25,11 +24,11 @@ from utils.prompts import Prompt, read_prompts, unique_stems
 from utils.rng import keyed_noise
 from utils.video import VideoWriter
 
-_SAMPLES = 4  # prompts, where none are configured
+_NUM_PROMPTS = 4  # if `train.sample_prompts` is empty
 
 
 class VideoSampler:
-    """Rolls the generator out over a few prompts, which the processes share out, and writes videos."""
+    """Writes videos of a few prompts with the network in training. The ranks divide the prompts among themselves."""
 
     def __init__(
         self,
@@ -41,40 +40,40 @@ class VideoSampler:
     ):
         """
         Args:
-            captions: prompts to choose from where `train.sample_prompts` names none.
-            bidirectional: solve the ODE of whole clips, by `config.teacher`, instead of a rollout.
+            captions: training captions; the first ones are used if `train.sample_prompts` is empty.
+            bidirectional: solve the ODE of whole clips with the settings of `config.teacher`, instead of a rollout.
         """
         self.net, self.embeddings, self.captions, self.bidirectional = net, embeddings, captions, bidirectional
         self.config = deepcopy(config)
-        # Latents of the training's length; keys and values in the type that the net computes in.
+        # Videos have the length of training clips, and keys and values the dtype of training.
         self.config.video.num_output_frames = config.data.num_frames
         self.config.model.dtype = config.train.dtype
         self.config.model.offload = False
 
     @cached_property
     def vae(self) -> WanVAE:
-        """The VAE, loaded when the first videos are wanted."""
+        """The VAE, loaded for the first videos."""
         directory = ModelDirectory.open(self.config.model.base)
         return WanVAE(directory.load_vae(DTYPES[self.config.train.dtype]).to(self.net.device))
 
     @cached_property
     def prompts(self) -> list[Prompt]:
-        """What to make videos of, read once for all samplings."""
-        captions = read_captions(self.config.train.sample_prompts) or list(dict.fromkeys(self.captions))[:_SAMPLES]
+        """The prompts of the sample videos, read once."""
+        captions = read_captions(self.config.train.sample_prompts) or list(dict.fromkeys(self.captions))[:_NUM_PROMPTS]
         return [Prompt(index, text, text) for index, text in enumerate(captions)]
 
     def write(self, folder: Path) -> None:
-        """Write a video of every prompt to `folder`.
+        """Write one video per prompt to `folder`. All ranks must call this.
 
-        What processes do together, to copy a sharded net and to encode the prompts, comes first. After that none waits
-        for another: what goes wrong with a video is printed, and training goes on without it.
+        The collective work comes first: copying a sharded network and encoding the prompts. After it no rank waits for
+        another, so a video that fails prints a note and training continues.
         """
         sharded, dtype = self.config.train.sharding != "replicate", DTYPES[self.config.train.dtype]
         net = unsharded_copy(self.net, dtype) if sharded else self.net
         pipeline = TextToVideo(self.config, net, self.embeddings.cache, self.vae)
         prompts = self.prompts
-        guides = [self.config.teacher.negative_prompt] if self.bidirectional else []
-        self.embeddings.encode([*(prompt.text for prompt in prompts), *guides])
+        negative = [self.config.teacher.negative_prompt] if self.bidirectional else []
+        self.embeddings.encode([*(prompt.text for prompt in prompts), *negative])
         stems = unique_stems(prompts, 1)
         for prompt in prompts[rank() :: world_size()]:
             path = folder / f"{stems[prompt.index][0]}.mp4"
@@ -84,17 +83,17 @@ class VideoSampler:
                 writable_folder(path.parent)
                 with VideoWriter(path, fps=self.config.video.fps) as video:
                     video.write(self.vae.decode(latents)[0])
-            except Exception as error:  # whatever it is, training can do without; memory included
+            except Exception as error:  # training does not need the video, whatever failed
                 print(f"note: {path} was not written: {type(error).__name__}: {error}", flush=True)
 
     @torch.no_grad()
     def latents(self, pipeline: TextToVideo, prompt: str) -> Tensor:
-        """A video's latents [1, F, C, h, w]."""
+        """Return the latents [1, F, C, h, w] of one video."""
         if not self.bidirectional:
             return torch.cat(list(pipeline.generate_blocks([prompt], [0])), dim=1)
         net, video, teacher = pipeline.net, self.config.video, self.config.teacher
         embeddings = pipeline.embeddings.of([prompt, teacher.negative_prompt]).to(net.device)
-        text, negative = map(net.encode_text, embeddings.split(1))  # once for all steps
+        text, negative = map(net.encode_text, embeddings.split(1))
         size = pipeline.vae.latent_shape(video.height, video.width)
         noise = keyed_noise(self.config.runtime.seed, 0, 0, 0, (video.num_output_frames, *size))[None].to(net.device)
         return sample_unipc(
@@ -106,5 +105,5 @@ class VideoSampler:
 
 
 def read_captions(path: str) -> list[str]:
-    """The prompts of a file; none without one."""
+    """Return the prompts of a file; an empty list for an empty path."""
     return [prompt.text for prompt in read_prompts(path)] if path else []

@@ -14,7 +14,7 @@ from model.causal_wan import CausalWanModel
 from trainer.datasets.ode_pairs import pair_file, write_ode_pair, write_sigmas
 from trainer.networks import export_transformer
 from trainer.objectives.score_distillation import ScoreDistillation
-from trainer.planner import networks
+from trainer.planner import dit_sizes
 from trainer.sharding import full_tensor
 from trainer.trainer import Trainer
 from utils.config import load_config
@@ -23,7 +23,7 @@ ROOT = Path(train.__file__).parent
 
 
 def test_the_nets_of_the_published_configuration_exist_on_the_meta_device():
-    nets = {net.name: net for net in networks(load_config(str(ROOT / "configs/hiar.yaml")))}
+    nets = {net.name: net for net in dit_sizes(load_config(str(ROOT / "configs/hiar.yaml")))}
     assert nets["generator"].num_parameters == nets["critic"].num_parameters == 1_418_996_800
     assert nets["teacher"].num_parameters == 14_288_491_584
     with torch.device("meta"):

@@ -398,7 +398,7 @@ def test_bad_arguments_of_train_are_one_line_errors(tmp_path, monkeypatch, capsy
     logdir = ("--logdir", tmp_path / "log")
     for args, message in [
         ([], "--logdir"),
-        (logdir, "has no train.objective"),
+        (logdir, "sets no train.objective"),
         ((*logdir, "train.objective=magic"), "train.objective"),
         ((*logdir, "train.max_iterations=0"), "train.max_iterations must be positive"),
         (["--logdir", config, "train.objective=text_attributes", "train.network=shapes"], "cannot write to folder"),

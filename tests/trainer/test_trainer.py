@@ -215,9 +215,9 @@ def test_a_run_begun_elsewhere_goes_on_by_the_same_command(tmp_path, toy, make_c
     second = Trainer(make_config(), toy(), str(tmp_path / "log"))
     second.train(resume=start)
     assert second.objective.iterations == [4, 5]
-    with pytest.raises(UserError, match="has checkpoints of its own; leave out --resume"):
+    with pytest.raises(UserError, match="already has checkpoints; leave out --resume"):
         Trainer(make_config(), toy(), str(tmp_path / "log")).train(resume=other.checkpoints.saved()[0])
-    with pytest.raises(UserError, match="is no checkpoint folder"):
+    with pytest.raises(UserError, match="is not a checkpoint"):
         Trainer(make_config(), toy(), str(tmp_path / "new")).train(resume=start)
 
 
@@ -288,10 +288,10 @@ def test_a_broken_checkpoint_names_the_one_before_it(tmp_path, toy, make_config,
     else:
         content = part.read_bytes()
         part.write_bytes(content[:100] if broken == "a part cut off" else b"\xff" * len(content))
-    with pytest.raises(UserError, match=f"00000004 is no checkpoint of train.py, or broken .*{first}"):
+    with pytest.raises(UserError, match=f"00000004 is broken, or not a checkpoint of train.py .*{first}"):
         read_tensors(last, "nets/")
     again = make_config(decay="constant")
-    with pytest.raises(UserError, match=f"or go on from the one before it by --resume {first}"):
+    with pytest.raises(UserError, match=f"or resume from the previous checkpoint with --resume {first}"):
         Trainer(again, toy(), str(tmp_path)).train()
     run = Trainer(again, toy(), str(tmp_path))
     run.train(resume=first)
@@ -301,7 +301,7 @@ def test_a_broken_checkpoint_names_the_one_before_it(tmp_path, toy, make_config,
 @pytest.mark.parametrize("folder", ["", "checkpoints"])
 def test_a_folder_of_checkpoints_is_none(tmp_path, toy, make_config, folder):
     Trainer(make_config(max_iterations=2), toy(), str(tmp_path)).train()
-    with pytest.raises(UserError, match="is no checkpoint folder such as"):
+    with pytest.raises(UserError, match="is not a checkpoint; give auto or a folder such as"):
         Trainer(make_config(), toy(), str(tmp_path / "other")).train(resume=tmp_path / folder)
 
 

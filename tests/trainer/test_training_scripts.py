@@ -22,7 +22,7 @@ from trainer.datasets.clips import write_shard
 from trainer.datasets.ode_pairs import open_ode_pairs, pair_file, write_ode_pair, write_sigmas
 from trainer.objectives import build_objective
 from trainer.objectives.flow_matching import FlowMatching
-from trainer.planner import plan
+from trainer.planner import memory_plan
 from trainer.trainer import Trainer
 from utils.config import load_config
 from utils.process_group import process_group
@@ -129,7 +129,7 @@ def test_an_earlier_iteration_can_be_exported(run, tmp_path, call):
     words = ("--logdir", run.logdir, "--output", tmp_path / "g.pt")
     assert call(export_generator, *words, "--iteration", 2)[0] == 0
     code, _, err = call(export_generator, *words, "--iteration", 1)
-    assert code == 2 and "has no checkpoint of iteration 1, but of 2, 3" in err
+    assert code == 2 and "has no checkpoint of iteration 1; choose from 2, 3" in err
 
 
 @pytest.mark.parametrize(
@@ -287,7 +287,7 @@ def test_metrics_that_cannot_be_plotted_are_refused(run, tmp_path, call):
     for words, output, message in [
         ((run.logdir, "--only", "nonsense"), "no.png", "no run has logged nonsense"),
         ((tmp_path,), "no.png", "cannot read"),
-        ((tmp_path / "new",), "no.png", "nothing is logged yet"),
+        ((tmp_path / "new",), "no.png", "these runs have logged nothing yet"),
         ((tmp_path / "other",), "no.png", "a line has no iteration"),
         ((run.logdir,), "no.jpg", "ends in .png"),
         ((run.logdir,), "", "ends in .png"),
@@ -321,10 +321,10 @@ def test_score_distillation_logs_all_its_metrics(run):
 def test_a_full_size_run_is_planned_without_weights():
     """A cache of 21 frames takes 6.04 GB at 1.3B (docs/method.md); the teacher has 14.3 billion parameters."""
     config = load_config(str(ROOT / "configs/hiar.yaml"))
-    text = plan(config, 64)
+    text = memory_plan(config, 64)
     assert "generator 1.42B, critic 1.42B, teacher 14.29B" in text
     assert "6.04 GB  KV cache" in text and "fits in 80 GB" in text
-    alone = plan(load_config(str(ROOT / "configs/hiar.yaml"), ["train.sharding=replicate"]), 64)
+    alone = memory_plan(load_config(str(ROOT / "configs/hiar.yaml"), ["train.sharding=replicate"]), 64)
     assert "does NOT fit in 80 GB" in alone and "teacher: weights" in alone
 
 
@@ -332,7 +332,7 @@ def test_the_plan_counts_the_networks_parameters(world):
     config = load_config(str(world / "config.yaml"))
     net = ModelDirectory.open(world / "model").load_transformer(CausalWanModel, torch.float32)
     count = sum(p.numel() for p in net.parameters())
-    assert f"{4 * 3 * count / 1e9:8.2f} GB  generator: float32 weights, gradients, average" in plan(config, 1)
+    assert f"{4 * 3 * count / 1e9:8.2f} GB  generator: float32 weights, gradients, EMA" in memory_plan(config, 1)
 
 
 def test_the_shell_script_passes_its_environment_as_flags(tmp_path):
