@@ -48,7 +48,7 @@ from pipeline.build import (
     load_vae,
     prepare_network,
 )
-from pipeline.generate import Files, VideoJob, VideoOutput
+from pipeline.output import VideoFiles, VideoJob, VideoOutput
 from pipeline.parallel.profile import WORK, RecordedDenoiser, Recorder, Span
 from pipeline.rollout import Rollout
 from pipeline.schedule import Denoise, DenoiseAndWrite, Op, WriteContext, WriteThenDenoise
@@ -184,9 +184,9 @@ class Watch:
     def video(self) -> tuple[float, float]:
         """Make a video as inference does, into files. Seconds to its first frames in the file, and in all."""
         with tempfile.TemporaryDirectory() as folder:
-            wanted = VideoJob(Prompt(0, PROMPT, "video"), 0, Files(Path(folder), "video"))
+            wanted = VideoJob(Prompt(0, PROMPT, "video"), 0, VideoFiles(Path(folder), "video"))
             started, first = time.perf_counter(), None
-            with VideoOutput(self.config, self.pipeline.vae, [wanted], "", save_latents=False) as output:
+            with VideoOutput.for_jobs(self.config, self.pipeline.vae, [wanted], "", save_latents=False) as output:
                 for latents in self.pipeline.generate_blocks([PROMPT], [0], on_op=self.observe):
                     output.emit(latents)
                     first = first or time.perf_counter() - started

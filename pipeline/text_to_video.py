@@ -1,7 +1,12 @@
-"""From a prompt to finished blocks of latents: loads the networks and sets up a rollout. No loop over steps in here."""
+"""Text to video: the Python API, and the batch interface that inference, training and benchmarks use."""
 
+import copy
+import os
+import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,13 +16,26 @@ from model.embeddings import EmbeddingCache
 from model.vae import WanVAE
 from model.weights import ModelDirectory
 from pipeline.build import build_rollout, build_schedule, check_size, load_embeddings, load_network, load_vae
+from pipeline.output import decode_frames, video_metadata
+from pipeline.prefix import check_prefix_exists, read_prefix
 from pipeline.rollout import Rollout
 from pipeline.schedule import Op, Schedule
-from utils.config import Config
+from pipeline.video import Video
+from utils.config import Config, load_config, override_config
+from utils.device import pick_device
+from utils.errors import UserError
+from utils.prompts import Prompt
+
+REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 class TextToVideo:
-    """The networks of one configuration on one device, ready to generate."""
+    """The networks of one configuration on one device, ready to generate.
+
+    pipe = TextToVideo.load("configs/shapes.yaml")
+    video = pipe.generate("a red circle moving right fast on a blue background")
+    video.save("x.mp4")
+    """
 
     def __init__(self, config: Config, net: CausalWanModel, embeddings: EmbeddingCache, vae: WanVAE):
         self.config = config
@@ -25,45 +43,127 @@ class TextToVideo:
         self.vae = vae
         self.embeddings = PromptEmbeddings(embeddings, net.device, config.model.offload)
 
+    # ---- Loading ----
+
     @classmethod
-    def load(cls, config: Config, device: torch.device) -> "TextToVideo":
-        """Load everything that `config.model` names.
+    def load(
+        cls,
+        config: str | os.PathLike[str] | Config,
+        *overrides: str,
+        device: str | torch.device | None = None,
+        seed: int | None = None,
+    ) -> "TextToVideo":
+        """Load the networks that `config.model` names.
+
+        Relative paths are looked up in the current directory, then in this repository.
+
+        Args:
+            config: path of a YAML file, or of the JSON file beside a video; or a configuration.
+            overrides: changes such as `"rollout.order=diagonal"`, see docs/config.md.
+            device: cuda, cuda:1, mps or cpu; default: `runtime.device`.
+            seed: default: `runtime.seed`.
 
         Raises:
-            UserError: for missing or broken files, and for a size that VAE and patches do not divide.
+            UserError: for a wrong configuration, or missing or broken files.
         """
-        net = load_network(config, device)
-        return cls(config, net, load_embeddings(config, device), load_vae(config, device))
+        changes = list(overrides) + ([] if seed is None else [f"runtime.seed={seed}"])
+        if isinstance(config, Config):
+            config = override_config(config, changes)
+        else:
+            config = load_config(find_file(os.fspath(config)), changes)
+        for key in ("base", "generator", "lora"):
+            setattr(config.model, key, find_file(getattr(config.model, key)))
+        if not isinstance(device, torch.device):
+            device = pick_device(device or config.runtime.device)
+        cls.check(config, prefix_frames=None)
+        return cls(config, load_network(config, device), load_embeddings(config, device), load_vae(config, device))
 
     @staticmethod
     def check(config: Config, prefix_frames: int | None = 0) -> None:
-        """Find out before any weights are loaded whether the video's size and length can be made.
+        """Check the video's size and length before any weights are loaded.
 
         Args:
-            prefix_frames: latent frames that the video continues; None if that is not known yet.
+            prefix_frames: latent frames of the prefix; None to check the size only.
 
         Raises:
-            UserError: naming what would work.
+            UserError: with values that work.
         """
         check_size(config, ModelDirectory.open(config.model.base).transformer_config())
         if prefix_frames is not None:
             build_schedule(config.rollout, config.video.num_output_frames, prefix_frames)
 
-    def num_ops(self, prefix_frames: int = 0) -> int:
-        """Ops of one video, for progress."""
-        return sum(1 for _ in self.ops(self.schedule(prefix_frames)))
+    # ---- One video ----
 
-    def ops(self, schedule: Schedule) -> Iterator[Op]:
-        """A schedule's ops as the configuration orders and joins them."""
-        return schedule.ops(self.config.rollout.order, self.config.rollout.fuse_context)
+    def generate(
+        self,
+        prompt: str,
+        *,
+        seed: int | None = None,
+        sample: int = 0,
+        num_frames: int | None = None,
+        image: str | os.PathLike[str] | None = None,
+        video: str | os.PathLike[str] | None = None,
+    ) -> Video:
+        """Generate a video.
 
-    def schedule(self, prefix_frames: int = 0) -> Schedule:
-        """The schedule of a video that continues `prefix_frames` latent frames.
+        Args:
+            seed: default: the configuration's. Seed and sample number determine all noise.
+            sample: number of the video among those of the same prompt and seed.
+            num_frames: latent frames, prefix included; default: the configuration's. F make 4(F-1)+1 pixel frames.
+            image: path of the image that is the first frame.
+            video: path of the clip, or of the saved latents, that the video continues.
 
         Raises:
-            UserError: if blocks do not divide the frames to generate.
+            UserError: for an empty prompt, an impossible length, or a prefix that cannot be read.
         """
-        return build_schedule(self.config.rollout, self.config.video.num_output_frames, prefix_frames)
+        started = time.perf_counter()
+        pipe = self._with(seed, num_frames)
+        condition = _prefix_path(image, video)
+        blocks = [latents.cpu() for latents in pipe._blocks_of(prompt, sample, condition)]
+        metadata = video_metadata(pipe.config, _as_prompt(prompt), sample, condition)
+        latents = torch.cat(blocks, dim=1)[0]
+        return Video(latents, self.vae, pipe.config.video.fps, metadata, time.perf_counter() - started)
+
+    def stream(
+        self,
+        prompt: str,
+        *,
+        seed: int | None = None,
+        sample: int = 0,
+        num_frames: int | None = None,
+        image: str | os.PathLike[str] | None = None,
+        video: str | os.PathLike[str] | None = None,
+    ) -> Iterator[np.ndarray]:
+        """Generate a video and yield the pixel frames [T, H, W, 3], uint8, of each block as it finishes.
+
+        The frames equal `generate(...).frames`, in constant memory. The arguments are those of `generate`; the frames
+        of a prefix come first.
+        """
+        pipe = self._with(seed, num_frames)
+        pipe.config.rollout.order = "diagonal"  # finishes blocks early
+        decoder = self.vae.stream()
+        for latents in pipe._blocks_of(prompt, sample, _prefix_path(image, video)):
+            [frames] = decode_frames(decoder, latents)
+            yield frames
+
+    def _with(self, seed: int | None, num_frames: int | None) -> "TextToVideo":
+        """Return a pipeline with these settings and the same networks."""
+        pipe, config = copy.copy(self), copy.deepcopy(self.config)
+        if seed is not None:
+            config.runtime.seed = seed
+        if num_frames is not None:
+            config.video.num_output_frames = num_frames
+        pipe.config = override_config(config, [])  # checks the values
+        return pipe
+
+    def _blocks_of(self, prompt: str, sample: int, condition: str) -> Iterator[Tensor]:
+        """Yield the latents [1, F, C, h, w] of the prefix, if there is one, and of each block."""
+        prefix = read_prefix(condition, self.config, self.vae) if condition else None
+        if prefix is not None:
+            yield prefix
+        yield from self.generate_blocks([_as_prompt(prompt).text], [sample], prefix)
+
+    # ---- Batches of blocks ----
 
     def generate_blocks(
         self,
@@ -72,12 +172,12 @@ class TextToVideo:
         prefix: Tensor | None = None,
         on_op: Callable[[Op], None] | None = None,
     ) -> Iterator[Tensor]:
-        """Generate videos as one batch; yields latents [B, F, C, h, w] as blocks are finished.
+        """Generate a batch of videos; yield the latents [B, F, C, h, w] of each block as it finishes.
 
         Args:
             prompts: one per video.
-            samples: the number of each video. With the seed, it decides about the noise; nothing else does.
-            given: clean latents [1 or B, F, C, h, w] that the videos start with; they are not yielded.
+            samples: the sample number of each video.
+            prefix: clean latents [1 or B, F, C, h, w] that the videos continue; they are not yielded.
             on_op: called after every op.
         """
         schedule = self.schedule(0 if prefix is None else prefix.shape[1])
@@ -92,11 +192,49 @@ class TextToVideo:
         prefix: Tensor | None = None,
         on_op: Callable[[Op], None] | None = None,
     ) -> Rollout:
-        """What `generate`, with the same arguments, runs the ops by."""
+        """Return the rollout that `generate_blocks` runs with the same arguments."""
         assert len(prompts) == len(samples)
         with torch.no_grad():
             text = self.net.encode_text(self.embeddings.of(prompts).to(self.net.device))
         return build_rollout(self.config, Denoiser(self.net, text), samples, prefix=prefix, on_op=on_op)
+
+    def schedule(self, prefix_frames: int = 0) -> Schedule:
+        """Return the schedule of a video with a prefix of `prefix_frames` latent frames.
+
+        Raises:
+            UserError: if blocks do not divide the frames to generate.
+        """
+        return build_schedule(self.config.rollout, self.config.video.num_output_frames, prefix_frames)
+
+    def ops(self, schedule: Schedule) -> Iterator[Op]:
+        """Return a schedule's ops in the configured order."""
+        return schedule.ops(self.config.rollout.order, self.config.rollout.fuse_context)
+
+    def num_ops(self, prefix_frames: int = 0) -> int:
+        """Return the number of ops of one video, for progress bars."""
+        return sum(1 for _ in self.ops(self.schedule(prefix_frames)))
+
+
+def find_file(path: str) -> str:
+    """Return a relative path as it is if it exists, else in the repository if it exists there."""
+    in_repository = REPOSITORY / path
+    return str(in_repository) if path and not os.path.exists(path) and in_repository.exists() else path
+
+
+def _as_prompt(text: str) -> Prompt:
+    text = text.strip()
+    if not text:
+        raise UserError("the prompt is empty: describe a video")
+    return Prompt(0, text, text)
+
+
+def _prefix_path(image: str | os.PathLike[str] | None, video: str | os.PathLike[str] | None) -> str:
+    if image is not None and video is not None:
+        raise UserError("give image or video, not both")
+    path = os.fspath(image or video or "")
+    if path:
+        check_prefix_exists(path)
+    return path
 
 
 class PromptEmbeddings:

@@ -40,7 +40,7 @@ from benchmark.inference import (
 from benchmark.measure import Effort, Figures, Spread, matmul_peak
 from benchmark.training import measure_training
 from model.compilation import compile_failure
-from pipeline.generate import device_name
+from pipeline.output import device_name
 from utils.config import Config, load_config
 from utils.device import DTYPES, pick_device
 from utils.errors import UserError, command

@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pipeline.command_line import check_arguments, resolve_config, shared_arguments, work_items
+from pipeline.command_line import check_arguments, requested_videos, resolve_config, shared_arguments
 from utils.config import Config, read_metadata
 from utils.distributed import rank
 from utils.errors import UserError, command
@@ -24,7 +24,6 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[shared_arguments()]
     )
-    parser.add_argument("--prompt", help="one prompt, instead of a file of prompts")
     parser.add_argument("--output_path", help="folder for videos, or FILE.mp4 for a single video")
     parser.add_argument("--noise_seed", help="another name of --seed")
     parser.add_argument("--no_dac", action="store_true", help="send each block only after its context write (slower)")
@@ -33,19 +32,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--plan", action="store_true", help="print the role of each rank and exit")
     args = parser.parse_intermixed_args()
     check_arguments(args)
-    if args.prompt is not None and (args.data_path or not args.prompt.strip()):
-        raise UserError("give --prompt TEXT or --data_path FILE")
     args.seed = args.noise_seed or args.seed
     return args
 
 
 def list_outputs(args: argparse.Namespace, metadata: dict | None) -> tuple[str, list[tuple[Prompt, int, str]]]:
     """Return the output folder, and (prompt, sample, file stem) of every video."""
-    if args.prompt is not None:
-        metadata = {"prompt": args.prompt.strip(), "name": args.prompt.strip(), "sample": 0}
-        items = [item for n in range(args.num_samples) for item in work_items(args, metadata | {"sample": n})]
-    else:
-        items = work_items(args, metadata)
+    items = requested_videos(args, metadata)
     if not args.output_path:
         raise UserError("name the output: --output_path FOLDER, or FILE.mp4 for a single video")
     path = Path(args.output_path)

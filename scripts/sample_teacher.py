@@ -17,7 +17,7 @@ from tqdm import tqdm
 from model.flow import solver_sigmas
 from model.vae import WanVAE
 from model.weights import ModelDirectory
-from pipeline.generate import Files, make_metadata
+from pipeline.output import VideoFiles, VideoOutput, video_metadata
 from pipeline.teacher import Teacher, sample_euler, sample_unipc
 from utils.config import load_config
 from utils.device import DTYPES, pick_device
@@ -25,7 +25,6 @@ from utils.distributed import rank, world_size
 from utils.errors import UserError, command
 from utils.files import writable_folder, write_json
 from utils.prompts import read_prompts, unique_stems
-from utils.video import VideoWriter
 
 
 @command
@@ -48,7 +47,7 @@ def main() -> None:
     stems = unique_stems(prompts, args.num_samples)
     folder = writable_folder(args.output_folder)
     wanted = [
-        (prompt, sample, Files(folder, stems[prompt.index][sample]))
+        (prompt, sample, VideoFiles(folder, stems[prompt.index][sample]))
         for prompt in prompts
         for sample in range(args.num_samples)
     ][rank() :: world_size()]
@@ -67,11 +66,10 @@ def main() -> None:
         else:
             latents = sample_euler(flow, noise, solver_sigmas(steps, shift))[-1]
         for clip, (prompt, sample, files) in zip(latents, batch, strict=True):
-            decoder = vae.stream()
-            with VideoWriter(files.video, fps=config.video.fps) as video:
+            with VideoOutput(vae, [files], config.video.fps, len(clip)) as output:
                 for frame in clip[None].split(1, dim=1):
-                    video.write(decoder.push(frame)[0])
-                write_json(files.record, make_metadata(config, prompt, sample, "") | {"solver": args.solver})
+                    output.emit(frame)
+                write_json(files.metadata, video_metadata(config, prompt, sample, "") | {"solver": args.solver})
 
 
 if __name__ == "__main__":

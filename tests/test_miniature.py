@@ -43,7 +43,7 @@ def test_vae_reconstructs_held_out_clips_without_drift(vae):
 def test_videos_do_what_their_prompts_say(generator, schedule):
     words = ["runtime.seed=7", f"rollout.schedule={schedule}", f"model.generator={MODEL}/{generator}"]
     config = load_config("configs/shapes.yaml", words)
-    pipeline = TextToVideo.load(config, torch.device("cpu"))
+    pipeline = TextToVideo.load(config, device="cpu")
     latents = torch.cat(list(pipeline.generate_blocks(PROMPTS, [0] * len(PROMPTS))), dim=1)
     sums: dict[str, np.ndarray] = {}
     for prompt, video in zip(PROMPTS, latents, strict=True):

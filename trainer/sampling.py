@@ -11,6 +11,7 @@ from torch import Tensor
 from model.causal_wan import CausalWanModel
 from model.vae import WanVAE
 from model.weights import ModelDirectory
+from pipeline.output import VideoFiles, VideoOutput
 from pipeline.teacher import guided_flow, sample_unipc
 from pipeline.text_to_video import TextToVideo
 from trainer.datasets.captions import CaptionEmbeddings
@@ -22,7 +23,6 @@ from utils.distributed import rank, world_size
 from utils.files import writable_folder
 from utils.prompts import Prompt, read_prompts, unique_stems
 from utils.rng import keyed_noise
-from utils.video import VideoWriter
 
 _NUM_PROMPTS = 4  # if `train.sample_prompts` is empty
 
@@ -80,9 +80,9 @@ class VideoSampler:
             try:
                 with mixed_precision(self.config, net.device):
                     latents = self.latents(pipeline, prompt.text)
-                writable_folder(path.parent)
-                with VideoWriter(path, fps=self.config.video.fps) as video:
-                    video.write(self.vae.decode(latents)[0])
+                files = VideoFiles(writable_folder(folder), path.stem)
+                with VideoOutput(self.vae, [files], self.config.video.fps, latents.shape[1]) as output:
+                    output.emit(latents)
             except Exception as error:  # training does not need the video, whatever failed
                 print(f"note: {path} was not written: {type(error).__name__}: {error}", flush=True)
 

@@ -309,6 +309,20 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"no config file {path}; see configs/ for those that exist")
     metadata = read_metadata(path)
     files = _read_yaml(path) if metadata is None else [OmegaConf.create(metadata["config"])]
+    return _merge([OmegaConf.structured(Config), *files], overrides, path)
+
+
+def override_config(config: Config, overrides: Sequence[str]) -> Config:
+    """Return a copy of a configuration with `section.key=value` overrides applied.
+
+    Raises:
+        UserError: for an unknown key, a wrong type or an invalid value. It names the key.
+    """
+    return _merge([OmegaConf.structured(config)], overrides, "the configuration")
+
+
+def _merge(layers: list[Any], overrides: Sequence[str], source: str) -> Config:
+    """Merge layers, later ones first in precedence, and the overrides; errors name `source`."""
     for word in overrides:
         if "=" not in word or word.startswith("-"):
             raise UserError(f"cannot read {word!r}: options are --name value, config overrides are section.key=value")
@@ -319,12 +333,12 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
         reason = " ".join(str(error).split())
         raise UserError(f"cannot read a value in {' '.join(overrides)}: it is not valid YAML ({reason})") from None
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(Config), *map(_restore_off, [*files, changes]))
+        merged = OmegaConf.merge(layers[0], *map(_restore_off, [*layers[1:], changes]))
         config = OmegaConf.to_object(merged)
     except (OmegaConfBaseException, TypeError) as error:
         name = getattr(error, "full_key", "")
         key = f" (key {name})" if name else ""
-        raise UserError(f"in {path} or the overrides: {str(error).splitlines()[0]}{key}") from None
+        raise UserError(f"in {source} or the overrides: {str(error).splitlines()[0]}{key}") from None
     assert isinstance(config, Config)
     config_checks.check_config(config)
     return config

@@ -26,11 +26,12 @@ from pipeline.build import (
     load_network,
     load_vae,
 )
-from pipeline.generate import VideoJob, VideoOutput, read_condition
+from pipeline.output import VideoJob, VideoOutput
 from pipeline.parallel.profile import RecordedDenoiser, Recorder
 from pipeline.parallel.stage_rollout import StageRollout
 from pipeline.parallel.stages import Pipeline
 from pipeline.parallel.transport import MessageChannel, StageTransport, handoff_groups
+from pipeline.prefix import read_prefix
 from pipeline.rollout import BlockLayout, Rollout
 from pipeline.schedule import Schedule, for_stage
 from pipeline.text_to_video import PromptEmbeddings
@@ -130,7 +131,7 @@ class PipelineRank:
             return None
         key, stages = f"pipeline {self.pipeline_number} prefix shape", self.pipeline.stage_ranks
         if self.vae is not None:
-            prefix = read_condition(self.condition, self.config, self.vae).to(self.device)
+            prefix = read_prefix(self.condition, self.config, self.vae).to(self.device)
             self.store.set(key, json.dumps(list(prefix.shape)))
             for rank in stages:
                 if rank != self.rank:
@@ -244,7 +245,7 @@ class PipelineRank:
         total = self.config.video.num_output_frames
         interval = 0.5 if sys.stderr.isatty() else 15
         bar = tqdm(total=total, desc=job.files.stem[:40], unit="latent frame", mininterval=interval)
-        with bar, VideoOutput(self.config, self.vae, [job], self.condition, self.save_latents) as self.output:
+        with bar, VideoOutput.for_jobs(self.config, self.vae, [job], self.condition, self.save_latents) as self.output:
             try:
                 if prefix is not None:
                     self.output.emit(prefix)

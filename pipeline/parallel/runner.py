@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 
 from pipeline.build import build_schedule
-from pipeline.generate import Files, VideoJob, check_request, missing_videos
+from pipeline.generate import check_request, missing_videos
+from pipeline.output import VideoFiles, VideoJob
 from pipeline.parallel.peers import PeerMonitor, connect_store
 from pipeline.parallel.profile import RankProfile, Recorder
 from pipeline.parallel.rank import PipelineRank
@@ -139,7 +140,9 @@ def _share_jobs(request: PipelineRequest, missing: list[str], store: dist.Store)
     while not store.check(["missing"]):
         time.sleep(0.05)
     stems, folder = set(json.loads(store.get("missing"))), Path(request.folder)
-    return [VideoJob(prompt, sample, Files(folder, stem)) for prompt, sample, stem in request.items if stem in stems]
+    return [
+        VideoJob(prompt, sample, VideoFiles(folder, stem)) for prompt, sample, stem in request.items if stem in stems
+    ]
 
 
 def _init_process_group(store: dist.Store, device: torch.device) -> None:

@@ -19,14 +19,16 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_model import ROOT, write_config
+from tqdm import tqdm
 
-import pipeline.generate as generate
 from model.vae import WanVAE
 from model.weight_files import read_checkpoint
 from model.weight_names import export_state
 from model.weights import ModelDirectory
+from pipeline import generate, output
 from pipeline.text_to_video import TextToVideo
 from utils.config import load_config
+from utils.prompts import Prompt
 from utils.video import VideoWriter, fit, read_video
 
 
@@ -59,7 +61,7 @@ def count_videos(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     make_videos = generate.make_videos
 
     def counting(pipeline, batch, *rest):
-        made.extend(wanted.files.stem for wanted in batch)
+        made.extend(job.files.stem for job in batch)
         make_videos(pipeline, batch, *rest)
 
     monkeypatch.setattr(generate, "make_videos", counting)
@@ -304,19 +306,19 @@ def test_leftovers_of_other_videos_are_left_alone(tmp_path):
     others = ".a-0.5 b-0.1.partial.mp4", ".a-01.1.partial.mp4", "a-0.mp4", ".ba-0.1.partial.mp4", "..a-1.1.partial.mp4"
     for name in (*mine, *others):
         (tmp_path / name).touch()
-    generate.Files(tmp_path, "a-0").remove_leftovers()
+    output.VideoFiles(tmp_path, "a-0").remove_leftovers()
     assert names(tmp_path) == sorted(others)
 
 
 def test_a_full_disk_is_one_line_and_keeps_finished_videos(tmp_path, world, command, monkeypatch):
-    write = generate.LatentsWriter.write
+    write = output.LatentsWriter.write
 
     def full(self, block):
         if self.path.stem.startswith("green"):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write(self, block)
 
-    monkeypatch.setattr(generate.LatentsWriter, "write", full)
+    monkeypatch.setattr(output.LatentsWriter, "write", full)
     words = ("--config_path", world.config, "--data_path", world.prompts, "--output_folder", tmp_path)
     result = command(*words, "--save_latents")
     assert result.code == 1 and "Traceback" not in result.err
@@ -552,7 +554,13 @@ BAD = [
     bad("small window", "--window", "2", says="rollout.window 2 must hold a block"),
     bad("no config", "--config_path", "{}/none.yaml", says="no config file"),
     bad("broken config", "--config_path", "{}/b.yaml", says="not valid YAML", prepare=text("b.yaml", "model: [")),
-    bad("broken record", "--config_path", "{}/b.json", says="cannot read", prepare=text("b.json", '{"config": ')),
+    bad(
+        "broken record",
+        "--config_path",
+        "{}/b.json",
+        says="not a valid metadata file",
+        prepare=text("b.json", '{"config": '),
+    ),
     bad("other json", "--config_path", "{}/b.json", says="not the metadata of a video", prepare=text("b.json", "[1]")),
     bad("file for a folder", "--output_folder", "{}/f", says="cannot write to folder", prepare=text("f", "")),
     bad("file above folder", "--output_folder", "{}/f/out", says="cannot write to folder", prepare=text("f", "")),
@@ -566,7 +574,7 @@ BAD = [
     bad(
         "no latents inside",
         *("--video", "{}/b.safetensors"),
-        says="no file of saved latents",
+        says="cannot read latents from",
         prepare=text("b.safetensors", "text"),
         late=True,
     ),
@@ -670,15 +678,14 @@ def test_the_diagonal_order_streams_frames_before_the_last_block_starts(tmp_path
 def test_the_diagonal_order_runs_in_constant_memory(tmp_path, world):
     """Five times the length must not take more: 600 pixel frames alone would be 7 MB as floats."""
     config = write_config(tmp_path / "c.yaml", world.model, rollout={"denoising_step_list": [1000, 500], "window": 9})
-    pipeline = TextToVideo.load(load_config(str(config)), torch.device("cpu"))
+    pipeline = TextToVideo.load(str(config), device="cpu")
 
     def peak(num_frames: int) -> int:
         """MB of the process while it makes a video, at most."""
         pipeline.config = load_config(str(config), [f"video.num_output_frames={num_frames}", "rollout.order=diagonal"])
-        wanted = generate.VideoJob(generate.Prompt(0, "a", "a"), 0, generate.Files(tmp_path, f"{num_frames}-0"))
+        job = output.VideoJob(Prompt(0, "a", "a"), 0, output.VideoFiles(tmp_path, f"{num_frames}-0"))
         Path("/proc/self/clear_refs").write_text("5")
-        bar = generate.tqdm(disable=True)
-        generate.make_videos(pipeline, [wanted], None, "", True, bar)
+        generate.make_videos(pipeline, [job], None, "", True, tqdm(disable=True))
         status = Path("/proc/self/status").read_text()
         return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))) // 1024
 

@@ -66,7 +66,7 @@ def train(world: Path, name: str, *overrides: str) -> Run:
     with process_group(CPU):
         trainer = Trainer(config, build_objective(config, CPU), str(world / name))
         trainer.train()
-        inference = TextToVideo.load(config, CPU)
+        inference = TextToVideo.load(config, device=CPU)
         own = TextToVideo(config, trainer.net, inference.embeddings.cache, inference.vae)
         samples = {False: latents_of(own)}
         with trainer.ema.applied_to(trainer.net):
@@ -90,7 +90,7 @@ def latents_of(pipeline: TextToVideo) -> torch.Tensor:
 def latents_from(world: Path, weights: Path, *overrides: str) -> torch.Tensor:
     """Return the latents of inference with exported weights."""
     words = [f"model.generator={weights}", "video.num_output_frames=6", *overrides]
-    return latents_of(TextToVideo.load(load_config(str(world / "config.yaml"), words), CPU))
+    return latents_of(TextToVideo.load(load_config(str(world / "config.yaml"), words), device=CPU))
 
 
 def test_an_exported_generator_makes_the_same_samples_as_the_run_in_every_format(world, run, tmp_path, call):

@@ -41,12 +41,12 @@ def rank_main(
     """
     import importlib
 
-    from pipeline.generate import VideoOutput
+    from pipeline.output import VideoOutput
     from pipeline.parallel import peers
 
     peers.STARTUP_TIMEOUT = comes_within
     torch.cuda.device_count = lambda: gpus
-    finish = VideoOutput._write_sheet_and_record
+    finish = VideoOutput._write_metadata
 
     def late(self, wanted, sheet):
         if linger:
@@ -54,7 +54,7 @@ def rank_main(
             time.sleep(linger)
         finish(self, wanted, sheet)
 
-    VideoOutput._write_sheet_and_record = late
+    VideoOutput._write_metadata = late
     os.environ.update(environment)
     torch.set_num_threads(1)
     with open(log, "w", buffering=1) as file:

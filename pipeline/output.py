@@ -1,0 +1,282 @@
+"""The files of a video: made from latents block by block, complete or absent.
+
+The video appears last, so a video that exists has all its other files. Nothing but the current block is in memory.
+"""
+
+import contextlib
+import json
+import os
+import platform
+import re
+import shlex
+import struct
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from model.vae import StreamingDecoder, WanVAE
+from utils.config import Config
+from utils.contact_sheet import ContactSheetSampler, save_contact_sheet
+from utils.errors import UserError
+from utils.files import partial_path, write_json
+from utils.prompts import Prompt
+from utils.video import VideoWriter, to_uint8
+
+
+@dataclass(frozen=True)
+class VideoFiles:
+    """Paths of the files of one video."""
+
+    folder: Path
+    stem: str
+
+    @property
+    def video(self) -> Path:
+        """The mp4 file."""
+        return self.folder / f"{self.stem}.mp4"
+
+    @property
+    def metadata(self) -> Path:
+        """The JSON file from which `inference.py --config_path` reproduces the video."""
+        return self.folder / f"{self.stem}.json"
+
+    @property
+    def contact_sheet(self) -> Path:
+        """The PNG file that shows a few frames."""
+        return self.folder / f"{self.stem}.png"
+
+    @property
+    def latents(self) -> Path:
+        """The safetensors file with `latents` [F, C, h, w], float32."""
+        return self.folder / f"{self.stem}.safetensors"
+
+    @property
+    def unfinished(self) -> Path:
+        """The mp4 file with the frames that a failed pipeline had written."""
+        return self.folder / f"{self.stem}.unfinished.mp4"
+
+    def remove_leftovers(self) -> None:
+        """Delete partial files of a killed run."""
+        # Names as `atomic_path` makes them; VideoWriter nests them while it rewrites a file.
+        partial = re.compile(rf"\.+{re.escape(self.stem)}(\.\d+\.partial)+(\.\w+)?")
+        for file in self.folder.iterdir():
+            if partial.fullmatch(file.name):
+                file.unlink(missing_ok=True)
+        self.unfinished.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class VideoJob:
+    """One video to make."""
+
+    prompt: Prompt
+    sample: int
+    files: VideoFiles
+
+
+class VideoOutput:
+    """Decodes and writes a batch of videos as their latents arrive. Use it in a `with` statement.
+
+    If the statement's body fails, no file remains.
+    """
+
+    def __init__(
+        self,
+        vae: WanVAE,
+        files: Sequence[VideoFiles],
+        fps: int,
+        num_frames: int,
+        *,
+        metadata: Sequence[dict[str, Any]] | None = None,
+        contact_sheet: bool = False,
+        save_latents: bool = False,
+        seconds: float = 0.0,
+    ):
+        """
+        Args:
+            files: the files of each video of the batch; the video's mp4 file is always written.
+            num_frames: latent frames of each video.
+            metadata: `video_metadata` of each video, for its JSON file.
+            contact_sheet: write the PNG file; needs metadata.
+            save_latents: write the safetensors file.
+            seconds: time spent on the batch so far, for the metadata.
+        """
+        self.vae, self.files, self.fps, self.num_frames = vae, files, fps, num_frames
+        self.metadata, self.contact_sheet, self.save_latents = metadata, contact_sheet, save_latents
+        num_pixel_frames = vae.num_pixel_frames(num_frames)
+        self._sheets = [ContactSheetSampler(num_pixel_frames, fps=fps) for _ in files] if contact_sheet else []
+        self._decoder = vae.stream()
+        self._open_files = contextlib.ExitStack()
+        self._videos: list[VideoWriter] = []
+        self._latents: list[LatentsWriter] = []
+        self._started = time.perf_counter() - seconds
+
+    @classmethod
+    def for_jobs(
+        cls, config: Config, vae: WanVAE, jobs: Sequence[VideoJob], condition: str, save_latents: bool
+    ) -> "VideoOutput":
+        """Write all files of a batch of jobs. `condition`: path of the prefix, or empty."""
+        return cls(
+            vae,
+            [job.files for job in jobs],
+            config.video.fps,
+            config.video.num_output_frames,
+            metadata=[video_metadata(config, job.prompt, job.sample, condition) for job in jobs],
+            contact_sheet=True,
+            save_latents=save_latents,
+        )
+
+    def __enter__(self) -> "VideoOutput":
+        for files in self.files:
+            files.remove_leftovers()
+        with contextlib.ExitStack() as stack:
+            self._videos = [stack.enter_context(VideoWriter(files.video, fps=self.fps)) for files in self.files]
+            if self.save_latents:
+                writers = [LatentsWriter(files.latents, self.num_frames) for files in self.files]
+                self._latents = [stack.enter_context(writer) for writer in writers]
+            self._open_files = stack.pop_all()
+        return self
+
+    def emit(self, latents: Tensor) -> None:
+        """Decode and write the next latents [B, F, C, h, w]."""
+        for index, frames in enumerate(decode_frames(self._decoder, latents)):
+            self._videos[index].write(frames)
+            if self._sheets:
+                self._sheets[index].add(frames)
+            if self._latents:
+                self._latents[index].write(latents[index])
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self._open_files.__exit__(kind, error, trace)
+            return
+        with self._open_files:  # an error in here removes the files, too
+            self._write_metadata()
+
+    def _write_metadata(self) -> None:
+        if self.metadata is None:
+            return
+        seconds = (time.perf_counter() - self._started) / len(self.files)
+        figures = {
+            "latent_frames": self.num_frames,
+            "pixel_frames": self.vae.num_pixel_frames(self.num_frames),
+            "seconds": round(seconds, 3),
+            "device": device_name(self.vae.net.device),
+        }
+        for index, (files, metadata) in enumerate(zip(self.files, self.metadata, strict=True)):
+            if self._sheets:
+                strip = self._sheets[index].strip(metadata["name"])
+                save_contact_sheet(files.contact_sheet, [strip], fps=self.fps)
+            write_json(files.metadata, metadata | figures)
+
+    def keep_unfinished(self) -> list[Path]:
+        """End the videos of a failing run early; return the files with their frames so far."""
+        pairs = zip(self._videos, self.files, strict=False)
+        kept = [video.keep_unfinished(files.unfinished) for video, files in pairs]
+        return [path for path in kept if path is not None]
+
+
+def decode_frames(decoder: StreamingDecoder, latents: Tensor) -> list[np.ndarray]:
+    """Decode the next latents [B, F, C, h, w] to the frames of each video, uint8 [T, H, W, 3]."""
+    # With channels last on the device, the host need not rearrange the pixels, which is far slower.
+    pixels = decoder.push(latents)
+    return [to_uint8(own.contiguous(memory_format=torch.channels_last)) for own in pixels]
+
+
+# ---- Metadata ----
+
+
+def video_metadata(config: Config, prompt: Prompt, sample: int, condition: str) -> dict[str, Any]:
+    """Return all settings that determine a video. `condition`: path of the prefix, or empty."""
+    return {
+        "prompt": prompt.text,
+        "name": prompt.name,
+        "sample": sample,
+        "condition": os.path.abspath(condition) if condition else "",
+        "command": shlex.join(["python", *sys.argv]),
+        "config": asdict(config),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """Return the product name of a GPU, or the type of another device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+# ---- Latents ----
+
+
+class LatentsWriter:
+    """Writes `latents` [F, C, h, w] in float32 to a safetensors file, frame by frame.
+
+    The file appears under its name when it is complete. Its header states the shape, so F must be known at the start.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], num_frames: int):
+        self.path = Path(path)
+        self.num_frames = num_frames
+        self._partial = partial_path(self.path)
+        self._frames = 0
+
+    def __enter__(self) -> "LatentsWriter":
+        self._file = self._partial.open("wb")
+        return self
+
+    def write(self, latents: Tensor) -> None:
+        """Append frames [f, C, h, w]."""
+        if not self._frames:
+            self._write_header((self.num_frames, *latents.shape[1:]))
+        self._file.write(latents.to("cpu", torch.float32).contiguous().numpy().astype("<f4").tobytes())
+        self._frames += len(latents)
+
+    def _write_header(self, shape: tuple[int, ...]) -> None:
+        entry = {"dtype": "F32", "shape": shape, "data_offsets": [0, 4 * int(np.prod(shape))]}
+        header = json.dumps({"latents": entry}).encode()
+        header += b" " * (-len(header) % 8)
+        self._file.write(struct.pack("<Q", len(header)) + header)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self._file.close()
+            if kind is None:
+                assert self._frames == self.num_frames, f"{self._frames} frames written of {self.num_frames}"
+                os.replace(self._partial, self.path)
+        finally:
+            self._partial.unlink(missing_ok=True)
+
+
+def read_latents(path: str | os.PathLike[str]) -> Tensor:
+    """Read the latents [F, C, h, w] of a video.
+
+    Raises:
+        UserError: if the file is missing or has no such latents.
+    """
+    try:
+        latents = load_file(path)["latents"]
+    except (OSError, SafetensorError, KeyError) as error:
+        raise UserError(f"cannot read latents from {path} ({error}); --save_latents writes such files") from None
+    if latents.ndim != 4:
+        raise UserError(f"latents in {path} must be [F, C, h, w], not {list(latents.shape)}")
+    return latents

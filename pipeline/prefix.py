@@ -1,0 +1,60 @@
+"""Prefixes: the image, clip or saved latents that videos continue."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from model.vae import WanVAE
+from pipeline.output import read_latents
+from utils.config import Config
+from utils.errors import UserError
+from utils.video import fit, read_image, read_video
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+
+
+def is_image(path: str) -> bool:
+    """Return whether a path names an image, by its suffix."""
+    return path.lower().endswith(IMAGE_SUFFIXES)
+
+
+def check_prefix_exists(path: str) -> None:
+    """Check that a prefix file exists.
+
+    Raises:
+        UserError: if it does not.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"cannot read {path}: there is no such file")
+
+
+def read_prefix(path: str, config: Config, vae: WanVAE) -> Tensor:
+    """Read the latents of a prefix, [1, F, C, h, w], float32 and contiguous.
+
+    A clip is resampled to the video's frame rate, fitted to its size, and cut to 4n+1 frames.
+
+    Raises:
+        UserError: if the file cannot be read or does not fit.
+    """
+    video = config.video
+    if path.endswith(".safetensors"):
+        latents = read_latents(path)[None].float()
+        expected = vae.latent_shape(video.height, video.width)
+        if latents.shape[2:] != expected:
+            raise UserError(f"latents in {path} are {list(latents.shape[2:])}, the video's are {list(expected)}")
+        return latents
+    if is_image(path):
+        frames = read_image(path)[None]
+    else:
+        longest = vae.num_pixel_frames(video.num_output_frames)
+        frames, _ = read_video(path, max_frames=longest, fps=video.fps)
+        if len(frames) == longest:
+            raise UserError(
+                f"{path} fills all {video.num_output_frames} latent frames of the video; "
+                "cut it shorter, or raise --num_output_frames"
+            )
+    stride = vae.temporal_stride
+    frames = frames[: (len(frames) - 1) // stride * stride + 1]
+    pixels = torch.from_numpy(fit(frames, video.height, video.width).copy()).permute(0, 3, 1, 2)[None]
+    return vae.encode(pixels.float() / 127.5 - 1).cpu().contiguous()  # torch.distributed sends contiguous tensors only

@@ -1,0 +1,61 @@
+"""A generated video in memory."""
+
+import os
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from model.vae import WanVAE
+from pipeline.output import VideoFiles, VideoOutput, decode_frames
+from utils.errors import UserError
+from utils.files import writable_folder
+
+
+class Video:
+    """A generated video.
+
+    Attributes:
+        latents: [F, C, h, w], float32, on the CPU.
+        metadata: all settings that determine the video; `save` writes them.
+        fps: pixel frames per second.
+    """
+
+    def __init__(self, latents: Tensor, vae: WanVAE, fps: int, metadata: dict[str, Any], seconds: float = 0.0):
+        """
+        Args:
+            vae: decodes the latents.
+            seconds: time spent on the latents, for the metadata.
+        """
+        self.latents, self.fps, self.metadata = latents, fps, metadata
+        self._vae, self._seconds = vae, seconds
+
+    @cached_property
+    def frames(self) -> np.ndarray:
+        """Pixel frames [T, H, W, 3], uint8, decoded at the first access."""
+        [frames] = decode_frames(self._vae.stream(), self.latents[None].to(self._vae.net.device))
+        return frames
+
+    def save(self, path: str | os.PathLike[str], save_latents: bool = False) -> Path:
+        """Write the video as mp4, and its metadata as a JSON file beside it.
+
+        `inference.py --config_path X.json` makes the same video again.
+
+        Args:
+            path: file name that ends in .mp4; existing files are replaced.
+            save_latents: also write X.safetensors.
+
+        Raises:
+            UserError: for another suffix, or a folder that is not writable.
+        """
+        path = Path(path)
+        if path.suffix != ".mp4":
+            raise UserError(f"cannot save {path}: name a file that ends in .mp4")
+        files = VideoFiles(writable_folder(path.parent), path.stem)
+        options = {"metadata": [self.metadata], "save_latents": save_latents, "seconds": self._seconds}
+        with VideoOutput(self._vae, [files], self.fps, len(self.latents), **options) as output:
+            for latents in self.latents[None].to(self._vae.net.device).split(1, dim=1):
+                output.emit(latents)
+        return path
