@@ -1,4 +1,4 @@
-"""Sizes of the networks that are known by name: Wan2.1's published ones and the miniature's."""
+"""Sizes of networks by name: the published Wan2.1 networks and the miniature."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -13,8 +13,8 @@ TRANSFORMERS: dict[str, dict[str, Any]] = {
 }
 
 VAES: dict[str, dict[str, Any]] = {
-    "wan": {},  # diffusers' defaults
-    # 8x in space (a 2x2 patch and two stages), 4x in time, 16 channels, as Wan2.1's.
+    "wan": {},  # the defaults of diffusers
+    # As in Wan2.1: 8x in space (a 2x2 patch and two stages), 4x in time, 16 channels.
     "shapes": dict(
         base_dim=12,
         decoder_base_dim=16,
@@ -33,7 +33,7 @@ VAES: dict[str, dict[str, Any]] = {
 
 TEXT_ENCODERS: dict[str, dict[str, Any]] = {
     "wan": dict(vocab_size=256384, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64),
-    # 384 is ByT5's vocabulary: bytes, special tokens and spare ids.
+    # 384 is the vocabulary of ByT5: bytes, special tokens and unused ids.
     "shapes": dict(vocab_size=384, d_model=64, d_kv=16, d_ff=160, num_layers=3, num_heads=4, dropout_rate=0.0),
 }
 
@@ -43,11 +43,11 @@ Net = TypeVar("Net", bound=nn.Module)
 def random_network(
     net_class: Callable[..., Net], sizes: dict[str, Any], dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> Net:
-    """A network of these sizes whose weights are small noise, made in `dtype` from the start: for measuring speed."""
+    """Return a network of these sizes with small random weights, created in `dtype`; for measuring speed."""
     with torch.device("meta"):
         net = net_class(**sizes)
     fp32 = getattr(net, "_keep_in_fp32_modules", None) or []
-    made: dict[nn.Parameter, nn.Parameter] = {}  # what is shared stays so
+    made: dict[nn.Parameter, nn.Parameter] = {}  # shared parameters stay shared
     for name, parameter in list(net.named_parameters(remove_duplicate=False)):
         if parameter not in made:
             kept = any(part in fp32 for part in name.split("."))

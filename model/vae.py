@@ -1,8 +1,8 @@
-"""The Wan VAE: pixels to normalised latents and back, whole, streamed, or in one differentiable pass.
+"""The Wan VAE: encodes pixels to normalised latents; decodes whole videos, streams, or one differentiable pass.
 
-Built on diffusers' `AutoencoderKLWan`. Everywhere else in this repository latents are normalised per channel with the
-VAE's published mean and standard deviation, and laid out [B, F, C, h, w]; pixels are [B, T, 3, H, W] in [-1, 1].
-F latent frames are T = 4 (F - 1) + 1 pixel frames (for Wan's stride 4 in time).
+It is diffusers' `AutoencoderKLWan`. Everywhere else in this repository, latents are normalised per channel with the
+VAE's published mean and standard deviation. Latents are [B, F, C, h, w], pixels [B, T, 3, H, W] in [-1, 1]. F latent
+frames decode to T = 4 (F - 1) + 1 pixel frames.
 """
 
 from functools import cache, partial
@@ -17,11 +17,11 @@ from utils.errors import UserError
 
 
 class WanVAE:
-    """A loaded `AutoencoderKLWan` with Wan's latent normalisation applied."""
+    """A loaded `AutoencoderKLWan` for inference, with Wan's normalisation of latents."""
 
     def __init__(self, vae: AutoencoderKLWan):
         self.net = vae.eval().requires_grad_(False)
-        quicken_on_cpu_(self.net)
+        use_fast_cpu_kernels_(self.net)
 
     @property
     def channels(self) -> int:
@@ -39,11 +39,11 @@ class WanVAE:
         return self.net.config.scale_factor_temporal
 
     def num_pixel_frames(self, num_latent_frames: int) -> int:
-        """Pixel frames that `num_latent_frames` latent frames decode to."""
+        """Return the number of pixel frames that `num_latent_frames` latent frames decode to."""
         return self.temporal_stride * (num_latent_frames - 1) + 1
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """(C, h, w) of one latent frame of a video of height x width pixels."""
+        """Return (C, h, w) of a latent frame, for a video of height x width pixels."""
         return self.channels, height // self.spatial_stride, width // self.spatial_stride
 
     def to(self, device: torch.device | str) -> "WanVAE":
@@ -53,10 +53,10 @@ class WanVAE:
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        """Encode pixels [B, T, 3, H, W] in [-1, 1] to latents [B, F, C, h, w], float32 (the posterior's mean).
+        """Return the latents [B, F, C, h, w], float32, of pixels [B, T, 3, H, W] in [-1, 1]: the posterior's mean.
 
         Raises:
-            UserError: if T is not 4n+1 or the size is not a multiple of the stride.
+            UserError: if T is not 4n+1, or the size is not a multiple of the stride.
         """
         num_frames, height, width = pixels.shape[1], *pixels.shape[-2:]
         if (num_frames - 1) % self.temporal_stride or height % self.spatial_stride or width % self.spatial_stride:
@@ -69,11 +69,11 @@ class WanVAE:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Decode a whole video: latents [B, F, C, h, w] to pixels [B, T, 3, H, W] in [-1, 1], float32."""
+        """Return the pixels [B, T, 3, H, W] in [-1, 1], float32, of a whole video's latents [B, F, C, h, w]."""
         return self.stream().push(latents)
 
     def stream(self) -> "StreamingDecoder":
-        """A decoder that takes a video's latents piece by piece, in order."""
+        """Return a decoder for one video's latents, piece by piece and in order."""
         return StreamingDecoder(self)
 
     def _own(self, x: Tensor) -> Tensor:
@@ -81,11 +81,11 @@ class WanVAE:
 
 
 class StreamingDecoder:
-    """Decodes one video block by block; the pieces equal whole-video decoding, in constant memory.
+    """Decodes one video block by block in constant memory, with the same result as decoding it whole.
 
-    Wan's decoder is causal in time and keeps the last two frames of each convolution's input. diffusers holds that
-    state on the network for the length of one `decode`; here it belongs to the stream, so that several videos can be
-    decoded in turns by one network.
+    Wan's decoder is causal in time and keeps the last two frames of every convolution's input. diffusers keeps that
+    state on the network during one `decode`. Here it belongs to the stream, so that one network can decode several
+    videos alternately.
     """
 
     def __init__(self, vae: WanVAE):
@@ -94,9 +94,9 @@ class StreamingDecoder:
 
     @torch.no_grad()
     def push(self, latents: Tensor) -> Tensor:
-        """Decode the next latents [B, F, C, h, w]; returns their pixels [B, T, 3, H, W] in [-1, 1], float32.
+        """Decode the next latents [B, F, C, h, w] and return their pixels [B, T, 3, H, W] in [-1, 1], float32.
 
-        The first latent frame of the video gives one pixel frame, every later one `temporal_stride`.
+        The video's first latent frame decodes to one pixel frame, every later one to `temporal_stride`.
         """
         vae = self._vae.net
         z = denormalise(vae, latents.float().transpose(1, 2))
@@ -113,13 +113,13 @@ class StreamingDecoder:
 
 
 def normalise(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
-    """Raw VAE latents [B, C, F, h, w] to zero mean and unit variance per channel (Wan2.1's published statistics)."""
+    """Normalise raw latents [B, C, F, h, w] to zero mean and unit variance per channel, by the published statistics."""
     mean, std = _statistics(vae, latents)
     return (latents - mean) / std
 
 
 def denormalise(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
-    """The inverse of `normalise`."""
+    """Undo `normalise`."""
     mean, std = _statistics(vae, latents)
     return latents * std + mean
 
@@ -129,7 +129,7 @@ def _statistics(vae: AutoencoderKLWan, like: Tensor) -> tuple[Tensor, Tensor]:
     return _per_channel(mean, like.dtype, like.device), _per_channel(std, like.dtype, like.device)
 
 
-@cache  # or every block would copy them to the GPU, and the host wait for all that is queued there
+@cache  # a copy to the GPU for every block would make the host wait for all queued work
 def _per_channel(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=dtype, device=device).view(1, -1, 1, 1, 1)
 
@@ -139,13 +139,13 @@ def _from_patches(vae: AutoencoderKLWan, x: Tensor) -> Tensor:
 
 
 # ---- one differentiable pass over a whole clip, for training ----
-# diffusers runs the networks frame by frame through a feature cache, and skips all temporal resampling without one.
-# Over a whole clip the same function is a plain causal convolution; only the first frame, which temporal resampling
-# passes through untouched, needs care. Parity with the chunked version is tested.
+# diffusers runs the networks chunk by chunk through a feature cache; without the cache it skips temporal resampling.
+# Over a whole clip, the same function is a plain causal convolution, but for the first frame: temporal resampling
+# leaves it unchanged. Tests compare both versions.
 
 
 def encode_clip(vae: AutoencoderKLWan, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Posterior mean and log-variance, raw [B, C, F, h, w] each, of pixels [B, 3, T, H, W] with T = 4n+1."""
+    """Return the posterior's mean and log-variance, raw [B, C, F, h, w], of pixels [B, 3, T, H, W] with T = 4n+1."""
     x = patchify(pixels, vae.config.patch_size) if vae.config.patch_size is not None else pixels
     encoder = vae.encoder
     x = encoder.conv_in(x)
@@ -157,7 +157,7 @@ def encode_clip(vae: AutoencoderKLWan, pixels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def decode_clip(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
-    """Pixels [B, 3, T, H, W], not clamped, of raw latents [B, C, F, h, w]."""
+    """Return the pixels [B, 3, T, H, W], not clamped, of raw latents [B, C, F, h, w]."""
     decoder = vae.decoder
     x = decoder.mid_block(decoder.conv_in(vae.post_quant_conv(latents)))
     for block in decoder.up_blocks:
@@ -170,7 +170,7 @@ def decode_clip(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
 
 
 def _resample_clip(layer: WanResample, x: Tensor) -> Tensor:
-    """`WanResample` over all frames of x [B, C, T, h, w] at once."""
+    """Apply a `WanResample` to all frames of x [B, C, T, h, w] at once."""
     if layer.mode == "upsample3d" and x.shape[2] > 1:
         later = rearrange(layer.time_conv(x[:, :, 1:]), "b (two c) t h w -> b c (t two) h w", two=2)
         x = torch.cat([x[:, :, :1], later], dim=2)
@@ -182,8 +182,8 @@ def _resample_clip(layer: WanResample, x: Tensor) -> Tensor:
     return x
 
 
-def channels_last_(net: nn.Module) -> None:
-    """Lay convolution weights out channels last, which convolutions on CPUs and tensor cores run faster in."""
+def use_channels_last_(net: nn.Module) -> None:
+    """Store convolution weights channels last, the fastest layout on CPUs and tensor cores."""
     for parameter in net.parameters():
         if parameter.ndim == 5:
             parameter.data = parameter.data.to(memory_format=torch.channels_last_3d)
@@ -191,11 +191,11 @@ def channels_last_(net: nn.Module) -> None:
             parameter.data = parameter.data.to(memory_format=torch.channels_last)
 
 
-def quicken_on_cpu_(net: nn.Module) -> None:
-    """Give what a CPU computes slowly in diffusers' VAE another path to the same values.
+def use_fast_cpu_kernels_(net: nn.Module) -> None:
+    """Replace slow CPU kernels in diffusers' VAE with faster equivalents.
 
-    A 3D convolution of a single clip goes to oneDNN, as those of several do: the kernel PyTorch takes for it is some
-    five times slower. So is its norm over a dimension that is not the last, which RMS normalisation asks for.
+    PyTorch's kernel for a 3D convolution of a single clip is about five times slower than oneDNN's, which it uses for
+    several clips. Its norm over a dimension other than the last, part of RMS normalisation, is slow as well.
     """
     for module in net.modules():
         if isinstance(module, nn.Conv3d):
@@ -214,5 +214,5 @@ def _conv3d(conv: nn.Conv3d, x: Tensor, weight: Tensor, bias: Tensor | None) -> 
 def _rms_norm(norm: WanRMS_norm, x: Tensor) -> Tensor:
     if x.device.type != "cpu" or x.dtype != torch.float32 or not norm.channel_first:
         return WanRMS_norm.forward(norm, x)
-    length = x.square().sum(dim=1, keepdim=True).sqrt().clamp_min(1e-12)  # F.normalize's bound
+    length = x.square().sum(dim=1, keepdim=True).sqrt().clamp_min(1e-12)  # the lower bound of F.normalize
     return x * length.reciprocal() * (norm.scale * norm.gamma) + norm.bias

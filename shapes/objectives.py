@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import ByT5Tokenizer, UMT5Config, UMT5EncoderModel
 
 from model import presets
-from model.vae import channels_last_, decode_clip, encode_clip
+from model.vae import decode_clip, encode_clip, use_channels_last_
 from model.weights import ModelDirectory
 from shapes import world
 from trainer.datasets.order import ClipRandom, batch_positions, draw_clip_length
@@ -75,7 +75,7 @@ class VAEReconstruction(SingleNetObjective):
             self.net = ModelDirectory.open(config.train.init).load_vae(torch.float32).to(device).train()
         else:
             self.net = AutoencoderKLWan(**preset(presets.VAES, config)).to(device)
-        channels_last_(self.net)
+        use_channels_last_(self.net)
         if config.train.decoder_only:
             self.net.encoder.requires_grad_(False)
             self.net.quant_conv.requires_grad_(False)

@@ -1,6 +1,7 @@
-"""Shared by all tests: one thread and no network, so that bits can be compared; and a tiny causal net.
+"""Fixtures of all tests: one thread, no internet, a tiny causal network.
 
-Hypothesis draws the same examples in every run: a test fails today or it does not.
+With one thread, results can be compared bit by bit. Hypothesis draws the same examples in every run, so that a test
+either always fails or never.
 """
 
 import os
@@ -9,7 +10,7 @@ import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
-os.environ["OMP_NUM_THREADS"] = "1"  # of subprocesses, and of threads that tests start
+os.environ["OMP_NUM_THREADS"] = "1"  # for subprocesses, and for threads that tests start
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from collections.abc import Callable
@@ -22,12 +23,12 @@ from hypothesis import HealthCheck, settings
 from model.causal_wan import CausalWanModel, TextContext
 
 torch.set_num_threads(1)
-# A job in the background may ignore Ctrl-C, and its children would too; some tests press it.
+# Some tests send Ctrl-C. A background job may ignore it, and its children would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _loopback_only(event: str, arguments: tuple) -> None:
-    """Fail whatever would leave this machine: no test needs more than 127.0.0.1."""
+    """Refuse connections to other machines: tests need only 127.0.0.1."""
     if event == "socket.connect" and isinstance(arguments[1], tuple):
         host = str(arguments[1][0])
         if not (host.startswith("127.") or host in ("::1", "localhost")):
@@ -54,13 +55,13 @@ TINY: dict[str, Any] = dict(
 
 @pytest.fixture(scope="session")
 def make_net() -> Callable[..., CausalWanModel]:
-    """make_net(seed=0, **changes to TINY): a net in which every parameter matters, in evaluation mode."""
+    """make_net(seed=0, **changes to TINY) returns a network in evaluation mode; every parameter has an effect."""
 
     def make(seed: int = 0, **changes: Any) -> CausalWanModel:
         net = CausalWanModel(**TINY | changes)
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in net.named_parameters():
-            # Matrices keep the size of what passes through; norms lie around one, everything else around zero.
+            # Matrices keep the scale of activations; norms lie around one, all else around zero.
             fan_in = parameter[0].numel() if parameter.ndim > 1 and "table" not in name else 4
             center = 1.0 if "norm" in name and name.endswith("weight") else 0.0
             torch.nn.init.normal_(parameter, center, fan_in**-0.5, generator=generator)
@@ -71,19 +72,19 @@ def make_net() -> Callable[..., CausalWanModel]:
 
 @pytest.fixture(scope="session")
 def net(make_net) -> CausalWanModel:
-    """The tiny net that tests share: nobody changes it."""
+    """The tiny network that tests share; no test changes it."""
     return make_net().requires_grad_(False)
 
 
 @pytest.fixture(scope="session")
 def text(net) -> TextContext:
-    """One prompt, as the tiny net's cross-attention sees it."""
+    """Cross-attention keys and values of one prompt for the tiny network."""
     return net.encode_text(torch.randn(1, 5, TINY["text_dim"], generator=torch.Generator().manual_seed(1)))
 
 
 @pytest.fixture
 def call(monkeypatch, capsys):
-    """call(module, word, ...): run a script's main with these words; returns (exit code, stdout, stderr)."""
+    """call(module, word, ...) runs a script's main with these arguments and returns (exit code, stdout, stderr)."""
 
     def run(module, *words: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, words)])

@@ -1,4 +1,4 @@
-"""A whole model with random weights in the diffusers layout, small enough to be made and run in a blink."""
+"""Writes a whole model with random weights in diffusers' layout, small enough to build and run in an instant."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ TEXT_ENCODER: dict[str, Any] = dict(
 
 
 def write_model(folder: Path) -> Path:
-    """Write all parts of a model, `transformer/` and `generator/` with weights of their own, and return the folder."""
+    """Write a whole model and return its folder; `transformer/` and `generator/` have different weights."""
     write_model_index(folder)
     torch.manual_seed(0)
     AutoencoderKLWan(**VAE).save_pretrained(folder / "vae")
@@ -39,14 +39,14 @@ def write_model(folder: Path) -> Path:
 
 
 def write_model_index(folder: Path) -> None:
-    """What a model folder holds that is not trained: the shipped miniature's."""
+    """Copy the untrained files of a model folder from the shipped miniature."""
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(ROOT / "data/shapes-wan/model_index.json", folder)
     shutil.copytree(ROOT / "data/shapes-wan/scheduler", folder / "scheduler", dirs_exist_ok=True)
 
 
 def write_config(file: Path, model: Path, **sections: dict[str, Any]) -> Path:
-    """Write a configuration (JSON is YAML) of 32x32 videos by the model in folder `model`, and return the file."""
+    """Write a configuration of 32x32 videos with the model in folder `model`; return its path."""
     config: dict[str, Any] = {
         "model": {"base": str(model), "generator": str(model / "generator"), "text_length": 24, "dtype": "float32"},
         "teacher": {"negative_prompt": "", "guidance_scale": 3.0},
@@ -60,6 +60,6 @@ def write_config(file: Path, model: Path, **sections: dict[str, Any]) -> Path:
 
 
 def all_clips(folder: str) -> tuple[torch.Tensor, list[str]]:
-    """All clips [N, F, C, h, w] of a folder, and their captions."""
+    """Return all clips [N, F, C, h, w] of a folder, and their captions."""
     clips = open_clips(folder)
     return clips.read(range(len(clips.captions))), clips.captions

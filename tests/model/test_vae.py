@@ -1,8 +1,8 @@
-"""model/vae.py: Wan's VAE whole, streamed, and in one differentiable pass.
+"""model/vae.py: the Wan VAE, whole, streamed, and in one differentiable pass.
 
-Claims: `encode_clip` and `decode_clip` are diffusers' chunked encode and decode, and every parameter learns through
-them; streaming block by block is whole decoding, bit for bit, and streams do not disturb each other; latents are
-normalised on the way out and denormalised on the way in; what cannot be encoded is refused.
+Claims: `encode_clip` and `decode_clip` equal diffusers' chunked encode and decode, and give every parameter a gradient;
+decoding block by block equals decoding whole, bit for bit, and streams are independent; encoding normalises latents and
+decoding denormalises them; sizes that cannot be encoded are refused.
 """
 
 from typing import Any
@@ -27,11 +27,11 @@ PLAIN: dict[str, Any] = dict(
     latents_std=STD,
 )
 VARIANTS: dict[str, dict[str, Any]] = {
-    # Two stages in space, of which both halve time as well; and Wan's own layout, where the first does not.
+    # Two stages in space that both halve time as well; and Wan's own layout, where the first one does not.
     "plain": PLAIN | dict(scale_factor_spatial=4),
     "three stages": PLAIN
     | dict(dim_mult=[1, 1, 2, 2], temperal_downsample=[False, True, True], scale_factor_spatial=8, attn_scales=[]),
-    # As presets.VAES["shapes"], only smaller.
+    # A smaller presets.VAES["shapes"].
     "patches": presets.VAES["shapes"] | PLAIN | dict(decoder_base_dim=12, in_channels=12, out_channels=12),
 }
 CLOSE = dict(atol=1e-5, rtol=1e-5)
@@ -42,7 +42,7 @@ def tiny_vae(variant: str) -> AutoencoderKLWan:
     vae = AutoencoderKLWan(**VARIANTS[variant])
     for name, parameter in vae.named_parameters():
         if "gamma" not in name and parameter.ndim == 1:
-            torch.nn.init.normal_(parameter, std=0.1)  # biases start at zero, which hides padding
+            torch.nn.init.normal_(parameter, std=0.1)  # biases start at zero, which would hide padding
     return vae
 
 
@@ -69,7 +69,7 @@ def statistics(like: Tensor) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("frames", [1, 5, 9])
 @torch.no_grad()
-def test_encode_clip_is_diffusers_encode(vae, frames):
+def test_encode_clip_equals_diffusers_encode(vae, frames):
     pixels = randn(2, 3, frames, 16, 24)
     mean, log_variance = encode_clip(vae.net, pixels)
     expected = vae.net.encode(pixels).latent_dist
@@ -80,20 +80,20 @@ def test_encode_clip_is_diffusers_encode(vae, frames):
 
 @pytest.mark.parametrize("frames", [1, 2, 3])
 @torch.no_grad()
-def test_decode_clip_is_diffusers_decode(vae, frames):
+def test_decode_clip_equals_diffusers_decode(vae, frames):
     latents = randn(2, 4, frames, 2, 3)
     pixels = decode_clip(vae.net, latents)
     assert pixels.shape[2] == vae.num_pixel_frames(frames) and pixels.std() > 1e-3
     torch.testing.assert_close(pixels.clamp(-1, 1), vae.net.decode(latents).sample, **CLOSE)
 
 
-def test_every_parameter_learns():
+def test_every_parameter_gets_a_gradient():
     vae = tiny_vae("patches")
     mean, log_variance = encode_clip(vae, randn(1, 3, 5, 16, 16))
     decoded = decode_clip(vae, mean)
     (decoded.square().mean() + log_variance.mean()).backward()
-    still = [name for name, p in vae.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
-    assert still == []
+    without = [name for name, p in vae.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert without == []
 
 
 def test_the_log_variance_is_bounded():
@@ -108,7 +108,7 @@ def test_the_log_variance_is_bounded():
 
 
 @pytest.mark.parametrize("cuts", [[3, 3], [1, 2, 3], [1] * 6])
-def test_streaming_is_whole_decoding(vae, cuts):
+def test_streaming_equals_decoding_whole(vae, cuts):
     latents = randn(1, 6, 4, 2, 3)
     whole = vae.decode(latents)
     stream = vae.stream()
@@ -119,8 +119,8 @@ def test_streaming_is_whole_decoding(vae, cuts):
 
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_decoding_is_diffusers_decode_of_denormalised_latents(variant, batch):
-    """Beside a network whose convolutions and norms are diffusers' own."""
+def test_decoding_equals_diffusers_decode_of_denormalised_latents(variant, batch):
+    """Compared with a network that has diffusers' own convolutions and norms."""
     latents = randn(batch, 3, 4, 2, 3)
     mean, std = statistics(latents)
     with torch.no_grad():
@@ -130,20 +130,20 @@ def test_decoding_is_diffusers_decode_of_denormalised_latents(variant, batch):
     torch.testing.assert_close(pixels, expected, **CLOSE)
 
 
-def test_a_later_push_copies_no_numbers_from_the_host(plain, monkeypatch):
-    """On a GPU the host would wait for all that is queued."""
+def test_a_later_push_copies_nothing_from_the_host(plain, monkeypatch):
+    """On a GPU such a copy would make the host wait for all queued work."""
     stream, piece = plain.stream(), randn(1, 1, 4, 2, 3)
     stream.push(piece)
 
     def refuse(*_, **__):
-        raise AssertionError("a tensor was made of numbers")
+        raise AssertionError("a tensor was created on the host")
 
     for owner, name in ((torch, "tensor"), (torch, "as_tensor"), (Tensor, "new_tensor")):
         monkeypatch.setattr(owner, name, refuse)
     stream.push(piece)
 
 
-def test_statistics_have_the_type_of_the_latents(plain):
+def test_statistics_have_the_dtype_of_the_latents(plain):
     raw = randn(1, 4, 1, 2, 3)
     expected = normalise(plain.net, raw)
     assert normalise(plain.net, raw.double()).dtype == torch.float64
@@ -151,22 +151,22 @@ def test_statistics_have_the_type_of_the_latents(plain):
     assert torch.equal(normalise(plain.net, raw), expected)
 
 
-def test_streams_do_not_disturb_each_other(plain):
+def test_streams_are_independent(plain):
     videos = [randn(1, 4, 4, 2, 3, seed=seed) for seed in (1, 2)]
     alone = [plain.decode(video) for video in videos]
     streams = [plain.stream(), plain.stream()]
     pieces: list[list[Tensor]] = [[], []]
-    for part in range(2):
+    for half in range(2):
         for number in range(2):
-            pieces[number].append(streams[number].push(videos[number][:, 2 * part : 2 * part + 2]))
-        plain.encode(randn(1, 5, 3, 16, 16))  # diffusers keeps its own state on the network
+            pieces[number].append(streams[number].push(videos[number][:, 2 * half : 2 * half + 2]))
+        plain.encode(randn(1, 5, 3, 16, 16))  # uses the state that diffusers keeps on the network
         plain.net.decode(randn(1, 4, 2, 2, 3))
     for number in range(2):
         assert torch.equal(torch.cat(pieces[number], dim=1), alone[number])
 
 
 def test_a_later_frame_depends_on_an_earlier_one(plain):
-    """Else streaming would prove nothing."""
+    """Otherwise the tests of streaming would prove nothing."""
     latents = randn(1, 2, 4, 2, 3)
     changed = torch.cat([-latents[:, :1], latents[:, 1:]], dim=1)
     assert not torch.allclose(plain.decode(latents)[:, 1:], plain.decode(changed)[:, 1:], atol=1e-3)
@@ -175,7 +175,7 @@ def test_a_later_frame_depends_on_an_earlier_one(plain):
 # ---- normalisation ----
 
 
-def test_normalised_latents_come_back(plain):
+def test_denormalise_undoes_normalise(plain):
     raw = randn(2, 4, 3, 2, 3)
     torch.testing.assert_close(denormalise(plain.net, normalise(plain.net, raw)), raw)
     assert not torch.allclose(normalise(plain.net, raw), raw, atol=0.1)
@@ -193,7 +193,7 @@ def test_encoding_normalises_the_mean(vae):
 
 
 @pytest.mark.parametrize(("frames", "height", "width"), [(4, 16, 16), (0, 16, 16), (5, 18, 16), (5, 16, 18)])
-def test_what_cannot_be_encoded_is_refused(plain, frames, height, width):
+def test_sizes_that_cannot_be_encoded_are_refused(plain, frames, height, width):
     with pytest.raises(UserError, match=f"{frames} frames of {height}x{width}.*4n\\+1.*multiples of 4"):
         plain.encode(torch.zeros(1, frames, 3, height, width))
 

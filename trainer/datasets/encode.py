@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from model.vae import channels_last_, encode_clip, normalise
+from model.vae import encode_clip, normalise, use_channels_last_
 from model.weights import VAE_FILES, ModelDirectory
 from trainer.datasets.clips import is_shard_of, shard_files, write_shard
 from utils.distributed import rank, world_size
@@ -45,7 +45,7 @@ def encode_clips(
             f"{', '.join(others[:3])}{' ...' if len(others) > 3 else ''}, or choose another --output"
         )
     vae = directory.load_vae(torch.float32).to(device)
-    channels_last_(vae)
+    use_channels_last_(vae)
     vae_fingerprint = fingerprint(directory.path, VAE_FILES)
     for start in tqdm(list(files)[rank() :: world_size()], unit="shard", disable=rank() > 0):
         indices = range(start, min(start + CLIPS_PER_SHARD, len(captions)))
