@@ -2,19 +2,24 @@
 
 import itertools
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 from diffusers import UniPCMultistepScheduler
 from torch import Tensor
+from tqdm import tqdm
 
 from model.causal_wan import CausalWanModel, TextContext
 from model.denoiser import clip_flow
 from model.embeddings import EmbeddingCache
-from model.flow import guide
+from model.flow import guide, solver_sigmas
 from model.weights import ModelDirectory
-from pipeline.build import check_size, choose_attention_backend, latent_size
+from pipeline.build import check_size, choose_attention_backend, latent_size, load_vae
+from pipeline.output import VideoJob, VideoOutput, video_metadata
 from utils.config import Config
-from utils.device import DTYPES
+from utils.device import DTYPES, pick_device
+from utils.distributed import rank
+from utils.files import write_json
 from utils.rng import keyed_noise
 
 
@@ -117,3 +122,32 @@ def sample_unipc(flow: Callable[[Tensor, float], Tensor], noise: Tensor, num_ste
         sigma = float(solver.sigmas[index])
         x = solver.step(flow(x, sigma), timestep, x, return_dict=False)[0]
     return x
+
+
+def write_teacher_videos(
+    config: Config, jobs: Sequence[VideoJob], solver: Literal["euler", "unipc"] = "unipc", batch_size: int = 1
+) -> None:
+    """Sample the teacher for every job and write the video with its metadata.
+
+    A video's noise depends only on the seed and its sample number, so all prompts of a sample share it.
+
+    Args:
+        batch_size: videos to sample at once.
+    """
+    device = pick_device(config.runtime.device)
+    teacher, vae = Teacher.load(config, device), load_vae(config, device)
+    steps, shift = config.teacher.num_inference_steps, config.teacher.timestep_shift
+    batches = [jobs[i : i + batch_size] for i in range(0, len(jobs), batch_size)]
+    for batch in tqdm(batches, unit="batch", disable=rank() > 0):
+        flow = teacher.flow([job.prompt.text for job in batch])
+        noise = teacher.noise(config.runtime.seed, [job.sample for job in batch])
+        if solver == "unipc":
+            latents = sample_unipc(flow, noise, steps, shift)
+        else:
+            latents = sample_euler(flow, noise, solver_sigmas(steps, shift))[-1]
+        for clip, job in zip(latents, batch, strict=True):
+            metadata = video_metadata(config, job.prompt, job.sample, "") | {"solver": solver}
+            with VideoOutput(vae, [job.files], config.video.fps, len(clip)) as output:
+                for frame in clip[None].split(1, dim=1):
+                    output.emit(frame)
+                write_json(job.files.metadata, metadata)

@@ -233,7 +233,8 @@ def test_the_student_is_conditioned_on_the_teachers_noise_levels(make: Make, mod
     objective = make(forward_kl_mode=mode, forward_kl_steps=3)
     objective.forward_kl.pairs.sigmas = teacher = [1.0, 0.96, 0.8889, 0.7273, 0.0]
     timesteps = []
-    objective.generator.register_forward_pre_hook(lambda module, args: timesteps.append(args[1]))
+    embed = objective.generator.embed_timestep
+    objective.generator.embed_timestep = lambda timestep: timesteps.append(timestep) or embed(timestep)
     steps = set()
     for iteration in range(12):
         timesteps.clear()

@@ -17,7 +17,7 @@ from model.causal_wan import CausalWanModel
 from model.embeddings import EmbeddingCache
 from model.weights import ModelDirectory
 from pipeline.text_to_video import TextToVideo
-from scripts import create_lmdb, encode_prompts, export_generator, generate_ode_pairs, plot_metrics
+from scripts import create_lmdb, encode_prompts, export_generator, generate_ode_pairs, plot_metrics, sample_teacher
 from trainer.datasets.clips import write_shard
 from trainer.datasets.ode_pairs import open_ode_pairs, pair_file, write_ode_pair, write_sigmas
 from trainer.objectives import build_objective
@@ -269,6 +269,24 @@ def test_pairs_store_only_the_points_that_the_loss_reads(world, tmp_path, call):
     torch.testing.assert_close(whole.read([0], [0, 1]).half(), pairs.read([0]))
     code, _, err = call(generate_ode_pairs, *always, tmp_path / "x", "--latent_shape", 8, 4, 4)
     assert code == 2 and "16 channels" in err
+
+
+# ---- sample_teacher.py ----
+
+
+def test_teacher_videos_have_metadata_and_existing_ones_are_kept(world, tmp_path, call):
+    (tmp_path / "prompts.txt").write_text("a red circle\na blue square\n")
+    files = ("--config_path", world / "config.yaml", "--data_path", tmp_path / "prompts.txt")
+    words = (*files, "--output_folder", tmp_path / "out", "data.num_frames=2", "teacher.num_inference_steps=2")
+    assert call(sample_teacher, *words, "--solver", "euler", "--batch_size", 2)[0] == 0
+    names = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "out").iterdir()}
+    stems = ("a blue square-0", "a red circle-0")
+    assert sorted(names) == [f"{stem}{suffix}" for stem in stems for suffix in (".json", ".mp4")]
+    assert json.loads((tmp_path / "out/a red circle-0.json").read_text())["solver"] == "euler"
+    (tmp_path / "out/a blue square-0.mp4").unlink()
+    assert call(sample_teacher, *words)[0] == 0
+    kept = {file.name for file in (tmp_path / "out").iterdir() if file.stat().st_mtime_ns == names.get(file.name)}
+    assert kept == {"a red circle-0.json", "a red circle-0.mp4"}
 
 
 # ---- plot_metrics.py ----
