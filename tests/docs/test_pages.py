@@ -15,7 +15,10 @@ import yaml
 from pages import PAGES, ROOT, anchors, code_blocks, links, name, num_words, sentences, text_of
 from PIL import Image
 
-UNFINISHED = ("benchmarks", "pipeline", "training", "config", "README")
+import inference
+from pipeline.command_line import requested_videos, resolve_config
+
+UNFINISHED = ("benchmarks", "pipeline", "README")
 pages = pytest.mark.parametrize(
     "page",
     [pytest.param(page, marks=pytest.mark.xfail() if page.stem in UNFINISHED else ()) for page in PAGES],
@@ -73,6 +76,16 @@ def test_commands_use_flags_and_keys_that_exist(page):
                 assert match[2] in keys().get(match[1], ()), f"{name(page)}: {word}"
 
 
+def test_commands_of_the_readme_resolve_their_configuration(monkeypatch):
+    found = [shlex.split(command) for command in commands(ROOT / "README.md") if "python inference.py" in command]
+    assert len(found) == 3
+    for words in found:
+        monkeypatch.setattr("sys.argv", words[words.index("inference.py") :])
+        arguments = inference.parse_arguments()
+        assert resolve_config(arguments).video.num_output_frames == 81
+        assert requested_videos(arguments, None) and arguments.output_folder
+
+
 def commands(page: Path) -> list[str]:
     """Return the commands of a page's bash blocks, continued lines joined."""
     lines = [line for block in code_blocks(page, "bash") for line in block.replace("\\\n", " ").splitlines()]
@@ -103,6 +116,13 @@ def keys() -> dict[str, set[str]]:
 
 
 # ---- the front page ----
+
+
+def test_the_python_snippet_of_the_readme_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    [snippet] = code_blocks(ROOT / "README.md", "python")
+    exec(compile(snippet, "README.md", "exec"), {})
+    assert [path.name for path in tmp_path.glob("*.mp4")] == ["x.mp4"]
 
 
 def test_the_readme_is_short():
