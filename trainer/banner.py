@@ -19,8 +19,8 @@ def training_banner(config: Config, objective: Objective, logdir: Path, iteratio
         "parameters": ", ".join(sizes),
         "data": objective.data_summary(),
         "batch": (
-            f"{micro_batches * train.batch_size} clips = {train.batch_size} per micro-batch x "
-            f"{micro_batches // ranks} micro-batches x {ranks} ranks"
+            f"{micro_batches * train.batch_size} clips: world size {ranks}, {micro_batches // ranks} x "
+            f"{train.batch_size} clips per rank"
         ),
         "log folder": str(logdir),
     }

@@ -1,4 +1,4 @@
-"""Tiny things to train: a toy objective for the loop alone, and presets and data for the real objectives."""
+"""Fixtures of tiny training runs: a toy objective, presets of tiny networks, and small data sets."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,57 +6,23 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_model import TEXT_ENCODER, TRANSFORMER, VAE, write_model
-from torch import Tensor, nn
+from toy import Toy
 
 from model import presets
 from trainer.datasets.clips import write_shard
 from trainer.datasets.ode_pairs import pair_file, write_ode_pair, write_sigmas
-from trainer.objectives.base import SingleNetObjective
 from utils.config import Config
 from utils.process_group import process_group
-from utils.rng import keyed_generator
 
 
 @pytest.fixture(autouse=True, scope="session")
 def group():
-    """The group of one process that train.py would open."""
+    """The process group of one rank that train.py would open."""
     with process_group(torch.device("cpu")):
         yield
 
 
 CAPTIONS = ("a red circle", "a blue square", "a green triangle")
-
-
-class Toy(SingleNetObjective):
-    """Fit a random linear map by a net with a matrix and a vector, and a buffer that counts."""
-
-    def __init__(self, width: int = 6):
-        self.config = Config()
-        torch.manual_seed(0)
-        self.net = nn.Sequential(nn.Linear(width, 8), nn.Tanh(), nn.Linear(8, 1), Counter())
-        self.iterations: list[int] = []
-        self.exported: tuple[Path, dict[str, Tensor]] | None = None
-
-    def loss(self, iteration: int, part: int) -> tuple[Tensor, dict[str, float]]:
-        self.iterations.append(iteration)
-        x = torch.randn(16, self.net[0].in_features, generator=keyed_generator("toy", iteration, part))
-        loss = (self.net(x) - x.sum(1, keepdim=True)).square().mean()
-        return loss, {"twice": 2.0 * iteration}
-
-    def export(self, folder: Path, weights: dict[str, Tensor]) -> None:
-        self.exported = folder, {name: weight.clone() for name, weight in weights.items()}
-
-
-class Counter(nn.Module):
-    """An integer buffer, as batch norm has one."""
-
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.calls += 1
-        return x
 
 
 @pytest.fixture
@@ -67,7 +33,7 @@ def toy() -> type[Toy]:
 
 @pytest.fixture
 def tiny_presets(monkeypatch) -> str:
-    """The name under which presets of tiny networks are known."""
+    """The name of the registered presets of tiny networks."""
     monkeypatch.setitem(presets.TRANSFORMERS, "tiny", TRANSFORMER)
     monkeypatch.setitem(presets.VAES, "tiny", VAE)
     monkeypatch.setitem(presets.TEXT_ENCODERS, "tiny", TEXT_ENCODER)
@@ -76,7 +42,7 @@ def tiny_presets(monkeypatch) -> str:
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory) -> Path:
-    """A tiny random model that nobody changes."""
+    """A tiny random model; tests only read it."""
     return write_model(tmp_path_factory.mktemp("model") / "model")
 
 
@@ -92,7 +58,7 @@ def clips(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def pairs(tmp_path_factory) -> Path:
-    """Four ODE pairs of 5 points (4 steps and the end) of clips as above."""
+    """Four ODE pairs with 5 points (4 steps and the end) of such clips."""
     folder = tmp_path_factory.mktemp("pairs")
     for index in range(4):
         points = torch.randn(5, 6, 16, 4, 4, generator=torch.Generator().manual_seed(index))
@@ -103,7 +69,7 @@ def pairs(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def make_config(model) -> Callable[..., Config]:
-    """make_config(data path, **changes to the train section): two clips per iteration, every one logged."""
+    """make_config(data path, **train keys): a configuration with two clips per iteration, all logged."""
 
     def make(path: Path | str = "", **train) -> Config:
         config = Config()

@@ -1,4 +1,4 @@
-"""trainer/optim.py: updates are nearly orthogonal, convolutions count as matrices, and the state survives."""
+"""trainer/optim.py: Muon, the choice of optimizers, and the learning-rate schedule."""
 
 import copy
 
@@ -6,15 +6,18 @@ import pytest
 import torch
 from torch import nn
 
-from trainer.optim import Muon, orthogonalise
+from trainer.optim import Muon, build_optimizers, is_inner_matrix, learning_rate_scale, orthogonalise
+from utils.config import TrainConfig
+
+# ---- Muon ----
 
 
 @pytest.mark.parametrize("shape", [(24, 24), (16, 40), (40, 16), (1, 8), (8, 1)])
 def test_orthogonalise_against_the_svd(shape):
-    """The same singular vectors, with singular values near one instead of their own."""
+    """The singular vectors stay, and the singular values become nearly one."""
     matrix = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
     u, _, vt = torch.linalg.svd(matrix, full_matrices=False)
-    if min(shape) == 24:  # a square random matrix has singular values near zero, which stay small: spread them evenly
+    if min(shape) == 24:  # a random square matrix has singular values near zero, which would stay small
         matrix = u @ torch.diag(torch.linspace(1, 10, 24)) @ vt
     found = orthogonalise(matrix)
     assert found.shape == matrix.shape and found.dtype == torch.float32
@@ -29,8 +32,8 @@ def test_orthogonalise_ignores_scale_and_survives_zero():
     assert torch.equal(orthogonalise(torch.zeros(4, 5)), torch.zeros(4, 5))
 
 
-def test_first_step_by_hand():
-    """Momentum starts at the gradient g, so Nesterov's direction is 1.95 g; tall matrices take longer steps."""
+def test_the_first_step_by_hand():
+    """Momentum starts at the gradient g, so Nesterov's direction is 1.95 g. Tall matrices take longer steps."""
     weight = nn.Parameter(torch.randn(8, 2, 1, 2, generator=torch.Generator().manual_seed(2)))
     before, gradient = weight.detach().clone(), torch.randn(8, 2, 1, 2, generator=torch.Generator().manual_seed(3))
     weight.grad = gradient.clone()
@@ -40,15 +43,13 @@ def test_first_step_by_hand():
     assert torch.equal(weight.grad, gradient)
 
 
-def test_parameters_without_a_gradient_stay():
+def test_parameters_without_a_gradient_do_not_change():
     weight = nn.Parameter(torch.ones(3, 3))
     Muon([weight], lr=0.1, weight_decay=0.1).step()
     assert torch.equal(weight.detach(), torch.ones(3, 3))
 
 
-def test_state_dict_round_trip(tmp_path):
-    """Saved and loaded in the middle, the optimizer goes on with the same bits."""
-
+def test_a_loaded_state_continues_with_the_same_bits(tmp_path):
     def step(net: nn.Linear, optimizer: Muon, number: int) -> None:
         optimizer.zero_grad()
         net(torch.randn(4, 5, generator=torch.Generator().manual_seed(number))).square().sum().backward()
@@ -69,7 +70,7 @@ def test_state_dict_round_trip(tmp_path):
     assert torch.equal(net.weight, other.weight)
 
 
-def test_it_descends():
+def test_muon_minimises_a_quadratic():
     torch.manual_seed(0)
     net, target = nn.Linear(12, 12, bias=False), torch.randn(12, 12)
     optimizer = Muon(net.parameters(), lr=0.1)
@@ -81,3 +82,55 @@ def test_it_descends():
         loss.backward()
         optimizer.step()
     assert losses[-1] < 0.05 * losses[0]
+
+
+# ---- Choice of optimizers, learning rate ----
+
+
+def test_the_learning_rate_rises_then_falls_to_a_twentieth():
+    config = TrainConfig(max_iterations=110, warmup=10)
+    scales = [learning_rate_scale(i, config) for i in range(110)]
+    assert scales[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert scales[10] == 1 and scales[60] == pytest.approx(0.525)
+    assert sorted(scales[10:], reverse=True) == scales[10:]
+    assert learning_rate_scale(110, config) == pytest.approx(0.05) == learning_rate_scale(500, config)
+    assert learning_rate_scale(0, TrainConfig(max_iterations=1, warmup=0)) == 1
+
+
+def test_muon_updates_the_inner_matrices_and_adamw_the_rest(make_net):
+    net = make_net()
+    adamw, muon = build_optimizers(net, TrainConfig(optimizer="muon"), 1e-3)
+    assert isinstance(adamw, torch.optim.AdamW) and isinstance(muon, Muon)
+    names = {id(p): name for name, p in net.named_parameters()}
+    inner = {names[id(p)] for p in muon.param_groups[0]["params"]}
+    others = {names[id(p)] for p in adamw.param_groups[0]["params"]}
+    assert inner | others == set(names.values()) and not inner & others
+    assert "blocks.0.attn1.to_q.weight" in inner and "blocks.2.ffn.net.2.weight" in inner
+    assert all(name.startswith("blocks.") and name.endswith(".weight") for name in inner)
+    for name in ("patch_embedding.weight", "proj_out.weight", "blocks.0.scale_shift_table", "blocks.1.norm2.weight"):
+        assert name in others
+    [only] = build_optimizers(net, TrainConfig(), 1e-3)
+    assert len(only.param_groups[0]["params"]) == len(names)
+
+
+def test_frozen_parameters_have_no_optimizer():
+    net = nn.Linear(3, 3).requires_grad_(False)
+    net.bias.requires_grad_(True)
+    [only] = build_optimizers(net, TrainConfig(optimizer="muon"), 1e-3)
+    assert [p.shape for p in only.param_groups[0]["params"]] == [(3,)]
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "inner"),
+    [
+        ("encoder.down_blocks.0.conv1.weight", (8, 8, 3, 3, 3), True),
+        ("encoder.conv_in.weight", (8, 12, 3, 3, 3), False),
+        ("decoder.conv_out.weight", (12, 8, 3, 3, 3), False),
+        ("encoder.mid_block.attentions.0.norm.gamma", (8, 1, 1), False),
+        ("heads.color.weight", (6, 16), False),
+        ("shared.weight", (384, 16), False),
+        ("blocks.0.attn1.to_q.bias", (8,), False),
+    ],
+)
+def test_inner_matrices(name, shape, inner):
+    assert is_inner_matrix(name, nn.Parameter(torch.zeros(shape))) == inner

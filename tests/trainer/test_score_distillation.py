@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_trainer import Stop, assert_same, state_of
+from toy import Killed, assert_same_bits, state_of
 
 from model.flow import flow_to_x0
 from trainer.datasets.ode_pairs import write_ode_pair, write_sigmas
@@ -198,7 +198,7 @@ def test_a_forward_kl_rollout_needs_only_the_points_it_reads(make: Make, pairs, 
         write_ode_pair(tmp_path / file.name, prompt, points[0, :2])
     write_sigmas(tmp_path, [1.0, 0.9375])
     whole, cut = (forward_kl_gradients(make(schedule, path, forward_kl_mode="rollout")) for path in (pairs, tmp_path))
-    assert_same(whole, cut)
+    assert_same_bits(whole, cut)
 
 
 def test_activation_checkpointing_works_with_context_input(make: Make):
@@ -329,15 +329,15 @@ def test_interrupted_and_sampled_runs_end_with_the_weights_of_a_plain_run(make_t
 
         def failing(name, iteration, *rest, backward=backward, stop=stop):
             if (name, iteration) == ("critic", stop):
-                raise Stop
+                raise Killed
             return backward(name, iteration, *rest)
 
         run.objective.backward = failing
-        with pytest.raises(Stop):
+        with pytest.raises(Killed):
             run.train()
     resumed = make_trainer("parts")
     resumed.train()
-    assert_same(state_of(resumed), state_of(plain))
+    assert_same_bits(state_of(resumed), state_of(plain))
     lines = (tmp_path / "plain/metrics.jsonl").read_text()
     assert lines == (tmp_path / "parts/metrics.jsonl").read_text()
     for key in ("dmd_output_gradient", "forward_kl_output_gradient", "motion", "motion_bidirectional", "critic"):
@@ -360,7 +360,7 @@ def test_interrupted_and_sampled_runs_end_with_the_weights_of_a_plain_run(make_t
     videos = [path.relative_to(tmp_path / "sampled/samples") for path in tmp_path.glob("sampled/samples/*/*.mp4")]
     written = sorted(str(path) for path in videos if (tmp_path / "sampled/samples" / path).is_file())
     assert written == ["00000002/a blue square-0.mp4", "00000002/a red circle-0.mp4", "00000004/a blue square-0.mp4"]
-    assert_same(state_of(sampled), state_of(plain))
+    assert_same_bits(state_of(sampled), state_of(plain))
 
 
 def test_values_that_are_not_finite_stop_the_run_and_are_named(make_trainer):
