@@ -10,7 +10,8 @@ import time
 import traceback
 from collections.abc import Callable
 
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM)
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM)
+"""Error numbers of a full or unwritable disk."""
 
 
 class UserError(ValueError):
@@ -34,7 +35,7 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
             message = "interrupted; finished files are kept, run the same command again to resume"
             sys.exit(_report(message, 130, delay=1))
         except Exception as error:
-            if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+            if isinstance(error, OSError) and error.errno in DISK_ERRORS:
                 sys.exit(_report(f"cannot write {error.filename or 'output'}: {error.strerror}", 1))
             _report_to_torchrun(traceback.format_exc(), delay=1)
             raise

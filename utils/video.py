@@ -1,49 +1,51 @@
-"""How pixels get to disk and back: streamed mp4 files, and clips and images to continue.
+"""Video and image files: write mp4 files while frames arrive, and read videos and images.
 
-Frames are uint8 RGB arrays [T, H, W, 3] throughout.
+Frames are uint8 RGB arrays [T, H, W, 3].
 """
 
 import contextlib
-import errno
-import io
+import itertools
 import os
-import re
 import struct
-import subprocess
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
-from typing import IO
 
-import imageio_ffmpeg
+import av
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from utils.errors import UserError
+from utils.errors import DISK_ERRORS, UserError
 from utils.files import atomic_path
 
-_FINISH_SECONDS = 300  # after the last frame ffmpeg has a second of video left to encode; much more means it hangs
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM)
+_QUEUED_FRAMES = 16  # the encoder may lag this far behind, so that it works while the next block is generated
+_BT709 = 1  # FFmpeg's number for BT.709 matrix, primaries and transfer
+_LIMITED_RANGE = 1
+_ROTATIONS = {90: "transpose=cclock", -90: "transpose=clock", 180: "hflip,vflip", -180: "hflip,vflip"}
 
 
-# ---- Video files ----
+# ---- Write videos ----
 
 
 def to_uint8(frames: np.ndarray | torch.Tensor) -> np.ndarray:
-    """Frames as [T, H, W, 3] uint8: such an array as it is, or a float tensor [T, 3, H, W] in [-1, 1] (clamped).
+    """Convert frames to uint8 [T, H, W, 3].
 
-    NaN becomes black, so that a diverged model yields a video to look at instead of noise from the conversion.
+    Args:
+        frames: uint8 [T, H, W, 3], which is returned unchanged, or a float tensor [T, 3, H, W] in [-1, 1]. Values
+            outside are clamped; NaN becomes black, so that a diverged model still yields a video.
 
     Raises:
-        ValueError: for any other dtype or shape.
+        ValueError: for any other type or shape.
     """
     if isinstance(frames, torch.Tensor) and frames.is_floating_point():
         if frames.ndim != 4 or frames.shape[1] != 3:
             raise ValueError(f"float frames must be [T, 3, H, W], not {tuple(frames.shape)}")
-        levels = (frames.detach().float().nan_to_num(nan=-1.0).clamp(-1, 1) + 1) * 127.5
-        frames = levels.round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        values = (frames.detach().float().nan_to_num(nan=-1.0).clamp(-1, 1) + 1) * 127.5
+        frames = values.round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     pixels = np.asarray(frames)
     if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3:
         raise ValueError(f"frames must be uint8 [T, H, W, 3], not {pixels.dtype} {pixels.shape}")
@@ -51,36 +53,34 @@ def to_uint8(frames: np.ndarray | torch.Tensor) -> np.ndarray:
 
 
 class VideoWriter:
-    """Write a video while it is generated; it appears under its final name only when it is complete.
+    """Write a video while it is generated. The file gets its final name when it is complete.
 
         with VideoWriter("cat.mp4", fps=16) as video:
             for frames in blocks:
                 video.write(frames)
 
-    Frames go at once into the hidden file `partial` beside the final one: a fragmented mp4, which players can show up
-    to the last second or so while it grows, and after a crash. Leaving the block turns it into an ordinary mp4 (H.264,
-    yuv420p, index in front) and renames it. An exception or Ctrl-C in the block removes it.
+    Frames go into the hidden file `partial` beside the final file. It is a fragmented mp4: players can show it while it
+    grows, and after a crash, up to about the last second. At the end of the `with` block it is converted into an
+    ordinary mp4 (H.264, yuv420p, index first) and renamed. An exception or Ctrl-C in the block deletes it.
 
-    The bytes depend only on the frames and the ffmpeg build: x264 runs on one thread, and no date is stored.
+    The bytes depend only on the frames and the FFmpeg version: x264 runs in one thread, and no date is stored.
 
     Attributes:
-        path: the final file. Its folder must exist.
-        partial: the growing file; set while the block runs.
-        num_frames: how many frames were written so far.
+        path: final file. Its folder must exist.
+        partial: growing file; set inside the `with` block.
+        num_frames: number of frames written so far.
     """
 
-    def __init__(
-        self, path: str | os.PathLike[str], fps: float = 16.0, *, crf: int = 17, preset: str = "medium"
-    ) -> None:
+    def __init__(self, path: str | os.PathLike[str], fps: float = 16.0, *, crf: int = 17, preset: str = "medium"):
         """
         Args:
-            path: where the video goes; an existing file is replaced at the end.
+            path: final file; an existing file is replaced at the end.
             fps: frames per second.
-            crf: x264's quality, 0 (lossless) to 51; 17 looks like the source.
-            preset: x264's effort, "ultrafast" to "veryslow".
+            crf: quality of x264, from 0 (lossless) to 51; 17 is visually lossless.
+            preset: speed of x264, from "ultrafast" to "veryslow".
 
         Raises:
-            UserError: if fps is not positive.
+            UserError: if fps is not between 0 and 1000.
         """
         if not 0 < fps < 1000:
             raise UserError(f"cannot write a video at {fps} frames per second: choose fps between 0 and 1000")
@@ -89,7 +89,7 @@ class VideoWriter:
         self.partial: Path | None = None
         self._fps, self._crf, self._preset = fps, crf, preset
         self._size: tuple[int, int] | None = None  # height, width
-        self._ffmpeg: _Ffmpeg | None = None
+        self._encoder: _Encoder | None = None
         self._cleanup = contextlib.ExitStack()
 
     def __enter__(self) -> "VideoWriter":
@@ -99,24 +99,25 @@ class VideoWriter:
     def write(self, frames: np.ndarray | torch.Tensor) -> None:
         """Append frames: uint8 [T, H, W, 3], or a float tensor [T, 3, H, W] in [-1, 1].
 
-        Blocks while the encoder is behind, so memory stays bounded.
+        Waits while the encoder lags behind, so memory stays bounded.
 
         Raises:
-            OSError: if the disk is full or not writable; it names the video.
-            UserError: if a side is odd, or ffmpeg stops for another reason.
-            ValueError: if the frames are of another kind or size than before.
+            OSError: if the disk is full or not writable; its filename is the video's.
+            UserError: if a side is odd, or the encoder fails for another reason.
+            ValueError: if the frames have another type or size than before.
         """
         pixels = to_uint8(frames)
         if len(pixels) == 0:
             return
-        if self._ffmpeg is None:
-            self._size = pixels.shape[1:3]
-            self._ffmpeg = self._start(*self._size)
-        if pixels.shape[1:3] != self._size:
-            raise ValueError(f"frames of {pixels.shape[1:3]} after frames of {self._size} in {self.path}")
-        for frame in pixels:
-            self._ffmpeg.send(np.ascontiguousarray(frame).data)
-            self.num_frames += 1
+        with _errors_name(self.path):
+            if self._encoder is None:
+                self._size = pixels.shape[1:3]
+                self._encoder = self._start(*self._size)
+            if pixels.shape[1:3] != self._size:
+                raise ValueError(f"frames of {pixels.shape[1:3]} after frames of {self._size} in {self.path}")
+            for frame in pixels:
+                self._encoder.send(frame)
+                self.num_frames += 1
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -124,244 +125,234 @@ class VideoWriter:
         if kind is not None:
             self._cleanup.__exit__(kind, error, trace)
             return
-        with self._cleanup:  # stops ffmpeg if need be, then renames the file or, on an error, removes it
+        with self._cleanup, _errors_name(self.path):  # renames the file or, on an error, deletes it
             self._finish()
 
     def keep_unfinished(self, path: Path) -> Path | None:
-        """End the video where it is and move it to `path`, where it plays; None if there is nothing of it yet.
+        """End the video early and move it to `path`; return `path`, or None if no frame has been written.
 
-        For a process that is about to end: the writer is of no use afterwards.
+        The moved file is playable. The writer cannot be used afterwards.
         """
-        if self._ffmpeg is None or self.partial is None:
+        if self._encoder is None or self.partial is None:
             return None
-        with contextlib.suppress(UserError, OSError, ValueError):
-            self._ffmpeg.finish()
+        with contextlib.suppress(OSError, ValueError, av.FFmpegError):
+            self._encoder.finish()
         if not self.partial.exists() or not self.partial.stat().st_size:
             return None
         return self.partial.replace(path)
 
-    def _start(self, height: int, width: int) -> "_Ffmpeg":
+    def _start(self, height: int, width: int) -> "_Encoder":
         if height % 2 or width % 2:
             raise UserError(f"cannot write {self.path}: H.264 video needs even sides, not {width}x{height} pixels")
-        group = max(1, round(self._fps))  # a second per key frame, hence per fragment
-        arguments = [
-            *("-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-framerate", f"{self._fps:.10g}"),
-            *("-probesize", "32", "-analyzeduration", "0"),  # else ffmpeg holds megabytes of small frames back
-            *("-i", "pipe:0", "-an", "-filter_threads", "1"),
-            # HD players assume BT.709; ffmpeg's own default is BT.601 without saying so, which shifts the colours.
-            *("-vf", "scale=out_color_matrix=bt709:out_range=tv:flags=bicubic+accurate_rnd+full_chroma_inp"),
-            *("-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709", "-color_range", "tv"),
-            *("-c:v", "libx264", "-pix_fmt", "yuv420p", "-preset", self._preset, "-crf", str(self._crf)),
-            # No B frames: time starts at 0 in every player. A short look-ahead: frames reach the file soon.
-            *("-threads", "1", "-g", str(group), "-bf", "0", "-rc-lookahead", str(min(group, 16))),
-            *("-fflags", "+bitexact", "-flags:v", "+bitexact", "-flush_packets", "1"),
-            *("-movflags", "frag_keyframe+empty_moov+default_base_moof", "-f", "mp4", f"file:{self.partial}"),
-        ]
-        ffmpeg = _Ffmpeg(arguments, self.path)
-        self._cleanup.callback(ffmpeg.kill)
-        return ffmpeg
+        assert self.partial is not None
+        options = {"crf": str(self._crf), "preset": self._preset}
+        encoder = _Encoder(self.partial, height, width, Fraction(self._fps).limit_denominator(1001000), options)
+        self._cleanup.callback(encoder.stop)
+        return encoder
 
     def _finish(self) -> None:
-        if self._ffmpeg is None or self.partial is None:
+        if self._encoder is None or self.partial is None:
             raise ValueError(f"no frames were written to {self.path}")
-        self._ffmpeg.finish()
-        with atomic_path(self.partial) as whole:
-            self._copy_whole(self.partial, whole)
+        self._encoder.finish()
+        with atomic_path(self.partial) as finished:
+            num_frames = _remux(self.partial, finished)
+            if num_frames != self.num_frames:
+                raise UserError(
+                    f"cannot write {self.path}: {num_frames} of its {self.num_frames} frames reached the disk; check "
+                    "that it is not full"
+                )
 
-    def _copy_whole(self, fragmented: Path, whole: Path) -> None:
-        """Copy the stream into an mp4 with one index in front, and check that no frame was lost on the way."""
-        arguments = [
-            *("-i", f"file:{fragmented}", "-map", "0:v:0", "-c", "copy", "-fflags", "+bitexact"),
-            *("-movflags", "+faststart", "-progress", "pipe:1", "-f", "mp4", f"file:{whole}"),
-        ]
-        ffmpeg = _Ffmpeg(arguments, self.path)
-        self._cleanup.callback(ffmpeg.kill)
-        counts = re.findall(r"^frame=(\d+)", ffmpeg.finish(), re.MULTILINE)
-        if not counts or int(counts[-1]) != self.num_frames:
-            raise UserError(
-                f"cannot write {self.path}: {counts[-1] if counts else 0} of its {self.num_frames} frames reached the "
-                "disk; check that it is not full"
-            )
+
+class _Encoder:
+    """H.264 encoder that runs in a thread of its own and writes a fragmented mp4."""
+
+    def __init__(self, path: Path, height: int, width: int, rate: Fraction, options: dict[str, str]) -> None:
+        """Create the file. `rate` is the number of frames per second, `options` are x264's crf and preset."""
+        self._time_base = 1 / rate
+        self._num_frames = 0
+        # HD players assume BT.709; FFmpeg's default is an untagged BT.601, which shifts the colours.
+        conversion = "out_color_matrix=bt709:out_range=tv:flags=bicubic+accurate_rnd+full_chroma_inp"
+        self._to_yuv = graph = av.filter.Graph()
+        graph.threads = 1
+        rgb = graph.add_buffer(None, width, height, av.VideoFormat("rgb24"), time_base=self._time_base)
+        filters = [graph.add("scale", conversion), graph.add("format", "pix_fmts=yuv420p"), graph.add("buffersink")]
+        graph.link_nodes(rgb, *filters).configure()
+
+        muxing = {"movflags": "frag_keyframe+empty_moov+default_base_moof", "fflags": "+bitexact", "flush_packets": "1"}
+        self._container = av.open(f"file:{path}", "w", format="mp4", container_options=muxing)
+        group = max(1, round(rate))  # one key frame, hence one fragment, per second
+        # No B frames, so that time starts at 0 in every player. A short look-ahead writes frames early.
+        options = options | {"g": str(group), "bf": "0", "rc-lookahead": str(min(group, 16)), "flags": "+bitexact"}
+        self._stream = self._container.add_stream("libx264", rate=rate, options=options)
+        self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, "yuv420p"
+        codec = self._stream.codec_context
+        codec.time_base, codec.thread_count = self._time_base, 1
+        codec.colorspace = codec.color_primaries = codec.color_trc = _BT709
+        codec.color_range = _LIMITED_RANGE
+        self._container.start_encoding()
+        self._thread = ThreadPoolExecutor(1)
+        self._queue: deque[Future[None]] = deque()
+
+    def send(self, pixels: np.ndarray) -> None:
+        """Queue a frame [H, W, 3]. Raises errors of earlier frames."""
+        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+        frame.pts, frame.time_base = self._num_frames, self._time_base
+        self._num_frames += 1
+        self._queue.append(self._thread.submit(self._encode, frame))
+        while len(self._queue) > _QUEUED_FRAMES:
+            self._queue.popleft().result()
+
+    def finish(self) -> None:
+        """Encode all queued frames and close the file."""
+        while self._queue:
+            self._queue.popleft().result()
+        self._thread.shutdown()
+        self._container.mux(self._stream.encode(None))
+        self._container.close()
+
+    def stop(self) -> None:
+        """Stop the thread and close the file without reporting errors. It may be closed already."""
+        self._thread.shutdown(cancel_futures=True)
+        with contextlib.suppress(OSError, ValueError, av.FFmpegError):
+            self._container.close()
+
+    def _encode(self, frame: av.VideoFrame) -> None:
+        self._to_yuv.vpush(frame)
+        self._container.mux(self._stream.encode(self._to_yuv.vpull()))
+
+
+def _remux(fragmented: Path, target: Path) -> int:
+    """Copy the packets of an mp4 into an ordinary mp4 with its index first; return the number of frames."""
+    num_frames = 0
+    options = {"movflags": "+faststart", "fflags": "+bitexact"}
+    with (
+        av.open(f"file:{fragmented}") as source,
+        av.open(f"file:{target}", "w", format="mp4", container_options=options) as output,
+    ):
+        stream = output.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(source.streams.video[0]):
+            if packet.size:  # the last packet is empty
+                packet.stream = stream
+                output.mux(packet)
+                num_frames += 1
+    return num_frames
+
+
+@contextlib.contextmanager
+def _errors_name(path: Path) -> Iterator[None]:
+    """Turn FFmpeg's errors into one-line errors that name `path`: OSError for a full disk, else UserError."""
+    try:
+        yield
+    except av.FFmpegError as error:
+        if error.errno in DISK_ERRORS:
+            raise OSError(error.errno, os.strerror(error.errno), str(path)) from None
+        raise UserError(
+            f"cannot write {path}: the encoder failed ({error.strerror}); check the folder and the disk"
+        ) from None
+
+
+# ---- Read videos ----
 
 
 class VideoReader:
-    """Read a video frame by frame, upright and at a constant frame rate; memory does not grow with its length.
+    """Read a video frame by frame, upright and at a constant frame rate. Memory does not grow with its length.
 
         with VideoReader("cat.mp4") as video:
             for frame in video:  # uint8 [H, W, 3]
                 ...
 
-    Frames can be gone through once. Entering and iterating raise `UserError` if the file is missing or holds no video
+    The frames can be iterated once. Entering and iterating raise `UserError` if the file is missing or has no video
     that can be decoded.
 
     Attributes:
-        path: any file that ffmpeg can decode, a `VideoWriter`'s growing one included.
-        fps: frames per second; set while the block runs.
-        height, width: of the first frame, in pixels; set while the block runs.
+        path: any file that FFmpeg can decode, including the growing file of a `VideoWriter`.
+        fps: frames per second; set inside the `with` block.
+        height, width: size of the first frame in pixels; set inside the `with` block.
     """
 
-    def __init__(self, path: str | os.PathLike[str], max_frames: int | None = None, fps: float | None = None) -> None:
+    def __init__(self, path: str | os.PathLike[str], max_frames: int | None = None, fps: float | None = None):
         """
         Args:
-            path: the video.
-            max_frames: stop after so many frames.
-            fps: drop or repeat frames to this rate; default: keep the video's own.
+            path: video file.
+            max_frames: number of frames to read. None: all.
+            fps: resample to this frame rate by dropping or repeating frames. None: the frame rate of the video.
         """
         self.path = Path(path)
-        self._arguments = ["-i", f"file:{self.path}", "-map", "0:v:0"]
-        self._arguments += [] if fps is None else ["-vf", f"fps={fps:.10g}"]
-        self._arguments += [] if max_frames is None else ["-frames:v", str(max_frames)]
-        # Each PPM image states its size, which makes us independent of how ffmpeg reports rotated or cropped videos.
-        self._arguments += ["-pix_fmt", "rgb24", "-c:v", "ppm", "-f", "image2pipe", "pipe:1"]
+        self._max_frames, self._requested_fps = max_frames, fps
 
     def __enter__(self) -> "VideoReader":
         _require_file(self.path, "video")
         with contextlib.ExitStack() as cleanup:
-            # Appended to, because we read it while ffmpeg writes and both share one position in the file.
-            self._log = cleanup.enter_context(tempfile.TemporaryFile("a+b"))
-            self._process = _popen(["-loglevel", "info", *self._arguments], self._log)
-            cleanup.callback(self._end)
-            assert self._process.stdin is not None and self._process.stdout is not None
-            self._process.stdin.close()
-            self._output = io.BufferedReader(self._process.stdout)  # type: ignore[type-var] # typeshed: no RawIOBase
-            self._next = _read_ppm(self._output)
-            if self._next is None:
-                raise self._failure()
-            self.height, self.width = self._next.shape[:2]
-            number, thousands = re.findall(r"Video: ppm.*?([\d.]+)(k?) fps", _read_log(self._log))[-1]
-            self.fps = float(number) * (1000 if thousands else 1)
+            try:
+                container = cleanup.enter_context(av.open(f"file:{self.path}"))
+            except av.FFmpegError as error:
+                raise UserError(f"cannot read video {self.path}: {error.strerror}") from None
+            if not container.streams.video:
+                raise UserError(f"cannot read video {self.path}: it has no video stream")
+            stream = container.streams.video[0]
+            rate = Fraction(self._requested_fps or stream.guessed_rate or 25).limit_denominator(1001000)
+            self.fps = float(rate)
+            frames = itertools.islice(_resample(container, stream, rate), self._max_frames)
+            first = next(frames, None)
+            if first is None:
+                raise UserError(f"cannot read video {self.path}: it has no frames")
+            self.height, self.width = first.shape[:2]
+            self._frames = itertools.chain([first], frames)
             self._cleanup = cleanup.pop_all()
         return self
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        while self._next is not None:
-            yield self._next
-            self._next = _read_ppm(self._output)
-        if self._process.wait() != 0:
-            raise self._failure()
+        return self._frames
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._cleanup.close()
 
-    def _end(self) -> None:
-        self._process.kill()
-        self._process.wait()
-        assert self._process.stdout is not None
-        self._process.stdout.close()
-
-    def _failure(self) -> UserError:
-        self._process.wait()  # it has closed its output, so it is about to end; then its message is complete
-        return UserError(f"cannot read video {self.path}: {_last_line(_read_log(self._log)) or 'it has no frames'}")
-
 
 def read_video(
     path: str | os.PathLike[str], max_frames: int | None = None, fps: float | None = None
 ) -> tuple[np.ndarray, float]:
-    """A whole video as (frames uint8 [T, H, W, 3], frames per second). The arguments are `VideoReader`'s.
+    """Return a whole video as (frames uint8 [T, H, W, 3], frames per second). Arguments as in `VideoReader`.
 
     Raises:
-        UserError: if the file is missing or holds no video that can be decoded.
+        UserError: if the file is missing or has no video that can be decoded.
     """
     with VideoReader(path, max_frames, fps) as video:
         return np.stack(list(video)), video.fps
 
 
-class _Ffmpeg:
-    """One running ffmpeg that writes `path`: every way it can fail becomes one error that names `path`."""
-
-    def __init__(self, arguments: Sequence[str], path: Path) -> None:
-        self._path = path
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115 -- not a pipe: nobody would empty it while we send frames
-        self._process = _popen(["-loglevel", "error", "-y", *arguments], self._log)
-
-    def send(self, data: memoryview) -> None:
-        assert self._process.stdin is not None
-        rest = data.cast("B")
+def _decode(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.VideoFrame]:
+    """Yield the frames of a stream. Skip broken packets, and end where the file is cut off."""
+    packets = container.demux(stream)
+    while True:
         try:
-            while rest:
-                rest = rest[os.write(self._process.stdin.fileno(), rest) :]
-        except BrokenPipeError:
-            self._wait()
-            raise self._failure() from None
-
-    def finish(self) -> str:
-        """End the input, wait for ffmpeg to end, and return what it printed."""
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.close()
-        self._wait()
-        output = self._process.stdout.read().decode(errors="replace")  # a few lines: they fit the pipe
-        if self._process.returncode != 0:
-            raise self._failure()
-        return output
-
-    def kill(self) -> None:
-        """Make sure that the process is gone and its files are closed; harmless if it has ended."""
-        for stream in (self._process.stdin, self._process.stdout):
-            if stream is not None:
-                stream.close()
-        self._process.kill()
-        self._process.wait()
-        self._log.close()
-
-    def _wait(self) -> None:
-        try:
-            self._process.wait(timeout=_FINISH_SECONDS)
-        except subprocess.TimeoutExpired:
-            raise UserError(f"cannot write {self._path}: ffmpeg hangs; is the disk reachable?") from None
-
-    def _failure(self) -> Exception:
-        message = _read_log(self._log)
-        for code in _DISK_ERRORS:
-            if os.strerror(code) in message:
-                return OSError(code, os.strerror(code), str(self._path))
-        reason = _last_line(message) or f"exit code {self._process.returncode}"
-        return UserError(f"cannot write {self._path}: ffmpeg stopped ({reason}); check the disk and the ffmpeg build")
+            packet = next(packets)
+        except (StopIteration, av.FFmpegError):
+            break
+        with contextlib.suppress(av.FFmpegError):
+            yield from packet.decode()
+    with contextlib.suppress(av.FFmpegError):
+        yield from stream.decode(None)  # the decoder holds frames back
 
 
-def _popen(arguments: Sequence[str], log: IO[bytes]) -> subprocess.Popen[bytes]:
-    """Start ffmpeg with pipes for input and output.
-
-    In a session of its own, so that a Ctrl-C in the terminal reaches us alone and we decide what becomes of the file;
-    should we be killed, the end of its input still ends ffmpeg.
-    """
-    try:
-        executable = imageio_ffmpeg.get_ffmpeg_exe()
-        return subprocess.Popen(
-            [executable, "-hide_banner", *arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            bufsize=0,
-            start_new_session=True,
-        )
-    except (RuntimeError, OSError) as error:
-        raise UserError(
-            f"cannot start ffmpeg ({error}): pip install imageio-ffmpeg, or set IMAGEIO_FFMPEG_EXE"
-        ) from None
-
-
-def _read_log(log: IO[bytes]) -> str:
-    log.seek(0)
-    return log.read().decode(errors="replace")
-
-
-def _last_line(message: str) -> str:
-    lines = [re.sub(r"^\[.*?\] ", "", line.strip()) for line in message.splitlines() if line.strip()]
-    return lines[-1] if lines else ""
-
-
-def _read_ppm(stream: IO[bytes]) -> np.ndarray | None:
-    """The next binary PPM image of the stream as [H, W, 3], or None at its end or where it breaks off."""
-    header = b"".join(stream.readline() for _ in range(3)).split()  # P6 <width> <height> 255
-    if len(header) != 4:
-        return None
-    width, height = int(header[1]), int(header[2])
-    pixels = stream.read(3 * width * height)
-    if len(pixels) < 3 * width * height:
-        return None
-    return np.frombuffer(pixels, np.uint8).reshape(height, width, 3)
+def _resample(container: av.container.InputContainer, stream: av.VideoStream, rate: Fraction) -> Iterator[np.ndarray]:
+    """Yield the frames of a stream as RGB arrays, upright and at a constant rate."""
+    graph = None
+    for frame in itertools.chain(_decode(container, stream), [None]):
+        if graph is None:
+            if frame is None:
+                return
+            graph = av.filter.Graph()
+            filters = [f"fps={rate}", *_ROTATIONS.get(round(frame.rotation), "").split(","), "format=pix_fmts=rgb24"]
+            nodes = [graph.add(*text.split("=", 1)) for text in filters if text]
+            graph.link_nodes(graph.add_buffer(template=stream), *nodes, graph.add("buffersink")).configure()
+        graph.vpush(frame)  # None: end of the stream
+        with contextlib.suppress(
+            av.error.BlockingIOError, av.error.EOFError
+        ):  # no frame is ready, or there are no more
+            while True:
+                yield graph.vpull().to_ndarray()
 
 
 # ---- Images ----
@@ -371,15 +362,14 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
     """Read an image as uint8 [H, W, 3]: upright by its EXIF tag, transparency on white, 16 bits reduced to 8.
 
     Raises:
-        UserError: if the file is missing, broken, or of a kind whose brightness scale is unknown (float).
+        UserError: if the file is missing or broken, or holds floats, whose range is unknown.
     """
-    path = Path(path)
-    _require_file(path, "image")
+    _require_file(Path(path), "image")
     try:
         with Image.open(path) as opened:
             image = ImageOps.exif_transpose(opened)
             image.load()
-    # Pillow's decoders report broken files by any of these.
+    # Pillow's decoders report broken files with any of these errors.
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
         raise UserError(f"cannot read image {path}: {error}") from None
     if image.mode == "F":
@@ -394,18 +384,17 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
 
 
 def fit(frames: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resize frames [T, H, W, 3] to cover height x width pixels, and cut the centre out: nothing is stretched."""
+    """Resize frames [T, H, W, 3] to cover height x width pixels, then crop the centre. The aspect ratio is kept."""
     images = [Image.fromarray(frame) for frame in to_uint8(frames)]
     fitted = [ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS) for image in images]
     return np.stack([np.asarray(image) for image in fitted]) if fitted else np.empty((0, height, width, 3), np.uint8)
 
 
 def _require_file(path: Path, kind: str) -> None:
-    """Raise the one-line error that Pillow and ffmpeg would not."""
+    """Raise a one-line error if `path` is missing, unreadable or empty."""
     try:
         with path.open("rb") as file:
-            empty = not file.read(1)
+            if not file.read(1):
+                raise UserError(f"cannot read {kind} {path}: the file is empty")
     except OSError as error:
         raise UserError(f"cannot read {kind} {path}: {error.strerror}") from None
-    if empty:
-        raise UserError(f"cannot read {kind} {path}: the file is empty")

@@ -131,12 +131,13 @@ def test_long_labels_and_captions_are_cut(tmp_path):
 def test_videos_stream_through(tmp_path, monkeypatch):
     videos = [(name, save(tmp_path / f"{name}.mp4", RED, 20)) for name in "ab"]
     read, written, ahead = 0, 0, []
-    read_ppm, write = utils.video._read_ppm, VideoWriter.write
+    decode, write = utils.video._decode, VideoWriter.write
 
-    def counting_read(stream):
+    def counting_read(*arguments):
         nonlocal read
-        read += 1
-        return read_ppm(stream)
+        for frame in decode(*arguments):
+            read += 1
+            yield frame
 
     def counting_write(self, frames):
         nonlocal written
@@ -144,7 +145,7 @@ def test_videos_stream_through(tmp_path, monkeypatch):
         ahead.append(read - 2 * written)
         write(self, frames)
 
-    monkeypatch.setattr(utils.video, "_read_ppm", counting_read)
+    monkeypatch.setattr(utils.video, "_decode", counting_read)
     monkeypatch.setattr(VideoWriter, "write", counting_write)
     write_side_by_side(tmp_path / "both.mp4", videos)
     assert written == 20 and max(ahead) <= 4
