@@ -28,7 +28,7 @@ from evaluation.vbench.results import (
 )
 from evaluation.videos import parse_labelled_path, require_distinct_labels
 from utils.errors import UserError, command
-from utils.files import only_user, writable_folder
+from utils.files import lock_folder, writable_folder
 from utils.tables import markdown_table
 
 
@@ -58,7 +58,7 @@ def main() -> None:
         dimensions = covered_dimensions(folders, args.dimensions, suite)
     print_comparability_notes(folders, suite)
 
-    with only_user(output, "evaluating in"):
+    with lock_folder(output, "evaluating in"):
         scores = score_folders(folders, dimensions, mode, installation, options, args.device, args.local_weights)
         write_scores(output, mode, installation, folders, dimensions, scores)
     print(markdown_table(score_table(folders, dimensions, scores)))

@@ -16,7 +16,7 @@ from model.weights import build_from_state
 from utils.config import TrainConfig, num_micro_batches
 from utils.device import DTYPES
 from utils.distributed import local_world_size, rank, world_size
-from utils.process_group import sum_over_processes
+from utils.process_group import sum_over_ranks
 
 # ---- Networks ----
 
@@ -110,7 +110,7 @@ def sum_gradients(net: nn.Module, metrics: Mapping[str, float], device: torch.de
     """
     values = torch.tensor(list(metrics.values()), dtype=torch.float32, device=device)
     gradients = [p.grad for p in net.parameters() if p.grad is not None]
-    sum_over_processes([values, *(() if isinstance(net, FSDPModule) else gradients)])
+    sum_over_ranks([values, *(() if isinstance(net, FSDPModule) else gradients)])
     return dict(zip(metrics, values.tolist(), strict=True))
 
 

@@ -31,8 +31,8 @@ from trainer.stop_signal import StopSignal
 from utils.config import Config, load_config, num_micro_batches
 from utils.distributed import rank, world_size
 from utils.errors import UserError
-from utils.files import only_user, writable_folder, write_text
-from utils.process_group import largest_of_processes
+from utils.files import lock_folder, writable_folder, write_text
+from utils.process_group import max_over_ranks
 
 
 class Trainer:
@@ -70,7 +70,7 @@ class Trainer:
             UserError: if the run cannot start or diverges.
             KeyboardInterrupt: after a stop signal, once the checkpoint is written.
         """
-        with only_user(self.logdir, "training in") if rank() == 0 else contextlib.nullcontext():
+        with lock_folder(self.logdir, "training in") if rank() == 0 else contextlib.nullcontext():
             self.resume(resume)
             if rank() == 0:
                 write_text(self.logdir / CONFIG_FILE, self.config_text())
@@ -221,7 +221,7 @@ class Trainer:
 
     def _check_finite(self, state: Mapping[str, Tensor]) -> None:
         bad = [name for name, value in state.items() if not local_shard(value).isfinite().all()]
-        if largest_of_processes(len(bad), self.device):
+        if max_over_ranks(len(bad), self.device):
             self.abort(f"{bad[0] if bad else 'a tensor of another rank'} is not finite")
 
     def config_text(self) -> str:

@@ -1,4 +1,4 @@
-"""Which device to run on, and in which type."""
+"""Selection of the device, and the names of dtypes."""
 
 import torch
 
@@ -9,14 +9,16 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def pick_device(name: str) -> torch.device:
-    """The device `name`; `auto` takes CUDA, then Apple's GPU, then the CPU. Under torchrun, `cuda` is this rank's GPU.
+    """Return the device `name` and make a GPU the current device.
 
-    A GPU becomes the current one, which everything that is told of no device works on.
+    Args:
+        name: a torch device, or `auto`: CUDA, else Apple's GPU, else the CPU. Under torchrun, `cuda` is the GPU of
+            this rank.
 
     Raises:
-        UserError: for a name torch does not know, or a device that is not there.
+        UserError: for an unknown or missing device.
     """
-    name = _best() if name == "auto" else name
+    name = _best_device() if name == "auto" else name
     if name == "cuda":
         name = f"cuda:{local_rank()}"
     try:
@@ -30,12 +32,12 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_own_device(name: str) -> torch.device:
-    """As `pick_device`, for processes that need a GPU each, as NCCL has it. All of a machine's come to the same answer.
+    """Return a device like `pick_device`, but a GPU is used by one process only, as NCCL requires.
 
     Raises:
-        UserError: also if there are more of torchrun's processes on this machine than GPUs.
+        UserError: also if torchrun started more processes on this machine than there are GPUs. All of them raise it.
     """
-    name = _best() if name == "auto" else name
+    name = _best_device() if name == "auto" else name
     processes, gpus = local_world_size(), torch.cuda.device_count() if name == "cuda" else 0
     if 0 < gpus < processes:
         raise UserError(
@@ -49,6 +51,5 @@ def pick_own_device(name: str) -> torch.device:
     return pick_device(name)
 
 
-def _best() -> str:
-    """What `auto` stands for."""
+def _best_device() -> str:
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"

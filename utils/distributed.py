@@ -1,23 +1,26 @@
-"""Which process this is under torchrun; a single process needs no special case. Knows no torch: commands ask early."""
+"""Rank and world size, from torchrun's environment variables. A process without torchrun is rank 0 of 1.
+
+Imports no torch, so that commands can use it before heavy imports.
+"""
 
 import os
 
 
 def rank() -> int:
-    """Number of this process, from 0."""
+    """Return the number of this process, from 0."""
     return int(os.environ.get("RANK", "0"))
 
 
 def world_size() -> int:
-    """Number of processes."""
+    """Return the number of processes."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def local_rank() -> int:
-    """Number of this process on its machine, which is also its GPU's."""
+    """Return the number of this process on its machine, which is also the number of its GPU."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def local_world_size() -> int:
-    """Number of processes on this machine."""
+    """Return the number of processes on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

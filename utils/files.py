@@ -1,4 +1,4 @@
-"""Files that are complete or absent: written beside their final name, then renamed. And which ones they are."""
+"""Atomic writes, JSON files, folder locks and fingerprints. An atomic write creates a complete file or none."""
 
 import contextlib
 import fcntl
@@ -14,21 +14,21 @@ from typing import Any
 
 from utils.errors import UserError
 
-_UMASK = os.umask(0)  # read once, while there is one thread: reading it means setting it for all of them
+_UMASK = os.umask(0)  # the umask can only be read by setting it, so this happens once, before threads start
 os.umask(_UMASK)
 _MACHINE = zlib.crc32(socket.gethostname().encode())
 
 
 def partial_path(path: Path) -> Path:
-    """The name beside `path` under which this process, and no other of any machine on the same disk, writes it.
+    """Return a temporary name beside `path`, unique to this process and machine.
 
-    It keeps the suffix, so that writers which choose a format by suffix still do.
+    It keeps the suffix, because some writers choose their format by the suffix.
     """
     return path.with_name(f".{path.stem}.{_MACHINE}{os.getpid()}.partial{path.suffix}")
 
 
 def _share(path: Path) -> None:
-    """Let others read what any new file would let them: safetensors makes its files readable by their owner alone."""
+    """Give `path` the usual permissions of new files; safetensors creates files that only their owner can read."""
     for file in path.rglob("*") if path.is_dir() else (path,):
         if file.is_file() and not file.is_symlink():
             file.chmod(file.stat().st_mode | (0o666 & ~_UMASK))
@@ -36,8 +36,7 @@ def _share(path: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path beside `path`, for a file or a folder; rename it to `path` if the body succeeds, remove it
-    otherwise."""
+    """Yield a temporary path for a file or folder. Rename it to `path` if the body succeeds, else delete it."""
     path = Path(path)
     temporary = partial_path(path)
     try:
@@ -51,21 +50,21 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a file of UTF-8 text, whole or not at all."""
+    """Write a UTF-8 text file atomically."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: str | os.PathLike[str], content: Any, indent: int | None = 2) -> None:
-    """Write a JSON file, whole or not at all."""
+    """Write a JSON file atomically."""
     write_text(path, json.dumps(content, indent=indent, ensure_ascii=False) + "\n")
 
 
 def writable_folder(path: str | os.PathLike[str]) -> Path:
-    """Create the folder `path` if need be and prove that files can be made in it.
+    """Create the folder `path` if it does not exist, check that it is writable, and return it.
 
     Raises:
-        UserError: if it cannot be created or written to.
+        UserError: if it cannot be created or is not writable.
     """
     path = Path(path)
     probe = path / f".write-probe.{os.getpid()}"
@@ -79,25 +78,30 @@ def writable_folder(path: str | os.PathLike[str]) -> Path:
 
 
 @contextlib.contextmanager
-def only_user(folder: Path, doing: str) -> Iterator[None]:
-    """Hold `folder` for this process alone until the block is done, or the process is.
+def lock_folder(folder: Path, activity: str) -> Iterator[None]:
+    """Lock `folder` for this process inside the `with` block. The lock also ends with the process.
+
+    Args:
+        activity: what holds the lock, for the error message, such as "training in".
 
     Raises:
-        UserError: if another process holds it.
+        UserError: if another process holds the lock.
     """
     with (folder / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"another process is {doing} {folder}; wait for it or end it") from None
-        except OSError:  # a file system without locks
+            raise UserError(f"another process is {activity} {folder}; wait for it or end it") from None
+        except OSError:  # the file system has no locks
             pass
         yield
 
 
 def fingerprint(folder: Path, patterns: Iterable[str]) -> str:
-    """What tells the files in a folder that match `patterns` from others, wherever the folder lies: their names, sizes,
-    and the first and last 64 KiB of each, which for weights is a moment's work."""
+    """Return a hash of the files in a folder that match `patterns`; it does not depend on the folder's path.
+
+    Hashes names, sizes, and the first and last 64 KiB of each file, which is fast for large weights.
+    """
     digest, end = hashlib.sha256(), 1 << 16
     for path in sorted(path for pattern in patterns for path in folder.glob(pattern)):
         if path.is_file() and not path.name.startswith("."):

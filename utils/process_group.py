@@ -1,4 +1,4 @@
-"""The processes of one run as a torch.distributed group."""
+"""The torch.distributed process group of a run."""
 
 import contextlib
 import ctypes
@@ -16,17 +16,17 @@ from utils.distributed import world_size
 
 @contextlib.contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """Join the other processes that torchrun started, over NCCL for GPUs and gloo for CPUs.
+    """Initialize the default process group inside the `with` block: NCCL for GPUs, gloo for CPUs.
 
-    Without torchrun it is a group of one, without a port, so that one process takes the same path as many. A group that
-    is there already is used.
+    Without torchrun, the group has one process and needs no port, so that one process runs the same code as many. An
+    existing group is used unchanged.
     """
     if dist.is_initialized():
         yield
         return
     backend = "gloo"
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # or barriers and FSDP would take the first GPU for every process
+        torch.cuda.set_device(device)  # otherwise barriers and FSDP use the first GPU in every process
         backend = "cpu:gloo,cuda:nccl"
     if "RANK" in os.environ:
         die_with_launcher()
@@ -40,18 +40,18 @@ def process_group(device: torch.device) -> Iterator[None]:
 
 
 def die_with_launcher() -> None:
-    """Have Linux end this process when the launcher that started it is gone, even by SIGKILL.
+    """Let Linux kill this process when its launcher ends, even if the launcher was killed.
 
-    torchrun gives each process a session of its own, so that nothing else would: it would train on, beside whoever
-    runs the same command again.
+    torchrun starts each process in a session of its own. Without this, processes of a killed launcher would continue
+    beside a new run of the same command.
     """
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
-def sum_over_processes(tensors: Sequence[Tensor]) -> None:
-    """Replace each tensor, in place, by its sum over all processes, which get equal bits; one message for them all."""
+def sum_over_ranks(tensors: Sequence[Tensor]) -> None:
+    """Replace each tensor in place by its sum over all ranks, bit-identical on each; uses one all-reduce."""
     if world_size() == 1:
         return
     flat = torch.cat([tensor.flatten() for tensor in tensors])
@@ -60,8 +60,8 @@ def sum_over_processes(tensors: Sequence[Tensor]) -> None:
         tensor.copy_(total.view_as(tensor))
 
 
-def largest_of_processes(number: int, device: torch.device) -> int:
-    """The largest of the numbers that all processes come with."""
+def max_over_ranks(number: int, device: torch.device) -> int:
+    """Return the maximum of `number` over all ranks."""
     if world_size() == 1:
         return number
     largest = torch.tensor(number, device=device)

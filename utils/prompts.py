@@ -1,4 +1,4 @@
-"""What should be generated, and under which file names: prompt files in, safe and distinct names out."""
+"""Prompt files, and file names for the videos of their prompts."""
 
 import hashlib
 import html
@@ -13,10 +13,10 @@ import ftfy
 
 from utils.errors import UserError
 
-_NAME_CHARACTERS = 100  # of the prompt that a file name shows, as in Self-Forcing
-_NAME_BYTES = 160  # leaves room for hash, number, sample and suffix within 200 bytes; file systems stop at 255
-_RESERVED = re.compile(r'[<>:"/\\|?*]+')  # what Linux, macOS or Windows refuses in a file name
-_JOINERS = "\u200c\u200d"  # invisible, but emoji and several scripts are spelled with them
+_NAME_CHARACTERS = 100  # characters of the prompt in a file name, as in Self-Forcing
+_NAME_BYTES = 160  # leaves room for hash, number, sample and suffix within 200 bytes; file systems allow 255
+_RESERVED = re.compile(r'[<>:"/\\|?*]+')  # forbidden in file names on Linux, macOS or Windows
+_JOINERS = "\u200c\u200d"  # invisible characters that emoji and several scripts need
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,9 @@ class Prompt:
     """One line of a prompt file.
 
     Attributes:
-        index: position among the prompts that were kept (blank lines are not counted), from 0.
-        text: what is encoded: the extended prompt if there is one, else the line itself.
-        name: the line itself, which names the output files.
+        index: number of the prompt in its file, from 0. Blank lines are not counted.
+        text: text to encode: the extended prompt if there is one, else the line.
+        name: the line, from which the output files are named.
     """
 
     index: int
@@ -35,14 +35,14 @@ class Prompt:
 
 
 def read_prompts(path: str | os.PathLike[str], extended_path: str | os.PathLike[str] | None = None) -> list[Prompt]:
-    """Read a prompt file: UTF-8, one prompt per line, blank lines skipped.
+    """Read a UTF-8 prompt file with one prompt per line. Blank lines are skipped.
 
     Args:
-        path: the prompts, which also name the output files.
+        path: prompts, from which the output files are named.
         extended_path: longer versions of the same prompts in the same order. They replace the text, not the name.
 
     Raises:
-        UserError: if a file is missing, a folder, not UTF-8 or without prompts, or if the two files differ in count.
+        UserError: if a file cannot be read, is not UTF-8 or has no prompts, or if the files have different counts.
     """
     names = _read_lines(path)
     texts = names if extended_path is None else _read_lines(extended_path)
@@ -57,29 +57,30 @@ def read_prompts(path: str | os.PathLike[str], extended_path: str | os.PathLike[
 def clean_prompt(text: str) -> str:
     """Clean a prompt as Wan2.1 does before tokenising (`basic_clean` and `whitespace_clean` in its tokenizers.py).
 
-    Public weights were trained on prompts cleaned like this: broken encodings repaired (ftfy), HTML entities unescaped
-    twice (captions from the web are often escaped twice), runs of whitespace made one space.
+    Repairs broken encodings (ftfy), unescapes HTML entities twice (web captions are often escaped twice), and
+    collapses whitespace. The public weights were trained on prompts that were cleaned like this.
     """
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return re.sub(r"\s+", " ", text).strip()
 
 
 def file_stem(prompt: Prompt, sample: int, save_with_index: bool = False) -> str:
-    """Name, without suffix, for one sample of `prompt`: `{prompt[:100]}-{sample}`, or `{index}-{sample}`.
+    """Return the file name, without suffix, of one sample: `{prompt[:100]}-{sample}`, or `{index}-{sample}`.
 
-    Prompts that are a safe file name as they are keep their full text. Any other is made safe (path separators,
-    reserved and control characters, leading dots and dashes, length) and gets eight digits of a hash of its full text.
-    At most 200 bytes of UTF-8. Two prompts may still be equal: name the prompts of one run with `unique_stems`.
+    A prompt that is a safe file name is used unchanged. In any other prompt, unsafe characters are replaced (path
+    separators, reserved and control characters, leading dots and dashes), long text is cut, and eight digits of a hash
+    of the prompt are appended. The name has at most 200 bytes of UTF-8. Equal prompts have equal names: use
+    `unique_stems` for the prompts of one run.
     """
     return f"{prompt.index if save_with_index else _safe(prompt.name)}-{sample}"
 
 
 def unique_stems(prompts: Sequence[Prompt], num_samples: int, save_with_index: bool = False) -> list[list[str]]:
-    """Names for a whole prompt file: `stems[prompt.index][sample]`, all distinct, also where case does not count.
+    """Return names for a whole prompt file, `stems[prompt.index][sample]`, distinct even if case is ignored.
 
-    A prompt whose name is taken by an earlier one gets " (2)", " (3)", ... The names depend only on the prompts before
-    it, so more samples, more ranks or lines added at the end never rename a video that exists. Every rank has to pass
-    all prompts of the file, not only its own.
+    If an earlier prompt has the same name, " (2)", " (3)", ... is appended. A name depends only on earlier prompts, so
+    more samples, more ranks or appended lines never rename an existing video. Each rank must pass all prompts of the
+    file, not only its own.
     """
     taken: set[str] = set()
     stems = []
@@ -97,7 +98,7 @@ def unique_stems(prompts: Sequence[Prompt], num_samples: int, save_with_index: b
 def _read_lines(path: str | os.PathLike[str]) -> list[str]:
     path = Path(path)
     try:
-        with path.open(encoding="utf-8-sig") as file:  # -sig: a byte order mark is not part of the first prompt
+        with path.open(encoding="utf-8-sig") as file:  # -sig removes a byte order mark
             lines = [line.strip() for line in file]
     except UnicodeDecodeError as error:
         raise UserError(f"prompt file {path} is not UTF-8 (byte {error.start}): save it as UTF-8 text") from None
@@ -110,8 +111,8 @@ def _read_lines(path: str | os.PathLike[str]) -> list[str]:
 
 
 def _safe(name: str) -> str:
-    """`name` itself if it can be a file name, else a safe rendering of it and a hash that keeps it distinct."""
-    text = re.sub(r"\s+", " ", name)  # before control characters go, for tabs separate words too
+    """Return `name` if it is a safe file name, else a safe version with a hash of the name."""
+    text = re.sub(r"\s+", " ", name)  # before control characters are removed, because tabs separate words
     text = "".join(c for c in text if c in _JOINERS or unicodedata.category(c) not in ("Cc", "Cf", "Cs"))
     text = _RESERVED.sub("_", text).lstrip(".-_ ")  # a leading dot hides a file, a leading dash looks like an option
     text = text[:_NAME_CHARACTERS].encode()[:_NAME_BYTES].decode(errors="ignore").rstrip()
@@ -122,5 +123,5 @@ def _safe(name: str) -> str:
 
 
 def _key(name: str) -> str:
-    """Equal for names that some file system takes for the same file."""
+    """Return a key that is equal for names that some file system treats as the same file."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())

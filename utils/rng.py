@@ -1,4 +1,7 @@
-"""Randomness as a pure function of names: order, batch size, rank count, device and resume never change it."""
+"""Random numbers that depend only on a key, so that order, batch size, ranks, device and resuming never change them.
+
+They are drawn on the CPU (law 2, docs/method.md).
+"""
 
 import hashlib
 import operator
@@ -8,13 +11,19 @@ from torch import Tensor
 
 
 def keyed_generator(*key: int | str) -> torch.Generator:
-    """A CPU generator whose stream depends on `key` alone."""
-    plain = tuple(part if isinstance(part, str) else operator.index(part) for part in key)  # of NumPy's integers too
+    """Return a CPU generator that is seeded by a hash of `key`.
+
+    Raises:
+        TypeError: if a part of the key is neither an integer nor a string.
+    """
+    plain = tuple(part if isinstance(part, str) else operator.index(part) for part in key)  # accepts NumPy integers
     digest = hashlib.blake2b(repr(plain).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 def keyed_noise(seed: int, sample: int, block: int, step: int, shape: tuple[int, ...]) -> Tensor:
-    """Standard normal noise, float32 on the CPU: the noise that block `block` of sample `sample` holds when it enters
-    step `step` (step 0: the noise it starts from)."""
+    """Return the standard normal noise of a block at the input of a step, float32 on the CPU.
+
+    Step 0 is the noise from which the block starts.
+    """
     return torch.randn(shape, generator=keyed_generator("noise", seed, sample, block, step))

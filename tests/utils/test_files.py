@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from utils.errors import UserError, command
-from utils.files import atomic_path, fingerprint, only_user, writable_folder
+from utils.files import atomic_path, fingerprint, lock_folder, writable_folder
 
 
 def names(folder: Path) -> list[str]:
@@ -141,10 +141,10 @@ def test_command_keeps_the_name_and_prints_no_traceback():
 
 
 def test_a_folder_has_one_user_at_a_time(tmp_path):
-    again = only_user(tmp_path, "training in")
-    with only_user(tmp_path, "training in"), pytest.raises(UserError, match="another process is training in"), again:
+    again = lock_folder(tmp_path, "training in")
+    with lock_folder(tmp_path, "training in"), pytest.raises(UserError, match="another process is training in"), again:
         pass
-    with only_user(tmp_path, "training in"):
+    with lock_folder(tmp_path, "training in"):
         pass
 
 

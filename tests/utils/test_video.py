@@ -198,7 +198,7 @@ def test_a_full_disk_is_one_oserror_that_names_the_video(out, frames):
 
 def test_a_failing_encoder_is_one_line_that_names_the_video(out, monkeypatch):
     def fail(*_):
-        raise av.error.ExternalError(1, "Generic error in an external library")
+        raise av.error.ExternalError(542398533, "Generic error in an external library")
 
     monkeypatch.setattr(video_module._Encoder, "_encode", fail)
     failure = pytest.raises(UserError, match=r"a\.mp4: the encoder failed \(Generic error")

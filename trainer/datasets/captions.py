@@ -11,7 +11,7 @@ from model.weights import ModelDirectory
 from trainer.sharding import shard_text_encoder
 from utils.config import Config
 from utils.device import DTYPES
-from utils.process_group import largest_of_processes
+from utils.process_group import max_over_ranks
 
 _CAPACITY = 10_000  # embeddings in memory: 160 MB for the miniature; 8 GB for Wan2.1 at 100 tokens per caption
 
@@ -40,7 +40,7 @@ class CaptionEmbeddings:
         """Return embeddings [B, L, text_dim], float32. All ranks must call this equally often."""
         if self.sharded:  # a pass needs all ranks, so ranks with fewer missing texts encode the empty one
             missing = len(self.cache.missing(texts))
-            for _ in range(largest_of_processes(missing, self.device) - missing):
+            for _ in range(max_over_ranks(missing, self.device) - missing):
                 self.cache.encoder.encode([""])
         return self.cache.get(texts).to(self.device, torch.float32)
 
