@@ -1,4 +1,4 @@
-"""Write a transformer of any size with random weights, to measure speed with: its videos are noise.
+"""Write a transformer of any size with random weights, to measure speed. Its videos are noise.
 
 python scripts/random_transformer.py --output outputs/random --width 1536 --layers 8
 python inference.py --config_path configs/shapes.yaml --checkpoint_path outputs/random ...
@@ -23,12 +23,12 @@ from utils.errors import UserError, command
 @command
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="folder")
-    parser.add_argument("--base", default="data/shapes-wan", help="model directory whose text encoder and VAE it fits")
-    parser.add_argument("--width", type=int, default=1536)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--head_dim", type=int, default=128)
-    parser.add_argument("--dtype", choices=sorted(DTYPES), default="bfloat16")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write")
+    parser.add_argument("--base", default="data/shapes-wan", help="model directory with a text encoder and a VAE")
+    parser.add_argument("--width", type=int, default=1536, help="channels, a multiple of --head_dim")
+    parser.add_argument("--layers", type=int, default=8, help="number of layers")
+    parser.add_argument("--head_dim", type=int, default=128, help="channels per attention head, even")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="bfloat16", help="type of the weights")
     args = parser.parse_args()
     if min(args.width, args.layers, args.head_dim) < 1 or args.width % args.head_dim or args.head_dim % 2:
         raise UserError("--width must be a multiple of --head_dim, which must be even, and --layers at least 1")

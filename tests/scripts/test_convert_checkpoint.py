@@ -1,7 +1,5 @@
-"""scripts/convert_checkpoint.py: there and back without changing a bit, as files that others read."""
+"""scripts/convert_checkpoint.py: a round trip changes no bit, and the files load in diffusers and the original code."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,11 +7,10 @@ import torch
 from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file
 
+from model.conversion import convert_checkpoint as convert
 from model.weight_names import DIT_NAMES, State, inverse, rename
-from scripts.convert_checkpoint import convert, main
+from scripts import convert_checkpoint
 from utils.errors import UserError
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +39,7 @@ def assert_same(actual: State, expected: State) -> None:
     ("middle", "layout"),
     [("folder", "diffusers"), ("a.safetensors", "diffusers"), ("a.safetensors", "native"), ("a.pth", "native")],
 )
-def test_there_and_back(tmp_path, checkpoint, state, middle, layout):
+def test_a_round_trip_changes_no_bit(tmp_path, checkpoint, state, middle, layout):
     convert(checkpoint, tmp_path / middle, layout, use_ema=True, num_heads=2)
     convert(tmp_path / middle, tmp_path / "back.pt", "generator")
     content = torch.load(tmp_path / "back.pt", weights_only=True)
@@ -50,7 +47,7 @@ def test_there_and_back(tmp_path, checkpoint, state, middle, layout):
     assert_same(content["generator"], torch.load(checkpoint, weights_only=True)["generator_ema"])
 
 
-def test_folder_opens_in_diffusers(tmp_path, checkpoint, state):
+def test_the_folder_loads_in_diffusers(tmp_path, checkpoint, state):
     line = convert(checkpoint, tmp_path / "new" / "folder", "diffusers", use_ema=True, num_heads=2)
     assert "2 layers, 2 heads of 12" in line
     net = WanTransformer3DModel.from_pretrained(tmp_path / "new" / "folder", torch_dtype=None)
@@ -58,13 +55,13 @@ def test_folder_opens_in_diffusers(tmp_path, checkpoint, state):
     assert_same({name: tensor.to(torch.bfloat16) for name, tensor in net.state_dict().items()}, state)
 
 
-def test_native_file(tmp_path, checkpoint, state):
+def test_a_native_file_has_wans_names(tmp_path, checkpoint, state):
     convert(checkpoint, tmp_path / "wan.safetensors", "native", use_ema=True, dtype="fp32")
     expected = {name: tensor.float() for name, tensor in rename(state, inverse(DIT_NAMES)).items()}
     assert_same(load_file(tmp_path / "wan.safetensors"), expected)
 
 
-def test_in_place(checkpoint, state):
+def test_a_file_can_be_converted_in_place(checkpoint, state):
     convert(checkpoint, checkpoint, "generator", use_ema=True)
     assert len(torch.load(checkpoint, weights_only=True)["generator"]) == len(state)
     assert [file.name for file in checkpoint.parent.iterdir()] == [checkpoint.name]
@@ -73,38 +70,33 @@ def test_in_place(checkpoint, state):
 @pytest.mark.parametrize(
     ("name", "layout"), [("x.safetensors", "generator"), ("folder", "native"), ("x.bin", "diffusers")]
 )
-def test_formats_that_cannot_be(tmp_path, checkpoint, name, layout):
+def test_formats_that_cannot_hold_the_layout_are_rejected(tmp_path, checkpoint, name, layout):
     with pytest.raises(UserError, match=f"--to {layout} cannot be written as {name}"):
         convert(checkpoint, tmp_path / name, layout)
     assert not (tmp_path / name).exists()
 
 
-def test_heads_must_be_known(tmp_path, checkpoint):
+def test_a_folder_needs_the_number_of_heads(tmp_path, checkpoint):
     with pytest.raises(UserError, match="--num_heads"):
         convert(checkpoint, tmp_path / "folder", "diffusers")
     assert not (tmp_path / "folder").exists()
 
 
-def test_command_line(tmp_path, checkpoint):
-    arguments = ["--input", checkpoint, "--output", tmp_path / "out.pt", "--to", "native", "--dtype", "fp16"]
-    command = [sys.executable, "scripts/convert_checkpoint.py", *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.startswith("wrote "), done.stderr
+def test_the_command(call, tmp_path, checkpoint):
+    words = ["--input", checkpoint, "--output", tmp_path / "out.pt", "--to", "native", "--dtype", "fp16"]
+    code, out, err = call(convert_checkpoint, *words)
+    assert code == 0 and out.startswith("wrote "), err
     assert {tensor.dtype for tensor in torch.load(tmp_path / "out.pt", weights_only=True).values()} == {torch.float16}
 
 
-def test_command_line_without_input(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(
-        sys, "argv", ["x", "--input", "none.pt", "--output", str(tmp_path / "out.pt"), "--to", "native"]
-    )
-    with pytest.raises(SystemExit) as exit:
-        main()
-    error = capsys.readouterr().err
-    assert exit.value.code == 2 and error.startswith("error: weights none.pt do not exist") and error.count("\n") == 1
+def test_the_command_without_input_is_one_line(call, tmp_path):
+    words = ["--input", "none.pt", "--output", tmp_path / "out.pt", "--to", "native"]
+    code, _, err = call(convert_checkpoint, *words)
+    assert code == 2 and err.startswith("error: weights none.pt do not exist") and err.count("\n") == 1
 
 
-def test_a_folders_own_configuration_is_kept(tmp_path):
-    """Six heads of 32 have the shapes of three of 64: only the configuration can tell."""
+def test_the_configuration_of_a_folder_is_kept(tmp_path):
+    """Six heads of 32 channels and three of 64 have weights of the same shapes; only the configuration differs."""
     convert(Path("data/shapes-wan/transformer"), tmp_path / "wan-1.3b", "diffusers")
     config = WanTransformer3DModel.load_config(tmp_path / "wan-1.3b")
     assert (config["num_attention_heads"], config["attention_head_dim"]) == (6, 32)

@@ -1,0 +1,78 @@
+"""Conversion of a transformer's weights between the layouts of diffusers, Wan, and HiAR and Self-Forcing."""
+
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+
+from model.weights import (
+    Layout,
+    State,
+    export_state,
+    read_checkpoint,
+    save_transformer,
+    save_weights,
+    transformer_config,
+)
+from utils.errors import UserError
+from utils.files import read_json
+
+LAYOUTS = get_args(Layout)
+EXPORT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "keep": None}
+_TORCH_SUFFIXES = (".pt", ".pth")
+_SUFFIXES = {
+    "diffusers": ("", ".safetensors", *_TORCH_SUFFIXES),
+    "native": (".safetensors", *_TORCH_SUFFIXES),
+    "generator": _TORCH_SUFFIXES,
+}
+"""File suffixes that can hold each layout; an empty suffix is a folder."""
+
+
+def convert_checkpoint(
+    source: Path,
+    output: Path,
+    layout: Layout,
+    use_ema: bool = False,
+    dtype: str = "keep",
+    num_heads: int | None = None,
+) -> str:
+    """Convert the weights in `source` to another layout, write them to `output`, and return a one-line summary.
+
+    Args:
+        source: checkpoint file, weights folder or model folder.
+        use_ema: read the moving average of a checkpoint that holds both.
+        dtype: from EXPORT_DTYPES; `keep` keeps the stored dtype.
+        num_heads: attention heads for the configuration in an output folder, if heads do not have 128 channels.
+
+    Raises:
+        UserError: for unreadable input, or an output format that cannot hold the layout.
+    """
+    suffix = "" if output.suffix[1:2].isdigit() else output.suffix  # a folder may be called wan-1.3b
+    if suffix not in _SUFFIXES[layout]:
+        names = ", ".join(suffix or "no suffix (a folder)" for suffix in _SUFFIXES[layout])
+        raise UserError(f"--to {layout} cannot be written as {output.name}; end --output with one of: {names}")
+
+    state = read_checkpoint(source, use_ema)
+    config = {} if suffix else _folder_config(source, state, num_heads)
+    target = EXPORT_DTYPES[dtype]
+    if target is not None:
+        state = {name: tensor.to(target) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    content = export_state(state, layout)
+    sizes = ""
+    if suffix:
+        save_weights(output, content)
+    else:
+        save_transformer(output, content, config)
+        heads, head_dim = config["num_attention_heads"], config["attention_head_dim"]
+        sizes = f"{config['num_layers']} layers, {heads} heads of {head_dim}, "
+    return f"wrote {output} ({layout}: {sizes}{len(state)} tensors, {sum(t.numel() for t in state.values()):,} weights)"
+
+
+def _folder_config(source: Path, state: State, num_heads: int | None) -> dict[str, Any]:
+    """Return the configuration of the source folder, or one that is inferred from the shapes of the weights."""
+    for file in (source / "config.json", source / "transformer" / "config.json"):
+        if file.is_file():
+            config = read_json(file, "configuration of a transformer")
+            if "num_attention_heads" in config:
+                return {name: value for name, value in config.items() if not name.startswith("_")}
+    return infer_transformer_config(state, num_heads)
