@@ -1,4 +1,4 @@
-"""What benchmarks measure of training: iterations of score distillation, by the trainer, on random ODE pairs."""
+"""Benchmark of training: iterations of score distillation by the trainer, on random ODE pairs."""
 
 import multiprocessing
 import signal
@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from benchmark.inference import PROMPT
-from benchmark.measure import Figures, Spread, counted_flops, peak_memory
+from benchmark.measure import Measurement, Results, counted_flops, peak_memory
+from benchmark.networks import PROMPT
 from model.weights import ModelDirectory
 from pipeline.build import latent_size
 from trainer.datasets.ode_pairs import pair_file, write_ode_pair, write_sigmas
@@ -24,46 +24,51 @@ from utils.errors import UserError
 from utils.process_group import process_group
 
 
-def measure_training(config: Config, iterations: int, peak_flops: float) -> Figures:
-    """In a process of its own, whose peak memory is then this training's alone.
+def measure_training(config: Config, iterations: int, peak_flops: float) -> Results:
+    """Measure training in a process of its own, so that the peak memory is that of training alone.
 
-    Figures: `critic_iteration` and `generator_iteration` (which updates both) in seconds, `iterations_per_second` over
-    all; `critic_memory` and `peak_memory` in bytes, before and with the first update of the generator.
+    Args:
+        iterations: number of timed iterations.
+        peak_flops: FLOP/s of a large matrix product.
+
+    Returns:
+        `critic_iteration` and `generator_iteration` (which updates both networks) in seconds, `iterations_per_second`
+        over all iterations, `critic_memory` and `peak_memory` in bytes, before and after the first generator update.
     """
-    figures = in_own_process(_train, config, iterations)
-    flops, seconds = figures["flops"], figures["generator_iteration"]
-    assert isinstance(flops, int) and isinstance(seconds, Spread)
-    return figures | {"share_of_peak": flops / seconds.median / peak_flops}
+    results = run_in_process(_train, config, iterations)
+    flops, seconds = results["flops"], results["generator_iteration"]
+    assert isinstance(flops, int) and isinstance(seconds, Measurement)
+    return results | {"share_of_peak": flops / seconds.median / peak_flops}
 
 
-def _train(config: Config, iterations: int) -> Figures:
+def _train(config: Config, iterations: int) -> Results:
     device = pick_device(config.runtime.device)
     every = config.distill.generator_every
     with tempfile.TemporaryDirectory() as folder, process_group(device):
-        write_data(config, Path(folder) / "data")
+        write_random_data(config, Path(folder) / "data")
         trainer = Trainer(config, build_objective(config, device), f"{folder}/run")
-        # Iteration 0 is the generator's: begin behind it, so that memory without and with it can be told apart.
+        # Iteration 0 updates the generator. Start after it, to measure the memory of the critic's iterations alone.
         trainer.iteration = 1
         critic_memory = None
         times: dict[bool, list[float]] = {False: [], True: []}
         for number in tqdm(range(every + iterations), desc="iterations", leave=False, disable=None):
-            generator = "generator" in trainer.objective.networks_to_update(trainer.iteration)
-            if generator and number and critic_memory is None:
+            updates_generator = "generator" in trainer.objective.networks_to_update(trainer.iteration)
+            if updates_generator and number and critic_memory is None:
                 critic_memory = peak_memory(device)
-            started = time.perf_counter()
+            start = time.perf_counter()
             trainer.step()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            if number >= every:  # one update of each net, compiled now if so configured
-                times[generator].append(time.perf_counter() - started)
+            if number >= every:  # by now, each network has been updated, and compiled if the configuration says so
+                times[updates_generator].append(time.perf_counter() - start)
             trainer.iteration += 1
         memory = peak_memory(device)
         trainer.iteration = every
         flops = counted_flops(trainer.step)
     total = sum(times[False]) + sum(times[True])
     return {
-        "critic_iteration": Spread.of(times[False]) if times[False] else None,
-        "generator_iteration": Spread.of(times[True]),
+        "critic_iteration": Measurement.of(times[False]) if times[False] else None,
+        "generator_iteration": Measurement.of(times[True]),
         "iterations_per_second": iterations / total,
         "critic_memory": critic_memory,
         "peak_memory": memory,
@@ -71,8 +76,8 @@ def _train(config: Config, iterations: int) -> Figures:
     }
 
 
-def write_data(config: Config, folder: Path) -> None:
-    """Random ODE pairs and a file of prompts, which `config` then names."""
+def write_random_data(config: Config, folder: Path) -> None:
+    """Write random ODE pairs and a prompt file, and set their paths in `config`."""
     folder.mkdir()
     channels = ModelDirectory.open(config.model.base).transformer_config()["in_channels"]
     size = latent_size(config.video)
@@ -86,35 +91,33 @@ def write_data(config: Config, folder: Path) -> None:
     config.data.path, config.data.prompts, config.data.sigmas = str(folder), str(prompts), []
 
 
-# ---- A process of its own ----
-
-
-def in_own_process(work: Callable[..., Figures], *arguments: object) -> Figures:
-    """What `work(*arguments)` returns in a fresh process.
+def run_in_process(work: Callable[..., Results], *arguments: object) -> Results:
+    """Return the result of `work(*arguments)` in a new process.
 
     Raises:
-        UserError: its own, or if it was killed.
+        UserError: from `work`, or if the process was killed.
     """
     context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe(duplex=False)
-    process = context.Process(target=_send, args=(there, work, arguments), daemon=True)
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_send_results, args=(sender, work, arguments), daemon=True)
     process.start()
-    there.close()
+    sender.close()
     try:
-        result = here.recv()
+        results = receiver.recv()
     except EOFError:
         process.join()
         raise UserError(
-            f"the training process ended with code {process.exitcode}; -9 is mostly want of memory: train less at once"
+            f"the training process ended with code {process.exitcode}; -9 usually means that memory ran out: use a "
+            "smaller train.batch_size or video"
         ) from None
     process.join()
-    if isinstance(result, UserError):
-        raise result
-    return result
+    if isinstance(results, UserError):
+        raise results
+    return results
 
 
-def _send(connection: Connection, work: Callable[..., Figures], arguments: tuple) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, and that this process
+def _send_results(connection: Connection, work: Callable[..., Results], arguments: tuple) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, which ends this daemon process
     try:
         connection.send(work(*arguments))
     except UserError as error:

@@ -1,4 +1,4 @@
-"""benchmark/measure.py: claims about what its numbers mean."""
+"""benchmark/measure.py and host_syncs.py: times, memory, operations and syncs are what they claim to be."""
 
 import time
 import warnings
@@ -8,26 +8,25 @@ import torch
 import torch.nn.functional as F
 
 from benchmark import measure
+from benchmark.host_syncs import host_syncs, is_sync
 from benchmark.measure import (
-    Effort,
-    Spread,
+    Measurement,
+    Repeats,
     counted_flops,
     durations,
-    host_syncs,
     matmul_peak,
     peak_memory,
     reset_peak_memory,
-    waits,
 )
 
 CPU = torch.device("cpu")
 
 
-def test_durations_leave_the_warm_up_out():
+def test_durations_exclude_the_warm_up():
     waiting = iter([0.2, 0.01, 0.02, 0.03])
-    times = durations(lambda: time.sleep(next(waiting)), CPU, Effort(1, 3))
+    times = durations(lambda: time.sleep(next(waiting)), CPU, Repeats(1, 3))
     assert len(times) == 3 and all(0.01 <= t < 0.2 for t in times)
-    assert Spread.of([3.0, 1.0, 2.0]) == Spread(2.0, 1.0, 3.0)
+    assert Measurement.of([3.0, 1.0, 2.0]) == Measurement(2.0, 1.0, 3.0)
 
 
 @pytest.mark.parametrize(
@@ -50,7 +49,7 @@ def test_reading_a_value_is_a_sync(read):
     assert len(found) == 1
 
 
-def test_computing_is_none():
+def test_computation_is_no_sync():
     with host_syncs(CPU) as found:
         x = torch.randn(4, 4).to(torch.float64) @ torch.full((4, 4), 2.0, dtype=torch.float64)
         x[torch.tensor([1, 2])] += 1
@@ -58,8 +57,8 @@ def test_computing_is_none():
     assert found == []
 
 
-def test_what_cuda_says_of_its_own_detection_is_no_sync(monkeypatch):
-    """torch's own words; the first are a warning of every process's first `set_sync_debug_mode`."""
+def test_the_warning_about_the_detection_itself_is_no_sync(monkeypatch):
+    """The texts are torch's. The first one appears at the first `set_sync_debug_mode` of a process."""
 
     def set_mode(mode):
         if mode == "warn":
@@ -86,29 +85,29 @@ def test_copies_between_devices_wait_unless_they_are_queued():
     there, here = torch.empty(2, device="meta"), torch.empty(2)
     aten = torch.ops.aten
     for args, result in ((lambda *more: (here, there, *more), here), (lambda *more: (there, here, *more), there)):
-        assert waits(aten.copy_.default, args(), {}, result) and waits(aten.copy_.default, args(False), {}, result)
-        assert not waits(aten.copy_.default, args(True), {}, result)
-    assert waits(aten._to_copy.default, (there,), {}, here)
-    assert not waits(aten._to_copy.default, (there,), {"non_blocking": True}, here)
-    assert not waits(aten._to_copy.default, (here,), {}, here) and not waits(
+        assert is_sync(aten.copy_.default, args(), {}, result) and is_sync(aten.copy_.default, args(False), {}, result)
+        assert not is_sync(aten.copy_.default, args(True), {}, result)
+    assert is_sync(aten._to_copy.default, (there,), {}, here)
+    assert not is_sync(aten._to_copy.default, (there,), {"non_blocking": True}, here)
+    assert not is_sync(aten._to_copy.default, (here,), {}, here) and not is_sync(
         aten.copy_.default, (there, there), {}, there
     )
 
 
-def test_peak_memory_sees_what_is_gone_again():
+def test_peak_memory_includes_freed_memory():
     reset_peak_memory(CPU)
     before = peak_memory(CPU)
     torch.ones(25_000_000)
     assert 90e6 < peak_memory(CPU) - before < 200e6
 
 
-def test_attention_is_counted_on_a_cpu_too_and_compiled_code():
+def test_attention_and_compiled_code_are_counted_on_a_cpu():
     x = torch.randn(1, 2, 16, 8)
     attention = torch.compile(lambda: F.scaled_dot_product_attention(x, x, x))
     assert counted_flops(attention) == 2 * 2 * 2 * 16 * 16 * 8
 
 
-def test_the_peak_is_that_of_a_product_which_takes_long_enough(monkeypatch):
+def test_the_peak_comes_from_a_product_that_takes_long_enough(monkeypatch):
     taken = iter([[0.001] * 5, [0.01] * 5, [0.2, 0.3, 0.4, 0.5, 9.0]])
     monkeypatch.setattr(measure, "durations", lambda *_: next(taken))
     assert matmul_peak(CPU, torch.float32) == 2 * 1024**3 / 0.4

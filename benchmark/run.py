@@ -1,0 +1,56 @@
+"""Runs one case of a benchmark."""
+
+import sys
+from collections.abc import Sequence
+
+import torch
+from torch._dynamo.exc import TorchDynamoException
+from tqdm import tqdm
+
+from benchmark.cases import Case
+from benchmark.decoder import measure_decoder
+from benchmark.measure import Repeats, Results
+from benchmark.networks import BenchmarkNetworks
+from benchmark.passes import measure_passes
+from benchmark.rollout import RolloutBenchmark, measure_rollout
+from benchmark.text_encoder import measure_text_encoder
+from benchmark.training import measure_training
+from model.compilation import compile_failure
+
+
+def run_case(
+    case: Case, networks: BenchmarkNetworks, repeats: Repeats, peak_flops: float, passes: Sequence[str], iterations: int
+) -> Results:
+    """Return the results of a case; none, with a note on stderr, if memory is short or compilation fails.
+
+    Args:
+        peak_flops: FLOP/s of a large matrix product.
+        passes: passes to measure, for kind `pass`.
+        iterations: timed iterations, for kind `training`.
+    """
+    torch.compiler.reset()  # torch stops compiling a function after a few variants
+    try:
+        if case.kind in ("rollout", "baseline"):
+            return _run_rollouts(case, networks, repeats, peak_flops)
+        if case.kind == "pass":
+            return measure_passes(networks, passes, repeats, peak_flops)
+        if case.kind == "training":
+            return measure_training(case.config, iterations, peak_flops)
+        measure = measure_decoder if case.kind == "decoder" else measure_text_encoder
+        return measure(networks, repeats, peak_flops)
+    except torch.OutOfMemoryError:
+        reason = "out of memory"
+    except TorchDynamoException as error:
+        reason = f"cannot be compiled ({compile_failure(error)})"
+    tqdm.write(f"{reason}: {case}", file=sys.stderr)
+    return {}
+
+
+def _run_rollouts(case: Case, networks: BenchmarkNetworks, repeats: Repeats, peak_flops: float) -> Results:
+    pipeline = networks.pipeline()
+    is_baseline = case.kind == "baseline"
+    runs = repeats.total * (1 if is_baseline else 2) + 1  # rollouts, videos, and one rollout that counts host syncs
+    label = " ".join(case.settings.values())
+    with tqdm(total=runs * pipeline.num_ops(), desc=label, unit="op", leave=False, disable=None) as bar:
+        benchmark = RolloutBenchmark(pipeline, lambda op: bar.update(), is_baseline)
+        return measure_rollout(benchmark, repeats, peak_flops)
