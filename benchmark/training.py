@@ -1,11 +1,7 @@
 """Benchmark of training: iterations of score distillation by the trainer, on random ODE pairs."""
 
-import multiprocessing
-import signal
 import tempfile
 import time
-from collections.abc import Callable
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -13,6 +9,7 @@ from tqdm import tqdm
 
 from benchmark.measure import Measurement, Results, counted_flops, peak_memory
 from benchmark.networks import PROMPT
+from benchmark.process import run_in_process
 from model.weights import ModelDirectory
 from pipeline.build import latent_size
 from trainer.datasets.ode_pairs import pair_file, write_ode_pair, write_sigmas
@@ -20,7 +17,6 @@ from trainer.objectives import build_objective
 from trainer.trainer import Trainer
 from utils.config import Config
 from utils.device import pick_device
-from utils.errors import UserError
 from utils.process_group import process_group
 
 
@@ -89,36 +85,3 @@ def write_random_data(config: Config, folder: Path) -> None:
     prompts = folder / "prompts.txt"
     prompts.write_text("".join(f"{PROMPT} {index}\n" for index in range(4)))
     config.data.path, config.data.prompts, config.data.sigmas = str(folder), str(prompts), []
-
-
-def run_in_process(work: Callable[..., Results], *arguments: object) -> Results:
-    """Return the result of `work(*arguments)` in a new process.
-
-    Raises:
-        UserError: from `work`, or if the process was killed.
-    """
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_send_results, args=(sender, work, arguments), daemon=True)
-    process.start()
-    sender.close()
-    try:
-        results = receiver.recv()
-    except EOFError:
-        process.join()
-        raise UserError(
-            f"the training process ended with code {process.exitcode}; -9 usually means that memory ran out: use a "
-            "smaller train.batch_size or video"
-        ) from None
-    process.join()
-    if isinstance(results, UserError):
-        raise results
-    return results
-
-
-def _send_results(connection: Connection, work: Callable[..., Results], arguments: tuple) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, which ends this daemon process
-    try:
-        connection.send(work(*arguments))
-    except UserError as error:
-        connection.send(error)

@@ -5,15 +5,9 @@ from typing import Any, get_args
 
 import torch
 
-from model.weights import (
-    Layout,
-    State,
-    export_state,
-    read_checkpoint,
-    save_transformer,
-    save_weights,
-    transformer_config,
-)
+from model.weight_files import read_checkpoint, save_transformer, save_weights
+from model.weight_names import Layout, State, export_state
+from model.weights import infer_transformer_config
 from utils.errors import UserError
 from utils.files import read_json
 

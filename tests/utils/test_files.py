@@ -1,3 +1,5 @@
+"""utils/files.py and utils/errors.py: files are complete or absent, and expected failures are one line."""
+
 import errno
 import os
 import subprocess
@@ -17,7 +19,7 @@ def names(folder: Path) -> list[str]:
 
 
 def run(error: BaseException | None) -> int:
-    """Exit code of a command whose body raises `error`; 0 if it returns."""
+    """Return the exit code of a command that raises `error`; 0 if it returns."""
 
     @command
     def main() -> None:
@@ -44,7 +46,7 @@ def test_the_final_name_appears_at_the_end_with_all_its_content(tmp_path):
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
-def test_a_failure_leaves_the_older_file_and_nothing_else(tmp_path, error):
+def test_a_failure_keeps_the_older_file_and_leaves_no_other(tmp_path, error):
     path = tmp_path / "a.json"
     path.write_text("older")
     with pytest.raises(error), atomic_path(path) as temporary:
@@ -71,11 +73,11 @@ def test_nesting_on_the_temporary_name_works(tmp_path):
 # ---- writable_folder ----
 
 
-def test_others_may_read_what_any_new_file_lets_them(tmp_path):
+def test_files_get_the_usual_permissions(tmp_path):
     (tmp_path / "usual").touch()
     usual = (tmp_path / "usual").stat().st_mode
     with atomic_path(tmp_path / "file") as path:
-        save_file({"x": torch.zeros(1)}, path)  # makes it private
+        save_file({"x": torch.zeros(1)}, path)  # creates a private file
         assert path.stat().st_mode != usual
     with atomic_path(tmp_path / "folder") as path:
         (path / "inner").mkdir(parents=True)
@@ -83,12 +85,12 @@ def test_others_may_read_what_any_new_file_lets_them(tmp_path):
     assert (tmp_path / "file").stat().st_mode == (tmp_path / "folder/inner/file").stat().st_mode == usual
 
 
-def test_folders_are_made_and_left_empty(tmp_path):
+def test_writable_folder_creates_folders_and_leaves_them_empty(tmp_path):
     folder = writable_folder(tmp_path / "a" / "b")
     assert writable_folder(str(folder)) == folder and names(folder) == []
 
 
-def test_a_file_in_the_way_is_a_user_error(tmp_path):
+def test_a_file_in_place_of_a_folder_is_a_user_error(tmp_path):
     (tmp_path / "file").touch()
     for path in (tmp_path / "file", tmp_path / "file" / "folder"):
         with pytest.raises(UserError, match="choose another output folder"):
@@ -122,7 +124,7 @@ def test_expected_failures_are_one_line_and_an_exit_code(capsys, error, code, li
 
 
 @pytest.mark.parametrize("bug", [KeyError("x"), ValueError("x"), OSError(errno.EIO, "broken")])
-def test_our_own_bugs_keep_their_traceback(bug):
+def test_bugs_keep_their_traceback(bug):
     with pytest.raises(type(bug)):
         run(bug)
 
@@ -140,7 +142,7 @@ def test_command_keeps_the_name_and_prints_no_traceback():
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: a is wrong: do b\n")
 
 
-def test_a_folder_has_one_user_at_a_time(tmp_path):
+def test_a_folder_can_be_locked_once(tmp_path):
     again = lock_folder(tmp_path, "training in")
     with lock_folder(tmp_path, "training in"), pytest.raises(UserError, match="another process is training in"), again:
         pass
@@ -148,7 +150,7 @@ def test_a_folder_has_one_user_at_a_time(tmp_path):
         pass
 
 
-def test_a_fingerprint_reads_both_ends_of_large_files_and_names(tmp_path):
+def test_a_fingerprint_depends_on_names_and_both_ends_of_files(tmp_path):
     content = bytearray(300_000)
     big = tmp_path / "vae/big.bin"
     big.parent.mkdir()

@@ -1,9 +1,11 @@
+"""utils/prompts.py: prompt files are read strictly, and every prompt gets a safe and distinct file name."""
+
 import pytest
 
 from utils.errors import UserError
 from utils.prompts import Prompt, clean_prompt, file_stem, read_prompts, unique_stems
 
-NASTY = {
+UNSAFE = {
     "traversal": "../../etc/passwd",
     "separators": "a/b\\c",
     "dot": ".",
@@ -39,7 +41,7 @@ def test_extended_prompts_replace_the_text_but_not_the_name(tmp_path):
     assert read_prompts(short, long) == [Prompt(0, "a fluffy cat", "a cat"), Prompt(1, "a quick dog", "a dog")]
 
 
-def test_extended_prompts_of_another_count_are_refused_with_both_counts(tmp_path):
+def test_a_different_number_of_extended_prompts_is_an_error_with_both_counts(tmp_path):
     short, long = tmp_path / "short.txt", tmp_path / "long.txt"
     short.write_text("a cat\na dog\n")
     long.write_text("a fluffy cat\n\na\nb\n")
@@ -48,14 +50,14 @@ def test_extended_prompts_of_another_count_are_refused_with_both_counts(tmp_path
 
 
 @pytest.mark.parametrize("content", [b"", b"\n \n\t\n", b"\xef\xbb\xbf\n"])
-def test_a_file_without_prompts_is_refused(tmp_path, content):
+def test_a_file_without_prompts_is_an_error(tmp_path, content):
     file = tmp_path / "prompts.txt"
     file.write_bytes(content)
     with pytest.raises(UserError, match="holds no prompts"):
         read_prompts(file)
 
 
-def test_unreadable_files_are_refused_by_name(tmp_path):
+def test_unreadable_files_are_errors_that_name_them(tmp_path):
     latin = tmp_path / "latin.txt"
     latin.write_bytes("caf\xe9".encode("latin-1"))
     with pytest.raises(UserError, match=r"latin\.txt is not UTF-8"):
@@ -72,8 +74,8 @@ def test_plain_prompts_keep_their_text_as_name():
     assert file_stem(prompt, 3, save_with_index=True) == "0-3"
 
 
-@pytest.mark.parametrize("name", NASTY.values(), ids=NASTY.keys())
-def test_nasty_prompts_get_safe_names_that_work_as_files(tmp_path, name):
+@pytest.mark.parametrize("name", UNSAFE.values(), ids=UNSAFE.keys())
+def test_unsafe_prompts_get_safe_file_names(tmp_path, name):
     stem = file_stem(prompts(name)[0], 12)
     file = tmp_path / f"{stem}.mp4"
     file.touch()
@@ -85,15 +87,15 @@ def test_nasty_prompts_get_safe_names_that_work_as_files(tmp_path, name):
     assert " ".join(stem.split()) == stem
 
 
-def test_cut_and_changed_prompts_stay_distinct():
+def test_shortened_and_changed_prompts_stay_distinct():
     long = "word " * 2000
     names = [file_stem(p, 0) for p in prompts(long + "a", long + "b", "a/b", "a\\b", "a:b", ".", "..")]
     assert len(set(names)) == len(names)
 
 
 def test_all_names_of_a_run_are_distinct_even_without_case():
-    colliding = file_stem(prompts("a/b")[0], 0).removesuffix("-0")  # a prompt that looks like a made-safe name
-    names = ["a cat", "a cat", "A Cat", "a cat (2)", "a/b", colliding, "caf\u00e9", "cafe\u0301", *NASTY.values()] * 2
+    colliding = file_stem(prompts("a/b")[0], 0).removesuffix("-0")  # a prompt that equals the safe name of another
+    names = ["a cat", "a cat", "A Cat", "a cat (2)", "a/b", colliding, "caf\u00e9", "cafe\u0301", *UNSAFE.values()] * 2
     stems = unique_stems(prompts(*names), num_samples=3)
     flat = [stem.casefold() for samples in stems for stem in samples]
     assert len(flat) == 3 * len(names) == len(set(flat))
@@ -112,6 +114,6 @@ def test_indexed_names():
     assert unique_stems(prompts("a", "a"), 2, save_with_index=True) == [["0-0", "0-1"], ["1-0", "1-1"]]
 
 
-def test_clean_prompt_is_wans():
+def test_clean_prompt_equals_wans():
     assert clean_prompt("  a cat &amp;amp; a\n\tdog\u00a0 ") == "a cat & a dog"
     assert clean_prompt("cafÃ© “quoted”") == 'café "quoted"'

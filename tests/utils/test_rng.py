@@ -1,7 +1,7 @@
-"""utils/rng.py: law 2, noise is a pure function of (seed, sample, block, step), drawn on the CPU.
+"""utils/rng.py: noise is a pure function of (seed, sample, block, step), drawn on the CPU (law 2, docs/method.md).
 
-Claims: nothing that happened before changes it, and asking for it changes nothing; every part of the key matters; the
-golden values, so that it never changes unnoticed: a seed names the same video for ever.
+Earlier random numbers do not change it, and drawing it changes no other random number. Each part of the key matters.
+Golden values ensure that a seed gives the same video in all versions.
 """
 
 import itertools
@@ -15,7 +15,7 @@ from utils.rng import keyed_generator, keyed_noise
 SHAPE = (3, 4, 2)
 
 
-def test_noise_is_a_function_of_its_key_alone():
+def test_noise_depends_only_on_its_key():
     first = keyed_noise(1, 2, 3, 4, SHAPE)
     torch.manual_seed(99)
     torch.randn(7)
@@ -23,7 +23,7 @@ def test_noise_is_a_function_of_its_key_alone():
     assert torch.equal(keyed_noise(1, 2, 3, 4, SHAPE), first)
 
 
-def test_the_global_generator_is_left_alone():
+def test_the_global_generator_does_not_change():
     torch.manual_seed(0)
     expected = torch.randn(3)
     torch.manual_seed(0)
@@ -32,20 +32,20 @@ def test_the_global_generator_is_left_alone():
 
 
 def test_every_part_of_the_key_matters():
-    keys = [*itertools.product(range(2), repeat=4), (11, 1, 1, 1), (1, 11, 1, 1)]  # no "111" is another's
+    keys = [*itertools.product(range(2), repeat=4), (11, 1, 1, 1), (1, 11, 1, 1)]  # parts are not concatenated
     noises = {tuple(keyed_noise(*key, (4,)).tolist()) for key in keys}
     assert len(noises) == len(keys)
 
 
-def test_the_kind_of_randomness_is_part_of_the_key():
+def test_strings_are_part_of_the_key():
     streams = [keyed_generator("noise", 1), keyed_generator("training", 1), keyed_generator("1"), keyed_generator(1)]
     assert len({generator.initial_seed() for generator in streams}) == 4
 
 
-def test_numpy_integers_are_integers():
+def test_numpy_integers_equal_integers():
     assert keyed_generator("a", np.int64(3)).initial_seed() == keyed_generator("a", 3).initial_seed()
     with pytest.raises(TypeError):
-        keyed_generator("a", 0.5)  # two floats that print alike need not be equal
+        keyed_generator("a", 0.5)  # floats that print alike can differ
 
 
 def test_noise_is_standard_normal_float32_on_the_cpu():
@@ -56,7 +56,7 @@ def test_noise_is_standard_normal_float32_on_the_cpu():
     assert (noise * other).mean().item() == pytest.approx(0, abs=0.02)
 
 
-def test_blocks_follow_each_other_in_other_noise_than_steps():
+def test_block_and_step_are_not_interchangeable():
     assert not torch.equal(keyed_noise(0, 0, 1, 0, SHAPE), keyed_noise(0, 0, 0, 1, SHAPE))
 
 
@@ -64,6 +64,6 @@ def test_golden_values():
     assert keyed_generator("ode regression", 0, 5).initial_seed() == 9003981330482642307
     few = keyed_noise(1, 2, 3, 4, (4,)).tolist()
     assert few == pytest.approx([2.416963577270508, 1.1262400150299072, 0.14652889966964722, -0.10097860544919968])
-    many = keyed_noise(0, 1, 2, 3, (3, 4, 8, 8))  # torch draws 16 and more numbers in another way than fewer
+    many = keyed_noise(0, 1, 2, 3, (3, 4, 8, 8))  # torch uses another algorithm for 16 and more numbers
     expected = [-0.5723236203193665, -0.5701403021812439, 1.2765454053878784, -0.20350010693073273]
     assert many.flatten()[[0, 1, 400, 767]].tolist() == pytest.approx(expected, rel=1e-5)
