@@ -148,7 +148,7 @@ def test_videos_stream_through(tmp_path, monkeypatch):
     monkeypatch.setattr(utils.video, "_decode", counting_read)
     monkeypatch.setattr(VideoWriter, "write", counting_write)
     write_side_by_side(tmp_path / "both.mp4", videos)
-    assert written == 20 and max(ahead) <= 4
+    assert written == 20 and max(ahead) <= 6  # three per video: the decoder and the rate filter hold some back
 
 
 def test_nothing_is_left_when_it_fails(tmp_path):
