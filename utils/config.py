@@ -1,8 +1,6 @@
 """The configuration: every key with its unit and default, and the functions that load a YAML file.
 
 A YAML file states only what differs from the defaults below. `section.key=value` arguments override the YAML file.
-`load_config` returns plain dataclasses, and rejects unknown keys, wrong types and invalid values.
-
 The string after each field documents it; `scripts/write_config_docs.py` turns these strings into docs/config.md.
 """
 
