@@ -1,9 +1,9 @@
-"""Measure the miniature's VAE on held-out clips: is it good enough, and does it stay so over a long clip?
+"""Measure the reconstruction error of the miniature's VAE on held-out clips, and its drift over long clips.
 
 python scripts/evaluate_vae.py --num_clips 12 --num_frames 81
 
-Prints PSNR, the mean over clips and that of all pixels, and by quarter of the clip also the mean error of the pixels,
-and of the shape's and the background's colour against the world's truth, as scripts/evaluate.py measures them.
+Prints the PSNR as the mean over clips and over all pixels. For each quarter of the clips, it also prints the PSNR, the
+mean pixel error, and the errors of the shape's and background's colour as in scripts/evaluate.py.
 """
 
 import argparse
@@ -32,8 +32,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default="data/shapes-wan", help="model directory")
     parser.add_argument("--num_clips", type=int, default=12)
-    parser.add_argument("--num_frames", type=int, default=81, help="pixel frames, 4n+1")
-    parser.add_argument("--seed", type=int, default=9, help="of the clips")
+    parser.add_argument("--num_frames", type=int, default=81, help="pixel frames per clip, 4n+1")
+    parser.add_argument("--seed", type=int, default=9, help="seed of the clips")
     args = parser.parse_args()
     if args.num_clips < 1 or args.num_frames < 5 or args.num_frames % 4 != 1:
         raise UserError("--num_clips must be at least 1, --num_frames of the form 4n+1 and at least 5")
@@ -56,7 +56,8 @@ def main() -> None:
         f"{args.num_clips} held-out clips of {args.num_frames} frames: {mean:.2f} dB (mean over clips), "
         f"{psnr(squared):.2f} dB (over all pixels)"
     )
-    print("by quarter: " + ", ".join(f"{psnr(part):.2f}" for part in np.array_split(squared, QUARTERS, axis=1)) + " dB")
+    quarter_psnr = [f"{psnr(quarter):.2f}" for quarter in np.array_split(squared, QUARTERS, axis=1)]
+    print(f"by quarter: {', '.join(quarter_psnr)} dB")
     for name, rows in errors.items():
         quarters = np.mean(rows, axis=0)
         change = quarters[-1] / quarters[0] - 1 if quarters[0] else 0.0
@@ -64,7 +65,7 @@ def main() -> None:
 
 
 def psnr(squared: np.ndarray) -> float:
-    """Decibels of a mean squared error, of pixels in [-1, 1]."""
+    """Return the PSNR in dB of squared errors of pixels in [-1, 1]."""
     return float(-10 * np.log10(squared.mean() / 4))
 
 

@@ -1,12 +1,15 @@
 #!/usr/bin/env bash
-# Make the miniature model, data/shapes-wan, from nothing: text encoder, VAE, encoded clips, teacher, ODE pairs, causal
-# initialisation, and the generators that are distilled from it.
+# Train the miniature model, data/shapes-wan, from scratch: text encoder, VAE, encoded clips, teacher, ODE pairs, causal
+# initialisation, and the distilled generators.
 #
 #   scripts/train_shapes.sh [section.key=value ...]
 #
-# Kill it at any moment and run it again: every stage goes on where it stopped. RUNS (default runs/shapes) holds logs and
-# checkpoints, MODEL (default data/shapes-wan) receives the weights, CLIPS and PAIRS are how many of each are made,
-# PROCESSES (default 2) share the work, with a thread each; words are passed on to every train.py.
+# An interrupted run resumes with the same command. Overrides are passed to every train.py. Environment variables:
+#   RUNS       folder for logs and checkpoints (default runs/shapes)
+#   MODEL      folder for the weights (default data/shapes-wan)
+#   CLIPS      number of encoded clips (default 4096)
+#   PAIRS      number of ODE pairs (default 2048)
+#   PROCESSES  processes that share the work, with one thread each (default 2)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -16,7 +19,7 @@ python=${PYTHON:-python}
 processes=${PROCESSES:-2}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
-run() { # script [word ...], on all processes
+run() { # script [argument ...]: run on all processes
     if ((processes > 1)); then
         "$python" -m torch.distributed.run --standalone --nproc_per_node="$processes" "$@"
     else
@@ -24,11 +27,11 @@ run() { # script [word ...], on all processes
     fi
 }
 
-train() { # stage output [override ...]
+train() { # stage output [override ...]: train under the stage's own name
     train_as "$1" "$@"
 }
 
-train_as() { # name stage output [override ...]
+train_as() { # name stage output [override ...]: train a stage under another name
     local name=$1 stage=$2 output=$3
     shift 3
     echo "== $name"
@@ -36,8 +39,8 @@ train_as() { # name stage output [override ...]
         model.base="$model" train.output="$output" "$@"
 }
 
-# What is not trained comes with the repository.
-short=$runs/vae_short # receives the VAE's first stage, so that running this again never puts it in place of the second
+# Copy the files that are not trained.
+short=$runs/vae_short # weights of the VAE's first stage; a separate folder, so a second run never overwrites the final VAE
 for folder in "$model" "$short"; do
     mkdir -p "$folder"
     [[ -e $folder/model_index.json ]] || cp -r data/shapes-wan/model_index.json data/shapes-wan/scheduler "$folder"

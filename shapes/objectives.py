@@ -1,4 +1,4 @@
-"""Objectives that only the miniature needs: its text encoder and its VAE."""
+"""Training objectives of the miniature's text encoder and VAE. Importing this module registers them."""
 
 from pathlib import Path
 
@@ -22,11 +22,11 @@ from utils.config import Config
 
 
 class TextAttributes(SingleNetObjective):
-    """The miniature's text encoder, pre-trained to tell a caption's attributes; the heads are thrown away.
+    """Pre-train the miniature's text encoder to classify a caption's attributes; the heads are discarded.
 
-    Trained together with the DiT, a text encoder this small lags far behind it. It reads the captions of held-out
-    scenes too, as a real one has read all language: what is held out is how they look. Without them it took a green
-    circle on blue for a blue one on green.
+    Trained together with the DiT, so small a text encoder lags far behind it. Captions of held-out scenes are included,
+    as a real text encoder has read all language; only their images are held out. Without these captions, the encoder
+    confused a green circle on blue with a blue circle on green.
     """
 
     def __init__(self, config: Config, device: torch.device):
@@ -40,11 +40,10 @@ class TextAttributes(SingleNetObjective):
         self.tokenizer = ByT5Tokenizer()
 
     def loss(self, iteration: int, micro_batch: int) -> tuple[Tensor, dict[str, float]]:
-        """Cross-entropy of every attribute from the mean embedding."""
+        """Return the sum of every attribute's cross-entropy, predicted from the mean embedding."""
         seed = self.config.runtime.seed
-        # A seventh of the scenes are held out.
         numbers = batch_positions(self.config.train, iteration, micro_batch)
-        scenes = [world.sample_clip(seed, i, held_out=i % 7 == 0).scene for i in numbers]
+        scenes = [world.sample_clip(seed, i, held_out=i % 7 == 0).scene for i in numbers]  # a seventh is held out
         tokens = self.tokenizer([scene.caption for scene in scenes], padding=True, return_tensors="pt").to(self.device)
         hidden = self.encoder(**tokens).last_hidden_state
         mask = tokens.attention_mask[..., None]
@@ -66,7 +65,7 @@ class TextAttributes(SingleNetObjective):
 
 
 class VAEReconstruction(SingleNetObjective):
-    """The miniature's VAE: pixel error and a small KL term on clips of mixed lengths."""
+    """Train the miniature's VAE with pixel errors and a small KL term, on clips of mixed lengths."""
 
     def __init__(self, config: Config, device: torch.device):
         self.config, self.device = config, device
@@ -81,7 +80,7 @@ class VAEReconstruction(SingleNetObjective):
             self.net.quant_conv.requires_grad_(False)
 
     def loss(self, iteration: int, micro_batch: int) -> tuple[Tensor, dict[str, float]]:
-        """Absolute and squared error of the reconstruction, and the KL term."""
+        """Return mean absolute error + 4 mean squared error + `kl_weight` KL(posterior || N(0, 1))."""
         train = self.config.train
         num_clips, num_frames = draw_clip_length(self.config, iteration)
         numbers = batch_positions(train, iteration, micro_batch)[:num_clips]
@@ -97,11 +96,11 @@ class VAEReconstruction(SingleNetObjective):
         return loss, {"psnr_db": -10 * np.log10(squared.item() / 4 + 1e-12), "kl": kl.item()}
 
     def clip(self, index: int, num_frames: int) -> Tensor:
-        """Training clip number `index`: pixels [3, T, H, W] in [-1, 1]."""
+        """Return training clip number `index`, pixels [3, T, H, W] in [-1, 1]."""
         return world.to_pixels(world.render(world.sample_clip(self.config.runtime.seed, index), num_frames))
 
     def export(self, folder: Path, weights: dict[str, Tensor]) -> None:
-        """Write `vae/`, with the latents' mean and deviation per channel, measured unless the encoder is as it was."""
+        """Write `vae/`. If the encoder was trained, measure the latents' mean and standard deviation per channel."""
         self.net.load_state_dict(weights)
         if not self.config.train.decoder_only:
             with torch.no_grad():

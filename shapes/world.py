@@ -1,7 +1,7 @@
-"""The miniature world: coloured shapes moving over a background, rendered on the fly with exact ground truth.
+"""The miniature world: coloured shapes that move over a background, rendered with exact ground truth.
 
-A clip is described by a handful of attributes, has one caption, and can be rendered at any length. The world wraps
-around at its edges, so that a direction stays defined for ever.
+A few attributes define a scene and its caption. A clip of a scene can be rendered at any length: a shape that leaves on
+one side enters on the other, so its direction never changes.
 """
 
 import itertools
@@ -15,8 +15,8 @@ from torch import Tensor
 
 SIZE = 64  # pixels, height and width
 FPS = 16
-RADIUS = 15.0  # pixels, of the circle that has the shape's area, roughly
-EDGE = 3.0  # pixels over which a shape fades into its background: what 8x8 pixels' latents can place well
+RADIUS = 15.0  # pixels; the circle's radius, and about that of a circle with another shape's area
+EDGE = 3.0  # pixels; width of the soft edge, so that latents of 8x8 pixels encode positions well
 
 COLORS = {
     "red": (225, 40, 45),
@@ -54,7 +54,7 @@ _CAPTION = re.compile(
 
 @dataclass(frozen=True)
 class Scene:
-    """What a caption says: everything about a clip but where it starts."""
+    """The content of a caption: everything about a clip except its start position."""
 
     color: str
     shape: str
@@ -65,7 +65,7 @@ class Scene:
 
     @property
     def caption(self) -> str:
-        """The one caption of this scene."""
+        """The scene's only caption."""
         article = "an" if self.color == "orange" else "a"
         graded = "graded " if self.graded else ""
         return (
@@ -75,7 +75,7 @@ class Scene:
 
     @property
     def held_out(self) -> bool:
-        """Whether this combination of colour, shape and background is kept from training."""
+        """Whether this combination of colour, shape and background is held out from training."""
         key = (
             list(COLORS).index(self.color) + 2 * SHAPES.index(self.shape) + 3 * list(BACKGROUNDS).index(self.background)
         )
@@ -83,7 +83,7 @@ class Scene:
 
     @property
     def labels(self) -> dict[str, int]:
-        """Each attribute as a class index, for training and measuring."""
+        """The class index of each attribute."""
         return {
             "color": list(COLORS).index(self.color),
             "shape": SHAPES.index(self.shape),
@@ -105,9 +105,9 @@ NUM_CLASSES = {
 
 
 def all_scenes(held_out: bool) -> Iterator[Scene]:
-    """Every scene of the world in a fixed order, those held out from training or those not.
+    """Yield every scene in a fixed order: those held out from training, or the others.
 
-    A shape is never drawn on a background of its own name.
+    Shape and background never have the same colour name.
     """
     for color, shape, background, graded, direction, speed in itertools.product(
         COLORS, SHAPES, BACKGROUNDS, (False, True), DIRECTIONS, SPEEDS
@@ -118,10 +118,10 @@ def all_scenes(held_out: bool) -> Iterator[Scene]:
 
 
 def parse_caption(caption: str) -> Scene:
-    """The scene that a caption describes.
+    """Parse a caption.
 
     Raises:
-        ValueError: if it is not a caption of this world.
+        ValueError: if this world has no such caption.
     """
     match = _CAPTION.fullmatch(" ".join(caption.split()).rstrip("."))
     if match is None:
@@ -136,7 +136,7 @@ def parse_caption(caption: str) -> Scene:
 
 
 def is_caption(text: str) -> bool:
-    """Whether `parse_caption` understands a prompt."""
+    """Return whether a prompt is a caption of this world."""
     try:
         parse_caption(text)
     except ValueError:
@@ -146,21 +146,21 @@ def is_caption(text: str) -> bool:
 
 @dataclass(frozen=True)
 class Clip:
-    """A scene and the pixel position of the shape's centre in frame 0."""
+    """A scene with the position of the shape's centre in frame 0, in pixels."""
 
     scene: Scene
     x: float
     y: float
 
     def position(self, frame: np.ndarray | int) -> tuple[np.ndarray, np.ndarray]:
-        """Centre (x, y) in pixels at frame indices `frame`, wrapped into [0, SIZE)."""
+        """Return the centre (x, y) in pixels at pixel frames `frame`, wrapped into [0, SIZE)."""
         step_x, step_y = DIRECTIONS[self.scene.direction]
         distance = SPEEDS[self.scene.speed] * np.asarray(frame, dtype=np.float64)
         return (self.x + step_x * distance) % SIZE, (self.y + step_y * distance) % SIZE
 
 
 def sample_clip(seed: int, index: int, held_out: bool = False) -> Clip:
-    """Clip number `index` of the endless training set `seed`: a pure function of its arguments."""
+    """Return clip number `index` of the endless data set `seed`. The result depends on the arguments only."""
     rng = np.random.default_rng([seed, index, int(held_out)])
     scenes = _SCENES[held_out]
     return Clip(scenes[rng.integers(len(scenes))], *rng.uniform(0, SIZE, 2))
@@ -170,7 +170,7 @@ _SCENES = {held_out: tuple(all_scenes(held_out)) for held_out in (False, True)}
 
 
 def render(clip: Clip, num_frames: int, first_frame: int = 0) -> np.ndarray:
-    """Draw `num_frames` frames from `first_frame` on; uint8 [T, H, W, 3], edges soft."""
+    """Render `num_frames` pixel frames from `first_frame` on; uint8 [T, H, W, 3]."""
     scene = clip.scene
     opacity = coverage(scene.shape, *clip.position(np.arange(first_frame, first_frame + num_frames)))[..., None]
     behind = background(scene)[None]
@@ -179,28 +179,28 @@ def render(clip: Clip, num_frames: int, first_frame: int = 0) -> np.ndarray:
 
 
 def coverage(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """How much of every pixel a shape centred at each (x, y) covers: [T, SIZE, SIZE] in [0, 1]."""
+    """Return the fraction of each pixel that a shape centred at (x, y) covers, [T, SIZE, SIZE] in [0, 1]."""
     grid = np.arange(SIZE, dtype=np.float32) + 0.5
     half = SIZE / 2
-    # Distances on the torus: the shape that leaves on one side enters on the other.
+    # Distances on the torus.
     dx = (grid[None, None, :] - x[:, None, None] + half) % SIZE - half
     dy = (grid[None, :, None] - y[:, None, None] + half) % SIZE - half
     return np.clip(0.5 - _signed_distance(shape, dx, dy) / EDGE, 0, 1)
 
 
 def _signed_distance(shape: str, dx: np.ndarray, dy: np.ndarray) -> np.ndarray:
-    """Pixels to the outline (negative inside) at offsets (dx, dy) from the centre."""
+    """Return the distance to the outline in pixels, negative inside, at offsets (dx, dy) from the centre."""
     if shape == "circle":
         return np.hypot(dx, dy) - RADIUS
     if shape == "square":
         return np.maximum(np.abs(dx), np.abs(dy)) - 0.89 * RADIUS
-    # An upright triangle: its base below, two slanted sides that meet above.
+    # An upright triangle: a horizontal base below, two slanted sides above.
     slant = np.abs(dx) * 0.866 - dy * 0.5
     return np.maximum(slant, dy) - 0.72 * RADIUS
 
 
 def background(scene: Scene) -> np.ndarray:
-    """The empty scene, float32 [H, W, 3]; graded means from 1.25 times as bright above to .55 below."""
+    """Render the background, float32 [H, W, 3]; if graded, brightness falls from 1.25 at the top to 0.55."""
     color = np.array(BACKGROUNDS[scene.background], dtype=np.float32)
     ramp = np.linspace(1.25, 0.55, SIZE, dtype=np.float32) if scene.graded else np.ones(SIZE, dtype=np.float32)
     image = np.broadcast_to((color[None, :] + 12) * ramp[:, None] - 12 * np.ones((SIZE, 1)), (SIZE, 3))
@@ -208,5 +208,5 @@ def background(scene: Scene) -> np.ndarray:
 
 
 def to_pixels(frames: np.ndarray) -> Tensor:
-    """Rendered frames uint8 [T, H, W, 3] as the VAE takes them: float32 [3, T, H, W] in [-1, 1]."""
+    """Convert frames, uint8 [T, H, W, 3], to the VAE's input, float32 [3, T, H, W] in [-1, 1]."""
     return torch.from_numpy(frames).permute(3, 0, 1, 2).float() / 127.5 - 1
