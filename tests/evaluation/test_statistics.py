@@ -1,4 +1,4 @@
-"""Bootstrap: intervals that cover, groups that stay together, pairs that cancel."""
+"""evaluation/statistics.py: intervals cover the truth, groups stay together, pairs reduce the variance."""
 
 import math
 
@@ -8,15 +8,15 @@ import pytest
 from evaluation.statistics import GroupedSum, estimate, estimate_difference
 
 
-def test_the_mean_weighs_by_count_and_the_interval_holds_it():
-    parts = [GroupedSum("a", 3, 4), GroupedSum("b", 1, 4), GroupedSum("c", 0, 0)]
-    result = estimate(parts)
+def test_the_mean_is_weighted_by_count_and_lies_in_its_interval():
+    sums = [GroupedSum("a", 3, 4), GroupedSum("b", 1, 4), GroupedSum("c", 0, 0)]
+    result = estimate(sums)
     assert result.mean == 0.5 and result.low == 0.25 and result.high == 0.75 and result.num_videos == 2
-    assert estimate(parts) == result
+    assert estimate(sums) == result
 
 
-def test_intervals_cover_the_truth_about_as_often_as_they_say():
-    """95 of 100 nominally; the percentile bootstrap of 30 groups covers a little less."""
+def test_intervals_cover_the_truth_about_95_percent_of_the_time():
+    """The percentile bootstrap of 30 groups covers slightly less than its nominal 95%."""
     rng = np.random.default_rng(0)
     covered = 0
     for _ in range(200):
@@ -26,8 +26,8 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say():
     assert 178 <= covered <= 198
 
 
-def test_seeds_of_a_prompt_are_drawn_together():
-    """Copies of a video under the same prompt are no new evidence; under new prompts they would be."""
+def test_videos_of_one_prompt_are_resampled_together():
+    """Copies of a video with the same prompt add no evidence; with different prompts they would."""
     rng = np.random.default_rng(1)
     values = rng.normal(size=20)
     once = estimate([GroupedSum(i, value, 1) for i, value in enumerate(values)])
@@ -38,7 +38,7 @@ def test_seeds_of_a_prompt_are_drawn_together():
     assert spread.high - spread.low < 0.5 * (once.high - once.low)
 
 
-def test_a_small_difference_shows_in_pairs_where_the_means_overlap():
+def test_pairs_reveal_a_small_difference_between_overlapping_means():
     rng = np.random.default_rng(2)
     hard = rng.normal(0, 5, size=40)
     one = [GroupedSum(i, value, 1) for i, value in enumerate(hard)]
@@ -48,15 +48,15 @@ def test_a_small_difference_shows_in_pairs_where_the_means_overlap():
     ]
     result = estimate_difference(other, one)
     assert result.excludes_zero and result.mean == pytest.approx(0.5, abs=0.1)
-    assert estimate(other).low < estimate(one).high  # by themselves they could be the same
+    assert estimate(other).low < estimate(one).high  # without pairing, the intervals overlap
     assert not estimate_difference(one, one).excludes_zero
 
 
-def test_nothing_counted_is_no_number():
+def test_an_estimate_without_values_is_nan():
     result = estimate([GroupedSum("a", 0, 0), GroupedSum("b", 0, 0)])
     assert math.isnan(result.mean) and math.isnan(result.low) and result.num_videos == 0
 
 
-def test_parts_that_do_not_pair_are_refused():
+def test_sums_of_different_groups_are_refused():
     with pytest.raises(ValueError, match="paired"):
         estimate_difference([GroupedSum("a", 1, 1)], [GroupedSum("b", 1, 1)])
