@@ -268,7 +268,7 @@ def test_pairs_store_only_the_points_that_the_loss_reads(world, tmp_path, call):
     assert whole.sigmas[:2] == pairs.sigmas and whole.sigmas[-1] == 0
     torch.testing.assert_close(whole.read([0], [0, 1]).half(), pairs.read([0]))
     code, _, err = call(generate_ode_pairs, *always, tmp_path / "x", "--latent_shape", 8, 4, 4)
-    assert code == 2 and "16 channels" in err
+    assert code == 2 and "8 channels, but the teacher's latents have 16" in err
 
 
 # ---- sample_teacher.py ----
