@@ -253,8 +253,9 @@ def fuse_write_with_next(ops: Iterable[Op]) -> Iterator[Op]:
     """Fuse a WriteContext with a directly following Denoise. `ops` is the sequence of one cache."""
 
     def fuse(first: Op, second: Op) -> Op | None:
-        fusible = isinstance(first, WriteContext) and isinstance(second, Denoise)
-        return WriteThenDenoise(first, second) if fusible else None
+        if isinstance(first, WriteContext) and isinstance(second, Denoise):
+            return WriteThenDenoise(first, second)
+        return None
 
     return _fuse_neighbours(ops, fuse)
 

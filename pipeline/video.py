@@ -1,11 +1,14 @@
 """A generated video in memory."""
 
+import base64
+import io
 import os
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from torch import Tensor
 
 from model.vae import WanVAE
@@ -38,6 +41,16 @@ class Video:
         [frames] = decode_frames(self._vae.stream(), self.latents[None].to(self._vae.net.device))
         return frames
 
+    def _repr_html_(self) -> str:
+        """Show the video in motion in a notebook."""
+        images = [Image.fromarray(frame) for frame in self.frames]
+        buffer = io.BytesIO()
+        images[0].save(
+            buffer, format="webp", save_all=True, append_images=images[1:], duration=round(1000 / self.fps), loop=0
+        )
+        data = base64.b64encode(buffer.getvalue()).decode()
+        return f'<img src="data:image/webp;base64,{data}" style="min-width: 256px">'
+
     def save(self, path: str | os.PathLike[str], save_latents: bool = False) -> Path:
         """Write the video as mp4, and its metadata as a JSON file beside it.
 
@@ -54,8 +67,15 @@ class Video:
         if path.suffix != ".mp4":
             raise UserError(f"cannot save {path}: name a file that ends in .mp4")
         files = VideoFiles(writable_folder(path.parent), path.stem)
-        options = {"metadata": [self.metadata], "save_latents": save_latents, "seconds": self._seconds}
-        with VideoOutput(self._vae, [files], self.fps, len(self.latents), **options) as output:
+        with VideoOutput(
+            self._vae,
+            [files],
+            self.fps,
+            len(self.latents),
+            metadata=[self.metadata],
+            save_latents=save_latents,
+            seconds=self._seconds,
+        ) as output:
             for latents in self.latents[None].to(self._vae.net.device).split(1, dim=1):
                 output.emit(latents)
         return path
