@@ -1,4 +1,4 @@
-"""The scripts that make the miniature and look at it: clips, ODE pairs, contact sheets, on a tiny random model."""
+"""Scripts of the miniature, on a tiny random model: clips, ODE pairs, contact sheets, training, VAE evaluation."""
 
 import importlib
 import json
@@ -42,7 +42,7 @@ def names(folder: Path) -> list[str]:
 # ---- write_shapes_clips ----
 
 
-def test_clips_and_captions_are_those_of_the_world(tmp_path, call):
+def test_written_clips_and_captions_match_the_world(tmp_path, call):
     assert call(write_shapes_clips, "--output", tmp_path, "--num_clips", 2, "--num_frames", 5, "--seed", 4)[0] == 0
     assert names(tmp_path) == ["00000.mp4", "00001.mp4", "captions.txt"]
     clips = [world.sample_clip(4, index) for index in range(2)]
@@ -95,7 +95,7 @@ def test_clips_of_another_vae_are_encoded_again(tmp_path, call, model):
     assert (after != before).any()
 
 
-def test_shards_behind_the_clips_that_are_asked_for_are_not_left_to_be_read(tmp_path, call, model, monkeypatch):
+def test_shards_beyond_the_requested_clips_are_an_error(tmp_path, call, model, monkeypatch):
     monkeypatch.setattr("trainer.datasets.encode.CLIPS_PER_SHARD", 1)
     words = ("--base", model, "--output", tmp_path, "--num_frames", 2, "--device", "cpu")
     assert call(encode_clips, *words, "--num_clips", 2)[0] == 0
@@ -109,7 +109,7 @@ def test_shards_behind_the_clips_that_are_asked_for_are_not_left_to_be_read(tmp_
 
 @pytest.fixture
 def pairs(tmp_path, call, model):
-    """pairs(name, word, ..., refused=False): pairs of three captions in folder `name`; the folder, and the words."""
+    """pairs(name, word, ..., refused=False): generate pairs of three captions in `name`; returns (folder, output)."""
     config = write_config(tmp_path / "c.yaml", model, rollout={"denoising_step_list": [1000, 500]})
     (tmp_path / "captions.txt").write_text("a red circle\na blue square\na green triangle\n")
     words = ("--config_path", config, "--caption_path", tmp_path / "captions.txt")
@@ -128,18 +128,20 @@ def read_pair(file: Path) -> tuple[str, torch.Tensor]:
     return prompt, points
 
 
-def test_a_pair_holds_the_teachers_points(pairs):
+def test_a_pair_stores_the_teachers_trajectory(pairs):
     folder, _ = pairs("out")
     assert names(folder) == ["00000.pt", "00001.pt", "00002.pt", "pairs.json", "sigmas.json"]
     prompt, points = read_pair(folder / "00001.pt")
     assert prompt == "a blue square"
-    assert points.shape == (1, 3, 2, 16, 4, 4) and points.isfinite().all()  # a point per denoising step, and the end
+    assert (
+        points.shape == (1, 3, 2, 16, 4, 4) and points.isfinite().all()
+    )  # a point per step and the end
     assert torch.equal(points[0, 0], keyed_noise(7, 1, 0, 0, (2, 16, 4, 4)))  # the configuration's seed
     torch.save({prompt: points}, folder / "copy.pt")
-    assert (folder / "copy.pt").stat().st_size < 2 * points.nbytes  # a view would have dragged all its batch along
+    assert (folder / "copy.pt").stat().st_size < 2 * points.nbytes  # a view would store the whole batch
 
 
-def test_chosen_points_are_those_of_one_trajectory(pairs):
+def test_save_indices_select_points_of_the_same_trajectory(pairs):
     everything, _ = pairs("all", "--save_indices", 0, 1, 2, 3)
     some, _ = pairs("some", "--save_indices", 0, 2, -1)
     for number in range(3):
@@ -157,13 +159,13 @@ def test_chosen_points_are_those_of_one_trajectory(pairs):
         (["rollout.warp_denoising_step=false", "rollout.denoising_step_list=[1000,960,728]"], [0, 12]),
     ],
 )
-def test_default_points_are_those_that_the_loss_reads(words, points):
+def test_default_points_are_those_the_loss_reads(words, points):
     config = load_config(str(ROOT / "configs/hiar.yaml"), words)
     sigmas = solver_sigmas(config.teacher.num_inference_steps, config.teacher.timestep_shift)
     assert nearest_indices(sigmas, loss_sigmas(config)) == points
 
 
-def test_pairs_depend_on_seed_and_index_alone(pairs, monkeypatch):
+def test_pairs_depend_only_on_seed_and_index(pairs, monkeypatch):
     one, _ = pairs("one")
     two, _ = pairs("two", "--batch_size", 2)
     other, _ = pairs("other", "--seed", 1)
@@ -179,7 +181,7 @@ def test_pairs_depend_on_seed_and_index_alone(pairs, monkeypatch):
         assert not torch.equal(read_pair(other / name)[1], points)
 
 
-def test_pairs_that_exist_are_kept(pairs):
+def test_existing_pairs_are_kept(pairs):
     folder, _ = pairs("out")
     before = {file.name: (file.stat().st_mtime_ns, read_pair(file)[1]) for file in folder.glob("*.pt")}
     (folder / "00001.pt").unlink()
@@ -209,8 +211,8 @@ def test_pairs_that_exist_are_kept(pairs):
         ("--dtype float16", "dtype float32, not float16"),
     ],
 )
-def test_pairs_of_another_making_are_not_mixed(pairs, model, monkeypatch, words, says):
-    """Whether there is something left to do or not; and nothing is loaded for it."""
+def test_pairs_of_other_settings_are_refused(pairs, model, monkeypatch, words, says):
+    """Both with and without missing pairs, and before the teacher is loaded."""
     folder, _ = pairs("out", "--num_prompts", 1)
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
     if says == "nothing":
@@ -225,8 +227,8 @@ def test_pairs_of_another_making_are_not_mixed(pairs, model, monkeypatch, words,
 
 
 @pytest.mark.parametrize("changed", ["transformer", "text_encoder"])
-def test_pairs_of_weights_that_have_changed_are_not_mixed(pairs, model, tmp_path, changed):
-    """As where a teacher is trained again in its place."""
+def test_pairs_of_changed_weights_are_refused(pairs, model, tmp_path, changed):
+    """For example after the teacher was trained again."""
     copy = tmp_path / "model"
     shutil.copytree(model, copy)
     pairs("out", f"model.base={copy}")
@@ -236,12 +238,12 @@ def test_pairs_of_weights_that_have_changed_are_not_mixed(pairs, model, tmp_path
     assert "holds pairs of weights " in err and err.count("\n") == 1
 
 
-def test_pairs_of_other_captions_are_not_mixed(pairs, tmp_path, monkeypatch):
+def test_pairs_of_other_captions_are_refused(pairs, tmp_path, monkeypatch):
     pairs("out", "--num_prompts", 2)
     monkeypatch.setattr("pipeline.teacher.Teacher.load", lambda *_: pytest.fail("the teacher was loaded"))
     for text, name, new in [
         ("a blue square\na blue square\na green triangle\n", "00000.pt", "a blue square"),
-        ("a red circle\na green triangle\n", "00001.pt", "a green triangle"),  # a line is gone
+        ("a red circle\na green triangle\n", "00001.pt", "a green triangle"),  # a line was removed
     ]:
         (tmp_path / "captions.txt").write_text(text)
         _, err = pairs("out", refused=True)
@@ -249,22 +251,22 @@ def test_pairs_of_other_captions_are_not_mixed(pairs, tmp_path, monkeypatch):
         assert err.count("\n") == 1
     monkeypatch.undo()
     (tmp_path / "captions.txt").write_text("a red circle\na blue square\na green triangle\na red square\n")
-    assert len(list(pairs("out")[0].glob("*.pt"))) == 4  # lines added at the end are new pairs
+    assert len(list(pairs("out")[0].glob("*.pt"))) == 4  # lines appended to the file give new pairs
 
 
-def test_folders_without_a_note_go_on_and_get_one(pairs):
+def test_missing_settings_files_are_restored(pairs):
     folder, _ = pairs("out")
-    note = (folder / "pairs.json").read_bytes()
+    settings = (folder / "pairs.json").read_bytes()
     for missing in (["pairs.json"], ["pairs.json", "sigmas.json"], ["pairs.json", "00002.pt"]):
         for name in missing:
             (folder / name).unlink()
         pairs("out")
-        assert (folder / "pairs.json").read_bytes() == note
+        assert (folder / "pairs.json").read_bytes() == settings
         assert names(folder) == ["00000.pt", "00001.pt", "00002.pt", "pairs.json", "sigmas.json"]
 
 
-def test_pairs_of_others_must_be_of_the_same_size_and_type(pairs):
-    """Their folders have no notes. None is written beside pairs that it would be wrong about."""
+def test_pairs_without_settings_must_have_the_same_size_and_type(pairs):
+    """Folders from elsewhere have no settings files. None is written beside pairs that it would not describe."""
     folder, _ = pairs("out")
     for name in ("pairs.json", "sigmas.json"):
         (folder / name).unlink()
@@ -278,7 +280,7 @@ def test_pairs_of_others_must_be_of_the_same_size_and_type(pairs):
     assert names(folder) == ["00000.pt", "00001.pt", "00002.pt"]
 
 
-def test_guidance_matters_and_one_leaves_it_out(pairs):
+def test_guidance_changes_the_pairs_and_one_disables_it(pairs):
     guided, _ = pairs("guided")
     plain, _ = pairs("plain", "--guidance_scale", 1)
     assert not torch.equal(read_pair(guided / "00000.pt")[1], read_pair(plain / "00000.pt")[1])
@@ -287,7 +289,7 @@ def test_guidance_matters_and_one_leaves_it_out(pairs):
 # ---- contact_sheet ----
 
 
-def test_a_contact_sheet_of_a_folder(tmp_path, call):
+def test_a_contact_sheet_shows_a_folder(tmp_path, call):
     for number in range(3):
         with VideoWriter(tmp_path / f"{number}.mp4") as video:
             video.write(world.render(world.sample_clip(0, number), 9))
@@ -335,7 +337,7 @@ def test_a_contact_sheet_of_a_folder(tmp_path, call):
         (contact_sheet, "{0}/videos", "cannot read video"),
     ],
 )
-def test_bad_arguments_are_one_line(tmp_path, call, model, module, words, says):
+def test_invalid_arguments_are_reported_in_one_line(tmp_path, call, model, module, words, says):
     (tmp_path / "file").touch()
     (tmp_path / "videos").mkdir()
     (tmp_path / "videos/broken.mp4").write_bytes(b"broken")
@@ -361,7 +363,7 @@ def test_the_training_script_is_valid_bash():
 
 @pytest.fixture
 def stages(tmp_path):
-    """stages(word, ...): run the script with a Python that only notes its words; (exit code, words of each call)."""
+    """stages(word, ...): run the script with a Python stub that prints its arguments; (exit code, argument lists)."""
 
     def run(*words: str, fail: str = "nothing", **more: str) -> tuple[int, list[list[str]]]:
         fake = tmp_path / "python"
@@ -375,13 +377,13 @@ def stages(tmp_path):
     return run
 
 
-def test_the_training_script_stops_at_a_stage_that_fails(stages):
+def test_the_training_script_stops_at_a_failed_stage(stages):
     code, calls = stages("train.max_iterations=3", fail="vae_long")
     assert code != 0 and len(calls) == 3
     assert all("train.max_iterations=3" in words for words in calls)
 
 
-def test_the_training_script_shares_the_work(stages):
+def test_the_training_script_runs_on_several_processes(stages):
     code, calls = stages(PROCESSES="3")
     assert code == 0
     launched = [words for words in calls if words[:2] == ["-m", "torch.distributed.run"]]
@@ -389,12 +391,11 @@ def test_the_training_script_shares_the_work(stages):
     assert all("--nproc_per_node=3" in words for words in launched)
 
 
-def test_the_training_script_makes_a_model_from_nothing(tmp_path, stages, call, monkeypatch):
-    """Its stages, in its order and with its words, on tiny networks and in this process; once more, they keep what is
-    there and make what is missing."""
+def test_the_training_script_trains_a_model_and_resumes(tmp_path, stages, call, monkeypatch):
+    """Run its stages in this process on tiny networks; a second run keeps results and replaces missing ones."""
     overrides = [
         "train.network=tiny",
-        "train.max_iterations=2",
+        "train.max_iterations=1",
         "train.batch_size=1",
         "train.clip_frames=[5]",
         "train.total_batch_size=0",
@@ -404,13 +405,13 @@ def test_the_training_script_makes_a_model_from_nothing(tmp_path, stages, call, 
     for table, sizes in (("TRANSFORMERS", TRANSFORMER), ("VAES", VAE), ("TEXT_ENCODERS", TEXT_ENCODER)):
         monkeypatch.setitem(getattr(presets, table), "tiny", sizes)
 
-    def small_clip(self, index, num_frames):  # exporting the VAE takes the statistics of many
+    def small_clip(self, index, num_frames):  # exporting the VAE measures 64 clips
         return 2 * torch.rand(3, 5, 32, 32, generator=torch.Generator().manual_seed(index)) - 1
 
     monkeypatch.setattr(VAEReconstruction, "clip", small_clip)
     monkeypatch.chdir(ROOT)
 
-    def run_stages() -> None:
+    def run_stages(calls: list[list[str]]) -> None:
         for script, *words in calls:
             module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
             code, _, err = call(module, *words)
@@ -420,11 +421,20 @@ def test_the_training_script_makes_a_model_from_nothing(tmp_path, stages, call, 
         files = (file for suffix in ("safetensors", "pt") for file in tmp_path.rglob(f"*.{suffix}"))
         return {file: file.read_bytes() for file in files}
 
-    run_stages()
+    run_stages(calls)
     made = data()
     for lost in ("runs/ode_pairs/00001.pt", "runs/clips/000000.safetensors", "model/hiar/config.json"):
         (tmp_path / lost).unlink()
-    run_stages()
+    # All training stages resume alike; the two stages of the VAE write to different folders.
+    again = (
+        "vae.yaml",
+        "vae_long.yaml",
+        "encode_clips",
+        "write_shapes_clips",
+        "generate_ode_pairs",
+        "shapes/hiar.yaml",
+    )
+    run_stages([words for words in calls if any(word in " ".join(words[:3]) for word in again)])
     assert data() == made and (tmp_path / "model/hiar/config.json").exists()
     assert names(tmp_path / "runs") == [
         *("captions.txt", "clips", "hiar", "hiar_without_forward_kl", "ode_init", "ode_pairs", "self_forcing"),
@@ -438,7 +448,7 @@ def test_the_training_script_makes_a_model_from_nothing(tmp_path, stages, call, 
     directory.load_text_encoder()
 
 
-def test_the_vae_is_measured(call, model):
+def test_the_vae_evaluation_prints_all_quarters(call, model):
     code, out, _ = call(evaluate_vae, "--base", str(model), "--num_clips", "1", "--num_frames", "9")
     lines = out.splitlines()
     assert code == 0 and lines[0].startswith("1 held-out clips of 9 frames: ") and len(lines) == 5
