@@ -13,13 +13,18 @@ from utils.files import read_json
 
 LAYOUTS = get_args(Layout)
 EXPORT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "keep": None}
-_TORCH_SUFFIXES = (".pt", ".pth")
+TORCH_SUFFIXES = (".pt", ".pth")
 _SUFFIXES = {
-    "diffusers": ("", ".safetensors", *_TORCH_SUFFIXES),
-    "native": (".safetensors", *_TORCH_SUFFIXES),
-    "generator": _TORCH_SUFFIXES,
+    "diffusers": ("", ".safetensors", *TORCH_SUFFIXES),
+    "native": (".safetensors", *TORCH_SUFFIXES),
+    "generator": TORCH_SUFFIXES,
 }
 """File suffixes that can hold each layout; an empty suffix is a folder."""
+
+
+def weights_suffix(path: Path) -> str:
+    """Return the suffix of a weight file, or an empty string for a folder, whose name may be wan-1.3b."""
+    return "" if path.suffix[1:2].isdigit() else path.suffix
 
 
 def convert_checkpoint(
@@ -41,7 +46,7 @@ def convert_checkpoint(
     Raises:
         UserError: for unreadable input, or an output format that cannot hold the layout.
     """
-    suffix = "" if output.suffix[1:2].isdigit() else output.suffix  # a folder may be called wan-1.3b
+    suffix = weights_suffix(output)
     if suffix not in _SUFFIXES[layout]:
         names = ", ".join(suffix or "no suffix (a folder)" for suffix in _SUFFIXES[layout])
         raise UserError(f"--to {layout} cannot be written as {output.name}; end --output with one of: {names}")

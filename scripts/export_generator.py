@@ -12,9 +12,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from model.conversion import TORCH_SUFFIXES, weights_suffix
 from model.weight_files import save_transformer, save_weights
 from model.weight_names import export_state
-from scripts.convert_checkpoint import TORCH_SUFFIXES, folder_or_suffix
 from trainer.checkpoints import CONFIG_FILE, find_checkpoint, read_tensors
 from trainer.planner import student_config
 from utils.config import DIT_OBJECTIVES, load_config
@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--use_ema", action="store_true", help="export the EMA weights; a .pt file contains both")
     parser.add_argument("--iteration", type=int, help="iteration of the checkpoint; default: the last one")
     args = parser.parse_args()
-    suffix = folder_or_suffix(args.output)
+    suffix = weights_suffix(args.output)
     if suffix not in ("", ".safetensors", *TORCH_SUFFIXES):
         raise UserError(f"--output {args.output} must end in .pt or .safetensors, or be a folder without a suffix")
     checkpoint = find_checkpoint(args.logdir, args.iteration)

@@ -133,9 +133,7 @@ def test_a_pair_stores_the_teachers_trajectory(pairs):
     assert names(folder) == ["00000.pt", "00001.pt", "00002.pt", "pairs.json", "sigmas.json"]
     prompt, points = read_pair(folder / "00001.pt")
     assert prompt == "a blue square"
-    assert (
-        points.shape == (1, 3, 2, 16, 4, 4) and points.isfinite().all()
-    )  # a point per step and the end
+    assert points.shape == (1, 3, 2, 16, 4, 4) and points.isfinite().all()  # a point per step and the end
     assert torch.equal(points[0, 0], keyed_noise(7, 1, 0, 0, (2, 16, 4, 4)))  # the configuration's seed
     torch.save({prompt: points}, folder / "copy.pt")
     assert (folder / "copy.pt").stat().st_size < 2 * points.nbytes  # a view would store the whole batch
