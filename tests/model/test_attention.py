@@ -46,7 +46,7 @@ def frame_mask(causal: BlockCausalMask) -> Tensor:
     return mask
 
 
-@settings(max_examples=50)
+@settings(max_examples=20)
 @given(masks())
 def test_visible_ranges_equal_the_mask(causal):
     mask = frame_mask(causal)
@@ -71,7 +71,7 @@ def cache_for(net, causal: BlockCausalMask):
     return net.new_cache(1, 2, 4, context, 3, causal.sink_frames)
 
 
-@settings(max_examples=8)
+@settings(max_examples=6)
 @given(masks())
 def test_blocks_through_a_cache_equal_one_block_causal_pass(net, text, causal):
     frames = sum(causal.blocks)
@@ -84,7 +84,7 @@ def test_blocks_through_a_cache_equal_one_block_causal_pass(net, text, causal):
         net.write_block(*block)
 
 
-@settings(max_examples=8)
+@settings(max_examples=6)
 @given(masks())
 def test_teacher_forcing_equals_noisy_blocks_next_to_a_cache_of_clean_ones(net, text, causal):
     frames = sum(causal.blocks)

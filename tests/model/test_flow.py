@@ -6,12 +6,13 @@ and Self-Forcing use; the sigmas of the published configurations; guidance. Form
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.flow import add_noise, flow_to_x0, guide, shift_sigma, solver_sigmas, step_sigmas
 
 
+@settings(max_examples=20)
 @given(st.floats(0, 1))
 def test_the_flow_leads_back_to_x0(sigma):
     x0, noise = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -60,6 +61,7 @@ def test_shifted_steps_equal_the_entries_of_the_public_table(table):
     torch.testing.assert_close(torch.tensor(sigmas[:-1]) * 1000, looked_up)
 
 
+@settings(max_examples=20)
 @given(st.integers(1, 1000))
 def test_the_closed_form_equals_the_public_table(step):
     sigmas = torch.linspace(1.0, 0.0, 1001, dtype=torch.float64)
@@ -84,6 +86,7 @@ def test_sigmas_of_the_teachers_trajectory():
     assert [sigmas[i] for i in (0, 12, 24, 36, -1)] == pytest.approx([1, 0.96, 0.888889, 0.727273, 0], abs=1e-6)
 
 
+@settings(max_examples=20)
 @given(st.floats(0, 1), st.floats(0.1, 20))
 def test_shifting_keeps_the_ends_and_the_order(u, shift):
     assert shift_sigma(0.0, shift) == 0 and shift_sigma(1.0, shift) == pytest.approx(1)

@@ -67,10 +67,10 @@ def statistics(like: Tensor) -> tuple[Tensor, Tensor]:
 # ---- one differentiable pass ----
 
 
-@pytest.mark.parametrize("frames", [1, 5, 9])
+@pytest.mark.parametrize("frames", [1, 9])
 @torch.no_grad()
 def test_encode_clip_equals_diffusers_encode(vae, frames):
-    pixels = randn(2, 3, frames, 16, 24)
+    pixels = randn(2, 3, frames, 8, 16)
     mean, log_variance = encode_clip(vae.net, pixels)
     expected = vae.net.encode(pixels).latent_dist
     assert mean.shape[2] == (frames - 1) // 4 + 1 and mean.std() > 1e-3
@@ -78,7 +78,7 @@ def test_encode_clip_equals_diffusers_encode(vae, frames):
     torch.testing.assert_close(log_variance, expected.logvar, **CLOSE)
 
 
-@pytest.mark.parametrize("frames", [1, 2, 3])
+@pytest.mark.parametrize("frames", [1, 3])
 @torch.no_grad()
 def test_decode_clip_equals_diffusers_decode(vae, frames):
     latents = randn(2, 4, frames, 2, 3)
@@ -107,21 +107,21 @@ def test_the_log_variance_is_bounded():
 # ---- streaming ----
 
 
-@pytest.mark.parametrize("cuts", [[3, 3], [1, 2, 3], [1] * 6])
-def test_streaming_equals_decoding_whole(vae, cuts):
-    latents = randn(1, 6, 4, 2, 3)
+def test_streaming_equals_decoding_whole(vae):
+    latents = randn(1, 4, 4, 2, 2)
     whole = vae.decode(latents)
-    stream = vae.stream()
-    pieces = [stream.push(piece) for piece in latents.split(cuts, dim=1)]
-    assert [piece.shape[1] for piece in pieces] == [4 * n - (3 if i == 0 else 0) for i, n in enumerate(cuts)]
-    assert torch.equal(torch.cat(pieces, dim=1), whole)
+    for cuts in ([2, 2], [1, 3], [1] * 4):
+        stream = vae.stream()
+        pieces = [stream.push(piece) for piece in latents.split(cuts, dim=1)]
+        assert [piece.shape[1] for piece in pieces] == [4 * n - (3 if i == 0 else 0) for i, n in enumerate(cuts)]
+        assert torch.equal(torch.cat(pieces, dim=1), whole), cuts
 
 
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_decoding_equals_diffusers_decode_of_denormalised_latents(variant, batch):
     """Compared with a network that has diffusers' own convolutions and norms."""
-    latents = randn(batch, 3, 4, 2, 3)
+    latents = randn(batch, 3, 4, 2, 2)
     mean, std = statistics(latents)
     with torch.no_grad():
         expected = tiny_vae(variant).decode((latents * std + mean).transpose(1, 2)).sample.transpose(1, 2)
