@@ -320,7 +320,7 @@ def override_config(config: Config, overrides: Sequence[str]) -> Config:
 
 
 def _merge(layers: list[Any], overrides: Sequence[str], source: str) -> Config:
-    """Merge layers, later ones first in precedence, and the overrides; errors name `source`."""
+    """Merge the layers, of which later ones win, and the overrides. Errors name `source`."""
     for word in overrides:
         if "=" not in word or word.startswith("-"):
             raise UserError(f"cannot read {word!r}: options are --name value, config overrides are section.key=value")

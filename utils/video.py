@@ -7,12 +7,13 @@ import contextlib
 import itertools
 import os
 import struct
+import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
-from types import TracebackType
+from typing import Any
 
 import av
 import numpy as np
@@ -53,11 +54,7 @@ def to_uint8(frames: np.ndarray | torch.Tensor) -> np.ndarray:
 
 
 class VideoWriter:
-    """Write a video while it is generated. The file gets its final name when it is complete.
-
-        with VideoWriter("cat.mp4", fps=16) as video:
-            for frames in blocks:
-                video.write(frames)
+    """Write a video while it is generated: `with VideoWriter("cat.mp4", fps=16) as video: video.write(frames)`.
 
     Frames go into the hidden file `partial` beside the final file. It is a fragmented mp4: players can show it while it
     grows, and after a crash, up to about the last second. At the end of the `with` block it is converted into an
@@ -119,11 +116,9 @@ class VideoWriter:
                 self._encoder.send(frame)
                 self.num_frames += 1
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is not None:
-            self._cleanup.__exit__(kind, error, trace)
+    def __exit__(self, *exception: Any) -> None:
+        if exception[0] is not None:
+            self._cleanup.__exit__(*exception)
             return
         with self._cleanup, _errors_name(self.path):  # renames the file or, on an error, deletes it
             self._finish()
@@ -145,8 +140,8 @@ class VideoWriter:
         if height % 2 or width % 2:
             raise UserError(f"cannot write {self.path}: H.264 video needs even sides, not {width}x{height} pixels")
         assert self.partial is not None
-        options = {"crf": str(self._crf), "preset": self._preset}
-        encoder = _Encoder(self.partial, height, width, Fraction(self._fps).limit_denominator(1001000), options)
+        rate, options = _frame_rate(self._fps), {"crf": str(self._crf), "preset": self._preset}
+        encoder = _Encoder(self.partial, height, width, rate, options)
         self._cleanup.callback(encoder.stop)
         return encoder
 
@@ -192,23 +187,24 @@ class _Encoder:
         self._container.start_encoding()
         self._thread = ThreadPoolExecutor(1)
         self._queue: deque[Future[None]] = deque()
+        self._lock = threading.Lock()  # a monitor thread may finish the file while frames are sent
 
     def send(self, pixels: np.ndarray) -> None:
         """Queue a frame [H, W, 3]. Raises errors of earlier frames."""
         frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
         frame.pts, frame.time_base = self._num_frames, self._time_base
         self._num_frames += 1
-        self._queue.append(self._thread.submit(self._encode, frame))
-        while len(self._queue) > _QUEUED_FRAMES:
-            self._queue.popleft().result()
+        with self._lock:
+            self._queue.append(self._thread.submit(self._encode, frame))
+            self._wait(_QUEUED_FRAMES)
 
     def finish(self) -> None:
         """Encode all queued frames and close the file."""
-        while self._queue:
-            self._queue.popleft().result()
-        self._thread.shutdown()
-        self._container.mux(self._stream.encode(None))
-        self._container.close()
+        with self._lock:
+            self._wait(0)
+            self._thread.shutdown()
+            self._container.mux(self._stream.encode(None))
+            self._container.close()
 
     def stop(self) -> None:
         """Stop the thread and close the file without reporting errors. It may be closed already."""
@@ -216,9 +212,17 @@ class _Encoder:
         with contextlib.suppress(OSError, ValueError, av.FFmpegError):
             self._container.close()
 
+    def _wait(self, num_queued: int) -> None:
+        while len(self._queue) > num_queued:
+            self._queue.popleft().result()
+
     def _encode(self, frame: av.VideoFrame) -> None:
         self._to_yuv.vpush(frame)
         self._container.mux(self._stream.encode(self._to_yuv.vpull()))
+
+
+def _frame_rate(fps: float | Fraction) -> Fraction:
+    return Fraction(fps).limit_denominator(1001000)  # as FFmpeg's -framerate
 
 
 def _remux(fragmented: Path, target: Path) -> int:
@@ -257,12 +261,8 @@ def _errors_name(path: Path) -> Iterator[None]:
 class VideoReader:
     """Read a video frame by frame, upright and at a constant frame rate. Memory does not grow with its length.
 
-        with VideoReader("cat.mp4") as video:
-            for frame in video:  # uint8 [H, W, 3]
-                ...
-
-    The frames can be iterated once. Entering and iterating raise `UserError` if the file is missing or has no video
-    that can be decoded.
+    Inside a `with` block, the frames, uint8 [H, W, 3], can be iterated once. Entering and iterating raise `UserError`
+    if the file is missing or has no video that can be decoded.
 
     Attributes:
         path: any file that FFmpeg can decode, including the growing file of a `VideoWriter`.
@@ -290,7 +290,7 @@ class VideoReader:
             if not container.streams.video:
                 raise UserError(f"cannot read video {self.path}: it has no video stream")
             stream = container.streams.video[0]
-            rate = Fraction(self._requested_fps or stream.guessed_rate or 25).limit_denominator(1001000)
+            rate = _frame_rate(self._requested_fps or stream.guessed_rate or 25)
             self.fps = float(rate)
             frames = itertools.islice(_resample(container, stream, rate), self._max_frames)
             first = next(frames, None)
@@ -304,9 +304,7 @@ class VideoReader:
     def __iter__(self) -> Iterator[np.ndarray]:
         return self._frames
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: Any) -> None:
         self._cleanup.close()
 
 
