@@ -37,6 +37,7 @@ from utils.errors import UserError
 from utils.files import read_json
 
 CPU = torch.device("cpu")
+TWO_STEPS = "rollout.denoising_step_list=[1000,500]"
 
 
 @pytest.fixture(scope="module")
@@ -92,14 +93,14 @@ def run_script(call, config_file, tmp_path):
 @pytest.mark.parametrize("context", ["output", "input"])
 def test_operations_of_a_rollout_equal_torchs_count(make_benchmark, schedule, fuse, context):
     words = [f"rollout.schedule={schedule}", f"rollout.fuse_context={fuse}", f"rollout.context={context}"]
-    words += ["rollout.denoising_step_list=[1000,500]", "rollout.window=6", "video.num_output_frames=12"]
+    words += [TWO_STEPS, "rollout.window=6", "video.num_output_frames=12"]
     benchmark = make_benchmark(*words)
     rollout = benchmark.prepare()
     assert benchmark.flops() == counted_flops(lambda: benchmark.run(rollout)) > 0
 
 
 def test_operations_of_the_baseline_equal_torchs_count(make_benchmark):
-    benchmark = make_benchmark("rollout.denoising_step_list=[1000,500]", baseline=True)
+    benchmark = make_benchmark(TWO_STEPS, baseline=True)
     rollout = benchmark.prepare()
     assert benchmark.flops() == counted_flops(lambda: benchmark.run(rollout))
 
@@ -119,14 +120,16 @@ def test_results_of_a_rollout_are_consistent(make_benchmark):
 
 
 def test_no_steady_state_without_a_full_window(make_benchmark):
-    results = measure_rollout(make_benchmark("rollout.window=15"), Repeats(0, 1), peak_flops=1e12)
+    benchmark = make_benchmark("rollout.window=15", TWO_STEPS)
+    results = measure_rollout(benchmark, Repeats(0, 1), peak_flops=1e12)
     assert results["fps_steady"] is None and results["context+denoise_pass"].median > 0
 
 
 @pytest.mark.parametrize("words", [[], ["rollout.schedule=block_first"], ["rollout.order=diagonal"]])
 def test_the_rollout_never_waits_for_the_device(make_benchmark, words, monkeypatch):
-    benchmark = make_benchmark(*words)
-    monkeypatch.setattr(benchmark, "generate_video", lambda: (0.1, 0.2))  # not counted
+    benchmark = make_benchmark(*words, TWO_STEPS)
+    monkeypatch.setattr(benchmark, "generate_video", lambda: (0.1, 0.2))  # videos and operations do not matter here
+    monkeypatch.setattr(benchmark, "flops", lambda: 1)
     assert measure_rollout(benchmark, Repeats(0, 1), 1e12)["host_syncs"] == 0
     denoise = Denoiser.denoise
 
@@ -177,7 +180,7 @@ def test_the_baseline_runs_the_whole_window_in_every_pass(make_benchmark):
 
 
 def test_the_default_run(run_script):
-    out, document = run_script("--repeats", "1", "--warmup", "0")
+    out, document = run_script("--repeats", "1", "--warmup", "0", TWO_STEPS)
     rows = {row["what"]: row for row in document["results"]}
     assert list(rows) == ["rollout", "baseline", "decoder", "text_encoder"]
     speed, reference = (rows[kind]["figures"]["fps_rollout"]["median"] for kind in ("rollout", "baseline"))
@@ -264,7 +267,7 @@ def test_networks_of_published_size_have_random_weights(call, fast_peak, tmp_pat
     monkeypatch.setitem(presets.TEXT_ENCODERS, "wan", TEXT_ENCODER)
     output = tmp_path / "new.json"
     words = ["--preset", "h100", "--device", "cpu", "--size", "32x32", "--dtype", "float32", "--frames", "6"]
-    words += ["--what", "rollout", "baseline", "pass", "decoder", "text_encoder", "--passes", "denoise"]
+    words += ["--what", "rollout", "baseline", "pass", "decoder", "text_encoder", "--passes", "denoise", TWO_STEPS]
     code, _, err = call(script, *words, "--repeats", "1", "--warmup", "0", "--output", output)
     assert code == 0, err
     rows = {row["what"]: row["figures"] for row in json.loads(output.read_text())["results"]}
