@@ -81,7 +81,7 @@ def add_speedups(rows: Sequence[Row]) -> None:
                 rollout["figures"]["times_baseline"] = speed / reference
 
 
-def report(document: Mapping[str, Any]) -> str:
+def markdown_report(document: Mapping[str, Any]) -> str:
     """Return a Markdown table for each kind of case; rollouts and baselines share one.
 
     Args:

@@ -23,7 +23,7 @@ from benchmark.cases import DEFAULT_KINDS, KINDS, OPTIONS, PRESETS, Preset, make
 from benchmark.measure import Repeats, matmul_peak
 from benchmark.networks import BenchmarkNetworks
 from benchmark.passes import PASSES
-from benchmark.report import add_speedups, comparison_table, describe_machine, read_rows, report, to_json
+from benchmark.report import add_speedups, comparison_table, describe_machine, markdown_report, read_rows, to_json
 from benchmark.run import run_case
 from utils.device import DTYPES, pick_device
 from utils.errors import UserError, command
@@ -35,7 +35,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="shapes", help="model and video size")
     parser.add_argument("--config_path", help="YAML file to measure instead of a preset")
-    parser.add_argument("--what", nargs="+", choices=KINDS, default=DEFAULT_KINDS, help="default: %(default)s")
+    parser.add_argument(
+        "--what", nargs="+", choices=KINDS, default=DEFAULT_KINDS, help="default: all but pass and training"
+    )
     for name, option in OPTIONS.items():
         metavar = None if option.choices else "X"
         parser.add_argument(f"--{name}", nargs="+", choices=option.choices, metavar=metavar, help=option.key)
@@ -81,7 +83,7 @@ def main() -> None:
         rows.append({"what": case.kind, "settings": case.settings, "figures": to_json(results)})
         add_speedups(rows)
         write_json(args.output, document, indent=1)
-    print(report(document))
+    print(markdown_report(document))
     if earlier is not None:
         print(comparison_table(rows, earlier, str(args.against)))
     print(f"\nwrote {args.output}")
