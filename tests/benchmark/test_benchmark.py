@@ -180,7 +180,7 @@ def test_the_baseline_runs_the_whole_window_in_every_pass(make_benchmark):
 
 
 def test_the_default_run(run_script):
-    out, document = run_script("--repeats", "1", "--warmup", "0", TWO_STEPS)
+    out, document = run_script("--repeats", "1", "--warmup", "0", "--frames", "9", TWO_STEPS)
     rows = {row["what"]: row for row in document["results"]}
     assert list(rows) == ["rollout", "baseline", "decoder", "text_encoder"]
     speed, reference = (rows[kind]["figures"]["fps_rollout"]["median"] for kind in ("rollout", "baseline"))
