@@ -37,7 +37,7 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
         except Exception as error:
             if isinstance(error, OSError) and error.errno in DISK_ERRORS:
                 sys.exit(_report(f"cannot write {error.filename or 'output'}: {error.strerror}", 1))
-            _report_to_torchrun(traceback.format_exc(), delay=1)
+            report_to_torchrun(traceback.format_exc(), delay=1)
             raise
 
     return run
@@ -45,12 +45,12 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
 
 def _report(message: str, code: int, delay: int = 0) -> int:
     line = "error: " + " ".join(message.split())
-    _report_to_torchrun(line, delay)
+    report_to_torchrun(line, delay)
     print(line, file=sys.stderr, flush=True)
     return code
 
 
-def _report_to_torchrun(text: str, delay: int = 0) -> None:
+def report_to_torchrun(text: str, delay: int = 0) -> None:
     """Store an error in the file that torchrun reads. torchrun prints the earliest error at the end of its report.
 
     Args:

@@ -16,6 +16,8 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from utils.errors import report_to_torchrun
+
 STARTUP_TIMEOUT = 45.0  # seconds until every rank must have started
 HEARTBEAT_TIMEOUT = 20.0  # seconds without a heartbeat after which a rank on another machine counts as dead
 _POLL_INTERVAL = 0.5
@@ -121,7 +123,9 @@ class PeerMonitor:
                 is_first = not any(_is_running(pid) for other, pid in self._pids.items() if other < self.rank)
             message = f"error: {reason}" if is_first else "note: the run failed"
             if is_first or details:
-                print(" ".join(f"{message}; {details}".split()).removesuffix(";"), file=sys.stderr, flush=True)
+                line = " ".join(f"{message}; {details}".split()).removesuffix(";")
+                report_to_torchrun(line, delay=0 if is_first else 1)
+                print(line, file=sys.stderr, flush=True)
             if is_first or self.rank == 0:
                 time.sleep(2)  # time for the others to read the store, which rank 0 may serve
             os._exit(1)

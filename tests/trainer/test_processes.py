@@ -1,6 +1,6 @@
 """Several ranks: every sharding and world size trains the same, and a killed or stopped run resumes bit for bit.
 
-Slow: each test trains several times. Most ranks are forked (see ranks.py); torchrun starts four times.
+Slow: each test trains several times. Most processes are forked, see ranks.py.
 """
 
 import contextlib
@@ -8,14 +8,13 @@ import json
 import os
 import random
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from ranks import fork_ranks, start_torchrun
+from ranks import Torchrun, fork_ranks
 from tiny_model import write_config
 
 from trainer.checkpoints import read_tensors
@@ -77,20 +76,13 @@ def wait_for_lines(logdir: Path, count: int, is_running: Callable[[], bool]) -> 
 
 
 @contextlib.contextmanager
-def torchrun(config: Path, logdir: Path, *overrides: str) -> Iterator[subprocess.Popen[bytes]]:
+def torchrun(config: Path, logdir: Path, *overrides: str, fork: bool = True) -> Iterator[Torchrun]:
     """Run train.py by torchrun on two ranks; kill the launcher in the end. Its ranks end with it."""
-    process = start_torchrun(2, words(config, logdir, *overrides))
+    process = Torchrun(logdir.parent / "errors.txt", words(config, logdir, *overrides), fork)
     try:
         yield process
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-
-
-def children(process: subprocess.Popen[bytes]) -> list[int]:
-    listed = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
-    return [int(pid) for pid in listed.stdout.split()]
+        process.kill()
 
 
 def is_alive(pid: int) -> bool:
@@ -188,16 +180,16 @@ def uninterrupted(config, tmp_path_factory) -> tuple[Path, dict[str, torch.Tenso
 
 def test_a_run_killed_five_times_ends_with_the_same_bits(config, tmp_path, uninterrupted):
     """SIGKILL to one rank, to the launcher, and at random moments to all ranks, once while they start."""
-    with torchrun(config, tmp_path, *LONG) as process:
-        wait_for_lines(tmp_path, 2, lambda: process.poll() is None)
-        os.kill(children(process)[-1], signal.SIGKILL)
-        _, err = process.communicate(timeout=TIMEOUT)
-        assert process.returncode != 0 and b"Signal 9 (SIGKILL)" in err  # the other rank does not hang
+    logdir = tmp_path / "log"
+    with torchrun(config, logdir, *LONG) as process:
+        wait_for_lines(logdir, 2, process.is_running)
+        os.kill(process.ranks()[-1], signal.SIGKILL)
+        assert process.wait(TIMEOUT) != 0 and "Signal 9 (SIGKILL)" in process.errors.read_text()  # and nobody hangs
 
-    start = len(logged_lines(tmp_path))
-    with torchrun(config, tmp_path, *LONG) as process:
-        wait_for_lines(tmp_path, start + 2, lambda: process.poll() is None)
-        ranks = children(process)
+    start = len(logged_lines(logdir))
+    with torchrun(config, logdir, *LONG, fork=False) as process:
+        wait_for_lines(logdir, start + 2, process.is_running)
+        ranks = process.ranks()
         process.kill()
         deadline = time.monotonic() + TIMEOUT
         while any(map(is_alive, ranks)) and time.monotonic() < deadline:
@@ -206,11 +198,11 @@ def test_a_run_killed_five_times_ends_with_the_same_bits(config, tmp_path, unint
 
     moments = random.Random(5)
     for number in range(3):
-        start = len(logged_lines(tmp_path))
-        forked = fork_ranks(2, words(config, tmp_path, *LONG))
+        start = len(logged_lines(logdir))
+        forked = fork_ranks(2, words(config, logdir, *LONG))
         while_starting = number == 1
         if not while_starting:
-            wait_for_lines(tmp_path, start + 2, forked[0].is_alive)
+            wait_for_lines(logdir, start + 2, forked[0].is_alive)
         time.sleep(moments.uniform(0.1, 0.6) if while_starting else moments.uniform(0, 0.2))
         assert all(rank.is_alive() for rank in forked)
         for rank in forked:
@@ -218,28 +210,28 @@ def test_a_run_killed_five_times_ends_with_the_same_bits(config, tmp_path, unint
         for rank in forked:
             rank.join()
 
-    assert_same_bits(train(config, tmp_path, 2, *LONG), uninterrupted[1])
-    assert (tmp_path / "metrics.jsonl").read_text() == (uninterrupted[0] / "metrics.jsonl").read_text()
+    assert_same_bits(train(config, logdir, 2, *LONG), uninterrupted[1])
+    assert (logdir / "metrics.jsonl").read_text() == (uninterrupted[0] / "metrics.jsonl").read_text()
 
 
 def test_a_stop_signal_ends_all_ranks_after_the_same_iteration(config, tmp_path, uninterrupted):
     """Ctrl-C, then a cluster's SIGTERM, both between two checkpoints. The same command resumes."""
-    done = 0
+    logdir, done = tmp_path / "log", 0
     for stop in (signal.SIGINT, signal.SIGTERM):
-        with torchrun(config, tmp_path, *LONG, "train.checkpoint_every=1000") as process:
-            wait_for_lines(tmp_path, done + 3, lambda: process.poll() is None)
-            process.send_signal(stop)
-            _, err = process.communicate(timeout=TIMEOUT)
-        assert process.returncode != 0 and b"stopping after this iteration" in err and b"SIGKILL" not in err
-        before, done = done, len(logged_lines(tmp_path))
-        saved = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+        with torchrun(config, logdir, *LONG, "train.checkpoint_every=1000") as process:
+            wait_for_lines(logdir, done + 3, process.is_running)
+            os.kill(process.pid, stop)
+            assert process.wait(TIMEOUT) not in (0, None)
+        errors = process.errors.read_text()
+        assert "stopping after this iteration" in errors and "SIGKILL" not in errors
+        before, done = done, len(logged_lines(logdir))
+        saved = sorted(path.name for path in (logdir / "checkpoints").iterdir())
         assert saved[-1] == f"{done:08d}" and len(saved) == (2 if before else 1) and before + 3 <= done < 20
-    assert_same_bits(train(config, tmp_path, 2, *LONG), uninterrupted[1])
+    assert_same_bits(train(config, logdir, 2, *LONG), uninterrupted[1])
 
 
 def test_the_error_is_the_last_thing_that_torchrun_prints(config, tmp_path):
-    with torchrun(config, tmp_path, "train.batch_size=3") as process:
-        _, err = process.communicate(timeout=TIMEOUT)
-    *_, error, rule = err.decode().splitlines()
+    with torchrun(config, tmp_path / "log", "train.batch_size=3", fork=False) as process:
+        assert process.wait(TIMEOUT) not in (0, None)
+    *_, error, rule = process.errors.read_text().splitlines()
     assert error.strip().startswith("error: train.total_batch_size=4 must be a multiple of") and set(rule) == {"="}
-    assert process.returncode != 0
