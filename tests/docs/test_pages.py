@@ -18,7 +18,7 @@ from PIL import Image
 import inference
 from pipeline.command_line import requested_videos, resolve_config
 
-UNFINISHED = ("benchmarks", "pipeline", "README")
+UNFINISHED = ("pipeline",)
 pages = pytest.mark.parametrize(
     "page",
     [pytest.param(page, marks=pytest.mark.xfail() if page.stem in UNFINISHED else ()) for page in PAGES],
@@ -95,15 +95,20 @@ def commands(page: Path) -> list[str]:
 
 @cache
 def flags(script: str) -> set[str]:
-    """Return the flags of a script's parser, and of the parsers of local modules that it imports."""
+    """Return the flags of a script's parser, and of the parsers of local modules that it imports.
+
+    A flag whose name is computed, f"--{name}", stands for all keys of these files' dictionaries.
+    """
     tree = ast.parse((ROOT / script).read_text(encoding="utf-8"))
     imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
     files = [ROOT / script, *(ROOT / f"{module.replace('.', '/')}.py" for module in imported)]
-    result = {"--help"}
-    for file in filter(Path.is_file, files):
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument":
-                result |= {a.value for a in node.args if isinstance(a, ast.Constant) and str(a.value).startswith("--")}
+    nodes = [n for file in files if file.is_file() for n in ast.walk(ast.parse(file.read_text(encoding="utf-8")))]
+    calls = [n for n in nodes if isinstance(n, ast.Call) and getattr(n.func, "attr", "") == "add_argument"]
+    names = [argument for call in calls for argument in call.args]
+    result = {"--help", *(n.value for n in names if isinstance(n, ast.Constant) and str(n.value).startswith("--"))}
+    if any(isinstance(n, ast.JoinedStr) for n in names):
+        keys = [key for n in nodes if isinstance(n, ast.Dict) for key in n.keys]
+        result |= {f"--{key.value}" for key in keys if isinstance(key, ast.Constant)}
     return result
 
 
