@@ -1,8 +1,8 @@
-"""The shipped miniature does what its prompts say: claims about data/shapes-wan, measured on decoded pixels.
+"""data/shapes-wan: the quality of the shipped miniature, measured on decoded pixels.
 
-Claims: the VAE reconstructs held-out clips and does not drift over them; shapes, colours and motion of generated videos
-follow the prompt; the folder is an ordinary diffusers pipeline, whose transformer is our network run
-bidirectionally; the whole of data/ stays small.
+Claims: the VAE reconstructs held-out clips without drift; shapes, colours and motion of generated videos follow the
+prompt; the folder is an ordinary diffusers pipeline, whose transformer equals our network in bidirectional mode; data/
+stays small.
 """
 
 from pathlib import Path
@@ -40,7 +40,7 @@ def test_vae_reconstructs_held_out_clips_without_drift(vae):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("generator", "schedule"), [("hiar", "timestep_first"), ("self_forcing", "block_first")])
-def test_videos_do_what_their_prompts_say(generator, schedule):
+def test_videos_follow_their_prompts(generator, schedule):
     words = ["runtime.seed=7", f"rollout.schedule={schedule}", f"model.generator={MODEL}/{generator}"]
     config = load_config("configs/shapes.yaml", words)
     pipeline = TextToVideo.load(config, device="cpu")

@@ -1,4 +1,4 @@
-"""evaluation/side_by_side.py: where panels are, what they show when, and that nothing is left when it fails."""
+"""evaluation/side_by_side.py: position and content of the panels, and no files left after an error."""
 
 from pathlib import Path
 
@@ -15,14 +15,14 @@ BARS = (238, 238, 238)
 
 
 def save(path: Path, color, num_frames: int = 2, height: int = 64, width: int = 64, fps: float = 16) -> Path:
-    """A video of one colour."""
+    """Write a video of one colour."""
     with VideoWriter(path, fps, preset="ultrafast") as video:
         video.write(np.full((num_frames, height, width, 3), color, np.uint8))
     return path
 
 
 def box(frame: np.ndarray, color) -> tuple[int, int, int, int] | None:
-    """Top, left, height and width of what has a colour, which must fill its bounding box; None if nothing has."""
+    """Return top, left, height and width of the area of a colour, which must be a filled box; None without any."""
     near = (np.abs(frame.astype(int) - color) < 12).all(axis=2)
     rows, columns = np.flatnonzero(near.mean(axis=1) > 0.05), np.flatnonzero(near.mean(axis=0) > 0.05)
     if not len(rows):
@@ -33,10 +33,10 @@ def box(frame: np.ndarray, color) -> tuple[int, int, int, int] | None:
 
 
 def about(value: int):
-    return pytest.approx(value, abs=4)  # chroma is halved and coarse in a video, so edges are off by a pixel or two
+    return pytest.approx(value, abs=4)  # video chroma has half the resolution, so edges are off by a pixel or two
 
 
-def test_panels_stand_beside_each_other_enlarged_until_text_is_legible(tmp_path):
+def test_panels_are_side_by_side_and_enlarged_until_text_is_legible(tmp_path):
     videos = [("a", save(tmp_path / "a.mp4", RED)), ("b", save(tmp_path / "b.mp4", BLUE))]
     write_side_by_side(tmp_path / "both.mp4", videos, "a prompt")
     frames, fps = read_video(tmp_path / "both.mp4")
@@ -49,7 +49,7 @@ def test_panels_stand_beside_each_other_enlarged_until_text_is_legible(tmp_path)
     assert ink[red[0] + 260 :].any()  # and the prompt below
 
 
-def test_columns_and_scale_can_be_chosen(tmp_path):
+def test_columns_and_scale_can_be_set(tmp_path):
     videos = [(name, save(tmp_path / f"{name}.mp4", c)) for name, c in (("a", RED), ("b", GREEN), ("c", BLUE))]
     write_side_by_side(tmp_path / "grid.mp4", videos, columns=2, scale=2)
     [frame, _], _ = read_video(tmp_path / "grid.mp4")
@@ -66,7 +66,7 @@ def test_large_videos_keep_their_size(tmp_path):
     assert box(frame, RED)[2:] == (about(258), about(130))
 
 
-def test_other_shapes_are_as_high_and_not_stretched(tmp_path):
+def test_videos_of_other_shapes_get_equal_heights_without_stretching(tmp_path):
     videos = [
         ("wide", save(tmp_path / "a.mp4", RED, 1, 64, 128)),
         ("narrow", save(tmp_path / "b.mp4", BLUE, 1, 32, 16)),
@@ -82,7 +82,7 @@ def test_other_shapes_are_as_high_and_not_stretched(tmp_path):
     assert box(frame, GREEN)[2:] == (about(128), about(128))
 
 
-def test_a_video_that_is_over_stays_darkened(tmp_path):
+def test_an_ended_video_stays_darkened(tmp_path):
     videos = [("short", save(tmp_path / "a.mp4", RED, 3)), ("long", save(tmp_path / "b.mp4", BLUE, 6))]
     write_side_by_side(tmp_path / "both.mp4", videos)
     frames, _ = read_video(tmp_path / "both.mp4")
@@ -92,7 +92,7 @@ def test_a_video_that_is_over_stays_darkened(tmp_path):
     assert left.max() < 100 and left[..., 0].mean() > 3 * left[..., 1].mean()  # dark red
 
 
-def test_rates_are_brought_to_the_highest_or_the_one_asked_for(tmp_path):
+def test_frame_rates_are_converted_to_the_highest_or_the_requested_one(tmp_path):
     levels = np.arange(8, dtype=np.uint8) * 30
     with VideoWriter(tmp_path / "slow.mp4", 8) as video:
         video.write(np.broadcast_to(levels[:, None, None, None], (8, 64, 64, 3)))
@@ -107,7 +107,7 @@ def test_rates_are_brought_to_the_highest_or_the_one_asked_for(tmp_path):
     assert np.abs(frames[:, 60:200, 60:200].mean(axis=(1, 2, 3)) - levels).max() < 4
 
 
-def test_the_time_runs_where_it_is_asked_for(tmp_path):
+def test_the_timestamp_is_shown_on_request(tmp_path):
     videos = [("a", save(tmp_path / "a.mp4", RED, 32))]
     write_side_by_side(tmp_path / "without.mp4", videos, "prompt")
     write_side_by_side(tmp_path / "with.mp4", videos, "prompt", timestamp=True)
@@ -119,7 +119,7 @@ def test_the_time_runs_where_it_is_asked_for(tmp_path):
     assert np.abs(with_time[footer][0].astype(int) - with_time[footer][-1]).max() > 80
 
 
-def test_long_labels_and_captions_are_cut(tmp_path):
+def test_long_labels_and_captions_are_truncated(tmp_path):
     video = save(tmp_path / "a.mp4", RED, 1)
     write_side_by_side(tmp_path / "one.mp4", [("a", video)], "word")
     write_side_by_side(tmp_path / "many.mp4", [("label " * 100, video)], "word " * 500)
@@ -128,7 +128,7 @@ def test_long_labels_and_captions_are_cut(tmp_path):
     assert 30 < many.shape[0] - one.shape[0] < 60  # two more lines
 
 
-def test_videos_stream_through(tmp_path, monkeypatch):
+def test_videos_are_streamed(tmp_path, monkeypatch):
     videos = [(name, save(tmp_path / f"{name}.mp4", RED, 20)) for name in "ab"]
     read, written, ahead = 0, 0, []
     decode, write = utils.video._decode, VideoWriter.write
@@ -151,7 +151,7 @@ def test_videos_stream_through(tmp_path, monkeypatch):
     assert written == 20 and max(ahead) <= 6  # three per video: the decoder and the rate filter hold some back
 
 
-def test_nothing_is_left_when_it_fails(tmp_path):
+def test_an_error_leaves_no_file(tmp_path):
     good = save(tmp_path / "a.mp4", RED)
     (tmp_path / "b.mp4").write_text("no video")
     for bad in (tmp_path / "b.mp4", tmp_path / "none.mp4"):

@@ -1,4 +1,4 @@
-"""scripts/evaluate_vbench.py against a stub of VBench 0.1.5: layout, names, prompts, going on, tables, mistakes."""
+"""scripts/evaluate_vbench.py with a stub of VBench 0.1.5: layout, names, prompts, resuming, tables, error messages."""
 
 import csv
 import importlib.util
@@ -15,17 +15,17 @@ from scripts import evaluate_vbench
 STUB = Path(__file__).parent / "vbench_stub"
 
 
-def save(folder: Path, name: str, prompt: str, fed: str = "", seed: int = 0, sample: int = 0) -> None:
-    """Something in the place of a video, with the record that inference.py writes."""
+def save(folder: Path, name: str, prompt: str, extended: str = "", seed: int = 0, sample: int = 0) -> None:
+    """Write a placeholder for a video, with the metadata that inference.py writes."""
     folder.mkdir(exist_ok=True, parents=True)
     (folder / f"{name}.mp4").write_text(f"video {name}")
-    record = {"prompt": fed or prompt, "name": prompt, "sample": sample, "config": {"runtime": {"seed": seed}}}
-    (folder / f"{name}.json").write_text(json.dumps(record))
+    metadata = {"prompt": extended or prompt, "name": prompt, "sample": sample, "config": {"runtime": {"seed": seed}}}
+    (folder / f"{name}.json").write_text(json.dumps(metadata))
 
 
 @pytest.fixture
 def stub(tmp_path, monkeypatch) -> Path:
-    """VBench is there; returns the file of its calls."""
+    """Make the stub importable; returns the file that records its calls."""
     monkeypatch.setenv("PYTHONPATH", str(STUB))
     monkeypatch.setenv("STUB_CALLS", str(tmp_path / "calls"))
     return tmp_path / "calls"
@@ -33,7 +33,7 @@ def stub(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def folders(tmp_path) -> Path:
-    """plain/ and extended/, of the same two prompts; the second was made from longer ones, with other file names."""
+    """plain/ and extended/ with the same two prompts; extended/ comes from longer prompts and has other file names."""
     for sample in range(2):
         save(tmp_path / "plain", f"cat-{sample}", "a cat", seed=7, sample=sample)
         save(tmp_path / "extended", f"{sample}", "a cat", "a long story of a cat", seed=8, sample=sample)
@@ -46,8 +46,8 @@ def folders(tmp_path) -> Path:
 def suite(tmp_path) -> Path:
     """Videos of two of the stub's three prompts."""
     for sample in range(2):
-        fed = f"a castle that is {9 - sample} centuries old"  # sorts the other way round
-        save(tmp_path / "suite", f"s{sample}", "a castle, oil painting", fed, seed=1, sample=sample)
+        extended = f"a castle that is {9 - sample} centuries old"  # sorts in reverse order
+        save(tmp_path / "suite", f"s{sample}", "a castle, oil painting", extended, seed=1, sample=sample)
     save(tmp_path / "suite", "earlier", "a castle, oil painting", "some castle", seed=0)
     save(tmp_path / "suite", "clap", "a person is clapping")
     return tmp_path / "suite"
@@ -62,18 +62,18 @@ def configs(tmp_path) -> Path:
     return tmp_path / "configs"
 
 
-def runs(calls: Path) -> list[str]:
-    """Dimensions that VBench was asked for since the last time."""
+def scored_dimensions(calls: Path) -> list[str]:
+    """Return the dimensions that VBench has scored since the last call, and clear the record."""
     lines = calls.read_text().split() if calls.exists() else []
     calls.write_text("")
     return lines
 
 
-def test_folders_are_scored_side_by_side_with_their_original_prompts(folders, stub, tmp_path, call):
+def test_folders_are_scored_side_by_side_with_original_prompts(folders, stub, tmp_path, call):
     words = (f"a={folders / 'plain'}", folders / "extended", "--output", tmp_path / "out")
     code, out, err = call(evaluate_vbench, *words)
     assert code == 0, err
-    assert runs(stub) == [*DEFAULT_DIMENSIONS, *DEFAULT_DIMENSIONS]
+    assert scored_dimensions(stub) == [*DEFAULT_DIMENSIONS, *DEFAULT_DIMENSIONS]
     assert "extended: 3 of 3 videos were generated from extended prompts" in out and "a: " not in out
     assert "extended and a have 0 prompts, seeds and samples in common" in out
     score = (5 + 5 + 18) / 3
@@ -96,23 +96,23 @@ def test_folders_are_scored_side_by_side_with_their_original_prompts(folders, st
     assert {link.resolve() for link in links} == {path.resolve() for path in (folders / "plain").glob("*.mp4")}
 
 
-def test_it_goes_on_where_a_dimension_failed(folders, stub, tmp_path, call, monkeypatch):
+def test_a_failed_dimension_is_scored_by_the_next_run(folders, stub, tmp_path, call, monkeypatch):
     words = (folders / "plain", "--dimensions", "imaging_quality", "dynamic_degree", "--output", tmp_path / "out")
     monkeypatch.setenv("STUB_FAILS", "imaging_quality")
     code, out, err = call(evaluate_vbench, *words)
     assert code == 2 and "VBench could not score imaging_quality of plain: RuntimeError: no weights" in err
     assert err.splitlines()[-1].startswith("error: VBench failed for imaging_quality of plain")
-    assert runs(stub) == ["imaging_quality", "dynamic_degree"] and "| failed" in out
+    assert scored_dimensions(stub) == ["imaging_quality", "dynamic_degree"] and "| failed" in out
     assert "Traceback" in (tmp_path / "out/custom_input/plain/imaging_quality.log").read_text()
     assert "Traceback" not in err
     scores = json.loads((tmp_path / "out/custom_input.json").read_text())["methods"][0]["scores"]
     assert scores["imaging_quality"] is None and scores["dynamic_degree"] == pytest.approx(0.28 / 3)
     monkeypatch.delenv("STUB_FAILS")
-    assert call(evaluate_vbench, *words)[0] == 0 and runs(stub) == ["imaging_quality"]
-    assert call(evaluate_vbench, *words)[0] == 0 and runs(stub) == []
-    save(folders / "plain", "new", "a cow")  # other videos, so nothing that is kept is of them
+    assert call(evaluate_vbench, *words)[0] == 0 and scored_dimensions(stub) == ["imaging_quality"]
+    assert call(evaluate_vbench, *words)[0] == 0 and scored_dimensions(stub) == []
+    save(folders / "plain", "new", "a cow")  # stored scores are of other videos
     code, out, _ = call(evaluate_vbench, *words)
-    assert code == 0 and runs(stub) == ["imaging_quality", "dynamic_degree"] and "4 videos" in out
+    assert code == 0 and scored_dimensions(stub) == ["imaging_quality", "dynamic_degree"] and "4 videos" in out
     assert len(list((tmp_path / "out/custom_input/plain/videos").iterdir())) == 4
 
 
@@ -120,14 +120,14 @@ def test_a_broken_result_is_scored_again(folders, stub, tmp_path, call):
     words = (folders / "plain", "--dimensions", "dynamic_degree", "--output", tmp_path / "out")
     call(evaluate_vbench, *words)
     (tmp_path / "out/custom_input/plain/dynamic_degree.json").write_text("{")
-    runs(stub)
-    assert call(evaluate_vbench, *words)[0] == 0 and runs(stub) == ["dynamic_degree"]
+    scored_dimensions(stub)
+    assert call(evaluate_vbench, *words)[0] == 0 and scored_dimensions(stub) == ["dynamic_degree"]
 
 
-def test_the_suites_videos_are_named_as_vbench_looks_for_them(suite, stub, tmp_path, call):
+def test_videos_of_the_suite_are_named_as_vbench_expects(suite, stub, tmp_path, call):
     code, out, err = call(evaluate_vbench, suite, "--suite", "--output", tmp_path / "out")
     assert code == 0, err
-    assert runs(stub) == ["imaging_quality", "overall_consistency", "human_action", "appearance_style"]
+    assert scored_dimensions(stub) == ["imaging_quality", "overall_consistency", "human_action", "appearance_style"]
     assert "2 of VBench's 3 prompts" in out and "3 of 4 videos were generated from extended prompts" in out
     links = {path.name: path.resolve().name for path in (tmp_path / "out/vbench_standard/suite/videos").iterdir()}
     castle = "a castle, oil painting"
@@ -141,9 +141,7 @@ def test_the_suites_videos_are_named_as_vbench_looks_for_them(suite, stub, tmp_p
 
 
 @pytest.mark.parametrize("kind", ["custom", "suite"])
-def test_long_videos_are_scored_by_clips_with_their_original_prompts(
-    kind, suite, folders, stub, configs, tmp_path, call
-):
+def test_long_videos_are_scored_by_clips_with_original_prompts(kind, suite, folders, stub, configs, tmp_path, call):
     words = [suite, "--suite"] if kind == "suite" else [folders / "extended"]
     words += ["--long", "--long_configs", configs, "--dimensions", "overall_consistency", "--output", tmp_path / "out"]
     code, _, err = call(evaluate_vbench, *words)
@@ -158,7 +156,7 @@ def test_long_videos_are_scored_by_clips_with_their_original_prompts(
     assert {len(entry["video_list"]) for entry in json.loads(raw.read_text())} == {6 if kind == "suite" else 2}
 
 
-def test_clips_that_an_interruption_left_are_cut_again_and_complete_ones_are_not(
+def test_incomplete_clips_are_cut_again_and_complete_clips_are_kept(
     folders, stub, configs, tmp_path, call, monkeypatch
 ):
     words = (folders / "plain", "--long", "--long_configs", configs, "--output", tmp_path / "out")
@@ -166,7 +164,7 @@ def test_clips_that_an_interruption_left_are_cut_again_and_complete_ones_are_not
     assert call(evaluate_vbench, *words, "--dimensions", "dynamic_degree")[0] == 2
     assert (tmp_path / "out/long_custom_input/plain/videos/split_clip/00001").exists()
     monkeypatch.setenv("STUB_FAILS", "dynamic_degree")
-    assert call(evaluate_vbench, *words, "--dimensions", "dynamic_degree")[0] == 2  # it has left first frames behind
+    assert call(evaluate_vbench, *words, "--dimensions", "dynamic_degree")[0] == 2  # leaves first frames behind
     monkeypatch.delenv("STUB_FAILS")
     clips = sorted((tmp_path / "out/long_custom_input/plain/videos/split_clip").rglob("*.mp4"))
     before = [clip.stat().st_mtime_ns for clip in clips]
@@ -175,7 +173,7 @@ def test_clips_that_an_interruption_left_are_cut_again_and_complete_ones_are_not
     assert len(clips) == 6 and [clip.stat().st_mtime_ns for clip in clips] == before
 
 
-def test_vbenchs_prompts_are_written_once_each(stub, tmp_path, call):
+def test_each_prompt_of_vbench_is_written_once(stub, tmp_path, call):
     code, out, _ = call(evaluate_vbench, "--write_prompts", tmp_path / "new/prompts.txt")
     assert code == 0 and "3 prompts" in out
     assert (tmp_path / "new/prompts.txt").read_text().splitlines() == [
@@ -184,7 +182,7 @@ def test_vbenchs_prompts_are_written_once_each(stub, tmp_path, call):
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("words", "message"),
     [
         ("", "give at least one folder"),
         ("{0}/none", "no folder {0}/none"),
@@ -198,11 +196,11 @@ def test_vbenchs_prompts_are_written_once_each(stub, tmp_path, call):
         ("{0}/plain --python {0}/none", "--python must name a Python interpreter"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(folders, suite, stub, tmp_path, call, words, says):
+def test_mistakes_are_reported_in_one_line(folders, suite, stub, tmp_path, call, words, message):
     code, _, err = call(evaluate_vbench, *words.format(folders).split(), "--output", tmp_path / "out")
     line = err.splitlines()[-1]
-    assert code == 2 and line.startswith("error:") and says.format(folders) in line and "Traceback" not in err
-    assert runs(stub) == []
+    assert code == 2 and line.startswith("error:") and message.format(folders) in line and "Traceback" not in err
+    assert scored_dimensions(stub) == []
 
 
 def test_too_many_samples_of_a_prompt_are_refused(stub, tmp_path, call):
@@ -213,7 +211,7 @@ def test_too_many_samples_of_a_prompt_are_refused(stub, tmp_path, call):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vbench") is not None, reason="VBench is installed")
-def test_a_missing_vbench_is_one_line(folders, tmp_path, call, monkeypatch):
+def test_a_missing_vbench_is_reported_in_one_line(folders, tmp_path, call, monkeypatch):
     monkeypatch.delenv("PYTHONPATH", raising=False)
     code, _, err = call(evaluate_vbench, folders / "plain", "--output", tmp_path / "out")
     [line] = err.splitlines()
@@ -221,7 +219,7 @@ def test_a_missing_vbench_is_one_line(folders, tmp_path, call, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_vbench_without_its_long_part_says_so(folders, tmp_path, call, monkeypatch):
+def test_a_vbench_without_vbench_long_is_reported(folders, tmp_path, call, monkeypatch):
     shutil.copytree(STUB / "vbench", tmp_path / "path/vbench")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "path"))
     code, _, err = call(evaluate_vbench, folders / "plain", "--long", "--python", sys.executable)

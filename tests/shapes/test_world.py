@@ -1,8 +1,8 @@
-"""shapes/world.py: the miniature world, of which captions and pixels tell the same.
+"""shapes/world.py: captions and pixels of the miniature world agree.
 
-Claims: captions parse back; the held-out scenes are disjoint from the others, and always the same; colours, motion and
-positions are in the pixels as the caption says, measured there; the world wraps around; a clip does not depend on where
-its rendering starts; clip numbers always mean the same clips.
+Claims: captions parse back; held-out scenes are fixed and disjoint from the others; colours, motion and positions in
+the pixels match the caption; the world wraps around; a clip does not depend on its first rendered frame; clip numbers
+are stable.
 """
 
 from collections import Counter
@@ -41,7 +41,7 @@ def test_captions_parse_back():
     assert len({scene.caption for scene in EVERY}) == len(EVERY)
 
 
-def test_captions_read_as_english():
+def test_captions_are_english_sentences():
     assert SCENE.caption == "a red circle moving right slowly on a gray background"
     other = Scene("orange", "square", "blue", True, "down left", "fast")
     assert other.caption == "an orange square moving down left fast on a graded blue background"
@@ -92,7 +92,7 @@ def test_held_out_combinations_are_always_the_same():
 
 
 def test_every_attribute_is_trained_on():
-    """What is held out are combinations: each of their parts is known."""
+    """Only combinations are held out; training shows every single attribute."""
     trained = list(all_scenes(False))
     for name, count in NUM_CLASSES.items():
         assert len({scene.labels[name] for scene in trained}) == count
@@ -101,7 +101,7 @@ def test_every_attribute_is_trained_on():
 # ---- the training set ----
 
 
-def test_a_clip_number_means_one_clip():
+def test_a_clip_number_always_gives_the_same_clip():
     clip = sample_clip(0, 0)
     assert clip.scene == Scene("orange", "circle", "white", False, "down", "fast")
     assert (clip.x, clip.y) == pytest.approx((17.2663496808877, 2.62230553191646))
@@ -109,7 +109,7 @@ def test_a_clip_number_means_one_clip():
     assert len({sample_clip(seed, index) for seed in range(3) for index in range(30)}) == 90
 
 
-def test_sampled_clips_keep_to_their_side_of_the_split():
+def test_sampled_clips_respect_the_held_out_split():
     assert not any(sample_clip(0, index).scene.held_out for index in range(300))
     assert all(sample_clip(0, index, held_out=True).scene.held_out for index in range(300))
     assert len(Counter(sample_clip(0, index).scene.direction for index in range(300))) == len(DIRECTIONS)
@@ -119,7 +119,7 @@ def test_sampled_clips_keep_to_their_side_of_the_split():
 
 
 def empty(scene: Scene) -> np.ndarray:
-    """The background alone, from two circles that hide different rows; float [H, W, 3]."""
+    """Return the background, float [H, W, 3], from two renderings whose circles hide different rows."""
     circle = replace(scene, shape="circle")
     above, middle = (render(Clip(circle, 0.0, y), 1)[0].astype(float) for y in (0.0, SIZE / 2))
     rows = np.arange(SIZE)[:, None, None]
@@ -127,28 +127,28 @@ def empty(scene: Scene) -> np.ndarray:
 
 
 def coverage(frames: np.ndarray, scene: Scene) -> np.ndarray:
-    """How far each pixel [T, H, W] is on its way from the background's to the shape's colour."""
+    """Return the fraction of the shape's colour in each pixel, [T, H, W]; 0 is the background."""
     background = empty(scene)
     way = np.array(COLORS[scene.color]) - background
     return ((frames - background) * way).sum(-1) / (way * way).sum(-1)
 
 
 def centroids(mask: np.ndarray) -> np.ndarray:
-    """Circular mean (x, y) in pixels of each frame of [T, H, W], for the world has no edges."""
+    """Return each frame's circular mean (x, y) in pixels, [T, 2], because the world wraps around."""
     turns = np.exp(2j * np.pi * (np.arange(SIZE) + 0.5) / SIZE)
     means = [(mask.sum(axis) * turns).sum(1) for axis in (1, 2)]
     return np.stack([np.angle(mean) / (2 * np.pi) * SIZE % SIZE for mean in means], axis=1)
 
 
 def moved(positions: np.ndarray) -> np.ndarray:
-    """Steps [T-1, 2] between positions, the short way around."""
+    """Return the steps between positions, [T-1, 2], along the shortest path on the torus."""
     return (np.diff(positions, axis=0) + SIZE / 2) % SIZE - SIZE / 2
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("speed", SPEEDS)
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_shapes_move_as_the_caption_says(direction, speed, shape):
+def test_shapes_move_as_the_caption_states(direction, speed, shape):
     scene = Scene("yellow", shape, "blue", True, direction, speed)
     positions = centroids(coverage(render(Clip(scene, 50.0, 9.0), 33), scene))
     words = {"right": (1, 0), "left": (-1, 0), "up": (0, -1), "down": (0, 1)}
@@ -158,7 +158,7 @@ def test_shapes_move_as_the_caption_says(direction, speed, shape):
     np.testing.assert_allclose(moved(positions), np.broadcast_to(expected, (32, 2)), atol=0.25)
 
 
-def test_a_circle_is_where_its_position_says():
+def test_a_circle_is_rendered_at_its_position():
     clip = Clip(replace(SCENE, direction="down left"), 3.0, 60.0)
     positions = centroids(coverage(render(clip, 20), clip.scene))
     expected = np.stack(clip.position(np.arange(20)), axis=1)
@@ -168,14 +168,14 @@ def test_a_circle_is_where_its_position_says():
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_world_wraps_around(shape):
-    """A shape on the edge is the one in the middle, shifted; nothing of it is lost."""
+    """A shape on the edge equals the shifted shape in the middle."""
     scene = replace(SCENE, shape=shape)
     middle, edge = (render(Clip(scene, xy, xy), 1)[0] for xy in (SIZE / 2, 0.0))
     assert np.array_equal(np.roll(middle, (SIZE // 2, SIZE // 2), axis=(0, 1)), edge)
 
 
 @pytest.mark.parametrize("color", COLORS)
-def test_the_shape_has_its_colour_and_the_rest_the_backgrounds(color):
+def test_shape_and_background_have_their_colours(color):
     background = "white"
     image = render(Clip(Scene(color, "circle", background, False, "up", "fast"), 32.0, 32.0), 1)[0]
     assert tuple(image[32, 32]) == COLORS[color]
@@ -191,7 +191,7 @@ def test_graded_backgrounds_darken_downwards(background):
     assert (flat == flat[0, 0]).all()
 
 
-def test_shapes_have_about_one_size_and_their_own_form():
+def test_shapes_differ_in_form_but_hardly_in_size():
     masks = {
         s: coverage(render(Clip(replace(SCENE, shape=s), 32.0, 32.0), 1), replace(SCENE, shape=s))[0] for s in SHAPES
     }
@@ -206,7 +206,7 @@ def test_shapes_have_about_one_size_and_their_own_form():
     assert masks["square"][corner].min() > 0.9 and masks["circle"][corner].max() < 0.1
 
 
-def test_rendering_may_start_anywhere():
+def test_rendering_can_start_at_any_frame():
     clip = Clip(replace(SCENE, direction="up right", speed="fast"), 10.0, 20.0)
     assert np.array_equal(render(clip, 5, first_frame=90), render(clip, 100)[90:95])
 
@@ -217,7 +217,7 @@ def test_motion_never_ends():
     np.testing.assert_allclose(moved(centroids(coverage(late, scene))), [[-0.75, 0]], atol=0.05)
 
 
-def test_pixels_for_the_vae():
+def test_pixels_are_scaled_for_the_vae():
     frames = render(Clip(SCENE, 32.0, 32.0), 2)
     pixels = to_pixels(frames)
     assert pixels.shape == (3, 2, SIZE, SIZE) and pixels.dtype == torch.float32

@@ -1,4 +1,4 @@
-"""As much of torch as scripts/vbench_worker.py touches, so that starting it takes no seconds."""
+"""The part of torch that scripts/vbench_worker.py uses, without torch's import time."""
 
 from types import SimpleNamespace
 
@@ -6,5 +6,5 @@ cuda = SimpleNamespace(is_available=lambda: False)
 
 
 def device(name: str) -> str:
-    """A device is its name."""
+    """Return the device's name."""
     return name

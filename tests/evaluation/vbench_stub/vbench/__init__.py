@@ -1,7 +1,7 @@
-"""A stand-in for VBench 0.1.5: the same interface, layout of files and checks, and scores that say what was scored.
+"""A stub of VBench 0.1.5 with the same interface, file layout and checks.
 
-A video scores the length of its prompt in hundredths, so that a wrong prompt is a wrong score. For the tests, the
-environment may name a dimension that fails (STUB_FAILS) and a file that calls are written to (STUB_CALLS).
+A video's score is the length of its prompt divided by 100, so that a wrong prompt gives a wrong score. Environment
+variables name a dimension that fails (STUB_FAILS) and a file that records calls (STUB_CALLS).
 """
 
 import importlib.util
@@ -37,7 +37,7 @@ class VBench:
             ]
         else:
             assert mode == "vbench_standard" and not prompt_list
-            suffix = Path(files[0]).suffix  # of whatever comes first
+            suffix = Path(files[0]).suffix  # of the first file
             info = []
             for entry in json.loads(Path(self.full_info_dir).read_text()):
                 if set(dimension_list) & set(entry["dimension"]):
@@ -64,7 +64,7 @@ class VBench:
         self.save(results, f"{name}_eval_results.json")
 
     def compute(self, dimension, info):
-        """[mean, videos]"""
+        """Return [mean, videos]."""
         if calls := os.environ.get("STUB_CALLS"):
             with open(calls, "a") as file:
                 print(dimension, file=file)
@@ -86,12 +86,12 @@ class VBench:
 
     @staticmethod
     def check_surroundings():
-        """What DINO's repository needs: no `utils` but its own. And nothing in the place of other packages."""
+        """Check what DINO's repository needs: no other `utils` module, and no folder that hides packages."""
         assert "utils" not in sys.modules and importlib.util.find_spec("contact_sheet") is None
 
 
 def by_video(clips):
-    """VBench-Long's means over the clips of each video, whose names end before the first underscore."""
+    """Return VBench-Long's mean over the clips of each video. A clip is named VIDEO_NUMBER.mp4."""
     scores = {}
     for clip in clips:
         name = re.split("_", Path(clip["video_path"]).name)[0]

@@ -1,4 +1,4 @@
-"""A stand-in for VBench-Long: cuts every video into two "clips", and takes a folder of them for complete."""
+"""A stub of VBench-Long: it cuts every video into two "clips", and treats an existing folder of clips as complete."""
 
 import os
 import shutil
@@ -25,12 +25,12 @@ class VBenchLong(VBench):
         assert all(os.path.isfile(os.path.join("elsewhere", kwargs[table])) for table in TABLES)
         assert kwargs["dev_flag"] and kwargs["sb_clip2clip_feat_extractor"] == "dinov2"
         self.preprocess(videos_path, mode, **kwargs)
-        for dimension in dimension_list:  # as for the consistency dimensions
+        for dimension in dimension_list:  # as VBench-Long does for the consistency dimensions
             os.mkdir(os.path.join(videos_path, f"{dimension}_cat_firstframes_videos"))
         super().evaluate(videos_path, name, prompt_list, dimension_list, mode=mode, **kwargs)
 
     def compute(self, dimension, info):
-        """[mean, clips, videos]"""
+        """Return [mean, clips, videos]."""
         _, clips = super().compute(dimension, info)
         videos = by_video(clips)
         return [sum(video["video_results"] for video in videos) / len(videos), clips, videos]
