@@ -119,7 +119,7 @@ class CachedAttention:
             past_k, past_v = self.copies[layer]
             keys, values = torch.cat([past_k, k], dim=1), torch.cat([past_v, v], dim=1)
         else:
-            keys, values = self.cache.beside(layer, k, v, self.before)
+            keys, values = self.cache.read_with_block(layer, k, v, self.before)
         output = attend(q, keys, values, self.backend)
         if self.append:
             self.cache.append(layer, k, v)
@@ -139,11 +139,11 @@ class WriteThenDenoiseAttention:
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         tokens = self.written_frames * self.cache.tokens_per_frame
         written_k, written_v = k[:, :tokens], v[:, :tokens]
-        written = attend(q[:, :tokens], *self.cache.beside(layer, written_k, written_v), self.backend)
+        written = attend(q[:, :tokens], *self.cache.read_with_block(layer, written_k, written_v), self.backend)
         self.cache.append(layer, written_k, written_v)
         return torch.cat([written, self.second_block(layer, q[:, tokens:], k[:, tokens:], v[:, tokens:])], dim=1)
 
     def second_block(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend as the second block only, after the first one has been appended in this layer."""
-        keys, values = self.cache.beside(layer, k, v, uncommitted=self.written_frames)
+        keys, values = self.cache.read_with_block(layer, k, v, uncommitted=self.written_frames)
         return attend(q, keys, values, self.backend)

@@ -78,7 +78,7 @@ class KVCache:
         """
         return self._read(layer, self.num_frames if before is None else before, self.num_frames)
 
-    def beside(
+    def read_with_block(
         self, layer: int, k: Tensor, v: Tensor, before: int | None = None, uncommitted: int = 0
     ) -> tuple[Tensor, Tensor]:
         """Return the context as `read` does, with a block's own k, v [B, tokens, heads, head_dim] after it.

@@ -132,7 +132,7 @@ def folder(umt5, tmp_path) -> Path:
 
 
 def has_to_load(folder: Path, dtype: torch.dtype = torch.float32) -> bool:
-    """Return whether the cache beside `folder` lacked the embedding of a prompt; afterwards it holds it."""
+    """Return whether the cache next to `folder` lacked the embedding of a prompt; afterwards it holds it."""
     cache = EmbeddingCache.load(ModelDirectory.open(folder), dtype, LENGTH, str(folder.parent / "cache"))
     cache.get(["a cat"])
     return cache.encoder.loaded

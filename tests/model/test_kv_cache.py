@@ -1,7 +1,7 @@
 """model/kv_cache.py: the ring with its sink holds the same frames as a plain list.
 
-Claims: after any appends, the cache holds the sink and the newest frames; `beside` does not change the context; with
-autograd, saved tensors never share memory with the cache; earlier contexts can be read; `reset` empties the cache.
+Claims: after any appends, the cache holds the sink and the newest frames; reading with a block does not change the
+context; with autograd, saved tensors never share memory with the cache; earlier contexts can be read; `reset` works.
 """
 
 import pytest
@@ -73,14 +73,14 @@ def test_it_holds_the_sink_and_the_newest_frames(size, blocks):
 
 @settings(max_examples=20)
 @given(sizes, st.lists(st.integers(1, 5), max_size=6), st.booleans())
-def test_beside_adds_the_block_and_keeps_the_context(size, blocks, autograd):
+def test_reading_with_a_block_keeps_the_context(size, blocks, autograd):
     cache = make(*size)
     for length in blocks:
         append(cache, length)
     before = [[x.clone() for x in cache.read(layer)] for layer in range(LAYERS)]
     own = block(cache.num_frames, 5, layer=0)
     with torch.set_grad_enabled(autograd):
-        k, v = cache.beside(0, own, -own)
+        k, v = cache.read_with_block(0, own, -own)
     assert torch.equal(k, torch.cat([before[0][0], own], dim=1))
     assert torch.equal(v, -k)
     for layer in range(LAYERS):
@@ -91,7 +91,7 @@ def test_saved_tensors_do_not_share_memory_with_the_cache():
     cache = make(4)
     append(cache, 4)
     own = block(4, 2, layer=0).requires_grad_()
-    k, _ = cache.beside(0, own, own)
+    k, _ = cache.read_with_block(0, own, own)
     loss = (k * k).sum()  # saves k for backward
     held = k.detach().clone()
     append(cache, 3)
@@ -105,7 +105,7 @@ def test_without_autograd_nothing_is_copied():
     append(cache, 3)
     own = block(3, 2, layer=0)
     with torch.no_grad():
-        k, _ = cache.beside(0, own, own)
+        k, _ = cache.read_with_block(0, own, own)
     assert k.data_ptr() == cache.read(0)[0].data_ptr()
 
 
@@ -164,8 +164,8 @@ def test_earlier_contexts_can_be_read(size, history, blocks, autograd):
             continue
         assert tokens(k) == expected_tokens(kept, layer=1) and torch.equal(v, -k)
         with torch.set_grad_enabled(autograd):
-            beside, _ = cache.beside(1, own, -own, before)
-        assert torch.equal(beside, torch.cat([k, own], dim=1))
+            extended, _ = cache.read_with_block(1, own, -own, before)
+        assert torch.equal(extended, torch.cat([k, own], dim=1))
         assert tokens(cache.read(1)[0]) == tokens(cache.read(1, total)[0])
 
 
