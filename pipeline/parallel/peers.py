@@ -5,6 +5,7 @@ writes heartbeats to the run's store, and a thread in each rank watches the othe
 exit, and one of them names it.
 """
 
+import contextlib
 import os
 import signal
 import socket
@@ -21,6 +22,7 @@ from utils.errors import report_to_torchrun
 STARTUP_TIMEOUT = 45.0  # seconds until every rank must have started
 HEARTBEAT_TIMEOUT = 20.0  # seconds without a heartbeat after which a rank on another machine counts as dead
 _POLL_INTERVAL = 0.5
+_DEATH_TIMEOUT = 3.0  # seconds in which a rank whose connections broke is seen to have died
 
 
 def connect_store(rank: int, world_size: int) -> dist.Store:
@@ -74,11 +76,18 @@ class PeerMonitor:
         """Wait until every rank has started, then watch them.
 
         Raises:
-            TimeoutError: naming the ranks that did not start.
+            TimeoutError: naming the ranks that did not start, or the store's rank if it ended.
         """
         # This thread and all later ones block the signals; `_handle_signals` receives them.
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-        hostname = socket.gethostname()
+        try:
+            self._wait_for_start(socket.gethostname())
+        except RuntimeError as error:
+            raise TimeoutError(f"rank 0 ({self.roles[0]}), or torchrun, ended before all ranks had started") from error
+        threading.Thread(target=self._watch, daemon=True).start()
+        threading.Thread(target=self._handle_signals, daemon=True).start()
+
+    def _wait_for_start(self, hostname: str) -> None:
         self.store.set(f"started/{self.rank}", f"{hostname} {os.getpid()}")
         deadline = time.monotonic() + STARTUP_TIMEOUT
         while missing := [r for r in self._others if not self.store.check([f"started/{r}"])]:
@@ -90,8 +99,6 @@ class PeerMonitor:
             host, pid = self.store.get(f"started/{other}").decode().rsplit(" ", 1)
             if host == hostname:
                 self._pids[other] = int(pid)
-        threading.Thread(target=self._watch, daemon=True).start()
-        threading.Thread(target=self._handle_signals, daemon=True).start()
 
     def finish(self) -> None:
         """Report that this rank has finished its work, and wait until all ranks have."""
@@ -132,19 +139,18 @@ class PeerMonitor:
 
     def fail_after(self, error: BaseException) -> None:
         """Exit after an exception. Name a dead rank as the cause if there is one, otherwise this rank."""
-        for _ in range(int(3 / _POLL_INTERVAL)):
-            self._fail_if_rank_died()
-            if self.run_has_failed():
-                self.fail(f"rank {self.rank} ended because the run failed")
-            time.sleep(_POLL_INTERVAL)
+        self._fail_with_others()
         self.fail(f"rank {self.rank} ({self.roles[self.rank]}): {type(error).__name__}: {error}")
 
-    def run_has_failed(self) -> bool:
-        """Return whether a rank has reported a failure, or the store is gone."""
-        try:
-            return bool(self.store.check(["failures"]))
-        except RuntimeError:
-            return True
+    def _fail_with_others(self) -> None:
+        """Exit if a rank dies within a few seconds, or has reported a failure. Connections break before ranks end."""
+        deadline = time.monotonic() + _DEATH_TIMEOUT
+        while time.monotonic() < deadline and not self._finished:
+            self._fail_if_rank_died()
+            with contextlib.suppress(RuntimeError):  # the store may have died with its rank
+                if self.store.check(["failures"]):
+                    self.fail(f"rank {self.rank} ended because the run failed")
+            time.sleep(0.1)
 
     def _watch(self) -> None:
         """Send heartbeats and check the other ranks until the run ends."""
@@ -154,9 +160,9 @@ class PeerMonitor:
             try:
                 self.store.set(f"heartbeat/{self.rank}", str(count))
             except RuntimeError:
+                self._fail_with_others()
                 if self._finished:
                     return
-                self._fail_if_rank_died()
                 self.fail("the launcher is gone")
             self._fail_if_rank_died()
             time.sleep(_POLL_INTERVAL)

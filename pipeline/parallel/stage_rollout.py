@@ -1,4 +1,4 @@
-"""The rollout of one rank of a pipeline: it executes the ops of its stage and exchanges blocks with its neighbours."""
+"""The rollout of one rank of a pipeline: executes the ops of its stage and hands blocks from rank to rank."""
 
 from typing import Any, Protocol
 
@@ -8,18 +8,18 @@ from pipeline.rollout import BlockState, Rollout
 
 
 class Transport(Protocol):
-    """Exchanges blocks with the ranks before and after."""
+    """Receives blocks from the upstream rank and sends blocks to the downstream rank."""
 
     def handoff_index(self, block: int) -> int | None:
-        """The noise index at which this rank sends a block on; None on the last rank. See `Schedule.handoff_index`."""
+        """The noise index at which this rank hands a block on; None on the last rank. See `Schedule.handoff_index`."""
         ...
 
     def receive(self, block: int) -> tuple[int, Tensor, Tensor]:
-        """Noise index, x and x0 of a block, as the rank before sent them."""
+        """Return noise index, x and x0 of a block from the upstream rank."""
         ...
 
     def send(self, block: int, noise_index: int, x: Tensor, x0: Tensor) -> None:
-        """Send a block to the rank after."""
+        """Hand a block to the downstream rank."""
         ...
 
 

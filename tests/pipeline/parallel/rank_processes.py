@@ -45,12 +45,12 @@ def run_rank(words: list[str], environment: dict[str, str], log: str) -> None:
 
 
 def run_single_rank(
-    words: list[str], environment: dict[str, str], log: str, startup_timeout: float, linger: float, gpus: int
+    words: list[str], environment: dict[str, str], log: str, startup_timeout: float, hold: bool, gpus: int
 ) -> None:
     """Run one rank in a process of its own.
 
     Args:
-        linger: seconds between the last frame of a video and its end. The file LOG.end marks their start.
+        hold: after the last frame of a video, create the file LOG.end and wait until it is deleted.
         gpus: number of GPUs that torch reports.
     """
     from pipeline.generate import VideoOutput
@@ -61,9 +61,11 @@ def run_single_rank(
     finish = VideoOutput._write_sheet_and_record
 
     def finish_late(self, job, sheet):
-        if linger:
-            Path(f"{log}.end").touch()
-            time.sleep(linger)
+        if hold:
+            held = Path(f"{log}.end")
+            held.touch()
+            while held.exists():
+                time.sleep(0.1)
         finish(self, job, sheet)
 
     VideoOutput._write_sheet_and_record = finish_late
@@ -80,7 +82,7 @@ class RankProcesses:
         words: list,
         absent: tuple[int, ...] = (),
         startup_timeout: float = 45.0,
-        linger: float = 0.0,
+        hold: bool = False,
         gpus: int = 0,
     ):
         """
@@ -92,7 +94,7 @@ class RankProcesses:
         self.logs = [folder.parent / f"{folder.name}.rank{rank}.log" for rank in range(count)]
         self.processes = []
         for rank, environment in enumerate(environments(count)):
-            arguments = (list(map(str, words)), environment, str(self.logs[rank]), startup_timeout, linger, gpus)
+            arguments = (list(map(str, words)), environment, str(self.logs[rank]), startup_timeout, hold, gpus)
             process = CONTEXT.Process(target=run_single_rank, args=arguments, daemon=True)
             if rank not in absent:
                 process.start()

@@ -23,7 +23,7 @@ def wait_until(condition, seconds: float = 90) -> None:
     """Wait until a function returns true."""
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "the run has not come so far"
+        assert time.monotonic() < deadline, "the run failed or is too slow"
         time.sleep(0.05)
 
 
@@ -63,12 +63,15 @@ def test_a_rank_that_dies_at_the_start_is_named(start, tmp_path):
 
 @pytest.mark.slow
 def test_a_rank_that_dies_at_the_end_leaves_no_incomplete_video(start, run_ranks, tmp_path):
-    runs = {rank: start(tmp_path / f"kill{rank}", 4, linger=6.0) for rank in RANKS}
-    for run in runs.values():
-        wait_until(Path(f"{run.logs[3]}.end").exists)
+    runs = {rank: start(tmp_path / f"kill{rank}", 4, hold=True) for rank in RANKS}
+    ends = [Path(f"{run.logs[3]}.end") for run in runs.values()]
+    wait_until(lambda: all(end.exists() for end in ends))
     time.sleep(1)  # the other ranks finish their work
     for rank, run in runs.items():
         run.kill(rank)
+    time.sleep(1)
+    for end in ends:
+        end.unlink()
     for rank, run in runs.items():
         codes = run.wait(60)
         videos = list(run.folder.glob("[!.]*.mp4"))
