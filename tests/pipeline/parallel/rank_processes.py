@@ -53,22 +53,22 @@ def run_single_rank(
         hold: after the last frame of a video, create the file LOG.end and wait until it is deleted.
         gpus: number of GPUs that torch reports.
     """
-    from pipeline.generate import VideoOutput
+    from pipeline.output import VideoOutput
     from pipeline.parallel import peers
 
     peers.STARTUP_TIMEOUT = startup_timeout
     torch.cuda.device_count = lambda: gpus
-    finish = VideoOutput._write_sheet_and_record
+    finish = VideoOutput._write_metadata
 
-    def finish_late(self, job, sheet):
+    def finish_late(self):
         if hold:
             held = Path(f"{log}.end")
             held.touch()
             while held.exists():
                 time.sleep(0.1)
-        finish(self, job, sheet)
+        finish(self)
 
-    VideoOutput._write_sheet_and_record = finish_late
+    VideoOutput._write_metadata = finish_late
     run_rank(words, environment, log)
 
 
