@@ -64,8 +64,10 @@ def generate(args: argparse.Namespace, config: Config) -> None:
         return
     folder, items = list_outputs(args, metadata)
     prefix = args.profile_output if args.profile else ""
-    options = (condition, args.save_latents, args.overwrite, args.no_dac, prefix)
-    profiles = run_pipelines(PipelineRequest(config, folder, items, *options))
+    request = PipelineRequest(
+        config, folder, items, condition, args.save_latents, args.overwrite, args.no_dac, profile_prefix=prefix
+    )
+    profiles = run_pipelines(request)
     if profiles:
         from evaluation.plots import save_timeline_plot
 

@@ -148,7 +148,7 @@ def _share_jobs(request: PipelineRequest, missing: list[str], store: dist.Store)
 def _init_process_group(store: dist.Store, device: torch.device) -> None:
     # A copy of the store has a connection of its own. Groups wait for other ranks while they hold their connection, and
     # the monitor could not detect meanwhile that one of those ranks died.
-    group_store = dist.PrefixStore("group", store.clone())
+    group_store = dist.PrefixStore("group", store.clone())  # type: ignore[attr-defined]
     # NCCL warns that messages of one group run in one order; `handoff_groups` takes care of that.
     os.environ.setdefault("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "false")
     on_gpu = device.type == "cuda"

@@ -89,9 +89,9 @@ def test_the_profile_has_every_op_and_a_timeline(run_ranks, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads memory from Linux's /proc")
-def test_four_hundred_blocks_take_no_more_memory_than_a_hundred(start, tmp_path):
+def test_two_hundred_blocks_take_no_more_memory_than_fifty(start, tmp_path):
     words = (
-        "--num_output_frames", "1200", "--window", "6", "rollout.denoising_step_list=[1000,800,600]",
+        "--num_output_frames", "600", "--window", "6", "rollout.denoising_step_list=[1000,800,600]",
     )  # fmt: skip
     ranks = start(tmp_path / "out", 3, *words)
     pages: list[list[int]] = []
@@ -99,7 +99,7 @@ def test_four_hundred_blocks_take_no_more_memory_than_a_hundred(start, tmp_path)
         with contextlib.suppress(OSError):
             files = [Path(f"/proc/{process.pid}/statm") for process in ranks.processes]
             pages.append([int(file.read_text().split()[1]) for file in files])
-        time.sleep(0.2)
+        time.sleep(0.1)
     assert ranks.wait() == [0, 0, 0], ranks.output
     quarter = len(pages) // 4
     assert quarter > 4
@@ -108,7 +108,8 @@ def test_four_hundred_blocks_take_no_more_memory_than_a_hundred(start, tmp_path)
             sorted(page[rank] for page in part)[quarter // 2]
             for part in (pages[quarter : 2 * quarter], pages[-quarter:])
         )
-        assert (late - early) * 4096 < 1e6, (rank, early, late)  # the pixels of 200 blocks are 7 MB
+        print("MEM", rank, early * 4096 / 1e6, late * 4096 / 1e6)
+        assert (late - early) * 4096 < 5e5, (rank, early, late)  # the pixels of 100 blocks are 3.7 MB
 
 
 # ---- Requests that are refused before any process joins the others ----
