@@ -1,4 +1,4 @@
-"""inference.py on a tiny random model, called in this process: starting Python with torch takes seconds."""
+"""inference.py on a tiny random model. Tests call it in their own process, because importing torch takes seconds."""
 
 import contextlib
 import io
@@ -18,7 +18,7 @@ PROMPTS = ("a red circle", "blue square 🎈 up/down\\left", "green triangle")
 
 @dataclass(frozen=True)
 class Result:
-    """How a command ended."""
+    """The exit code and the output of a command."""
 
     code: int
     out: str
@@ -27,7 +27,7 @@ class Result:
 
 @dataclass(frozen=True)
 class World:
-    """The files that a command line names."""
+    """Files for command lines."""
 
     folder: Path
     model: Path
@@ -37,7 +37,7 @@ class World:
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory) -> World:
-    """A tiny model, its configuration, and a file of three prompts. Nobody changes it."""
+    """A tiny model, its configuration, and a file of three prompts. Tests do not change it."""
     folder = tmp_path_factory.mktemp("world")
     model = write_model(folder / "model")
     (folder / "prompts.txt").write_text("\n\n".join(PROMPTS) + "\n  \n", encoding="utf-8")
@@ -64,10 +64,11 @@ def command() -> Callable[..., Result]:
 
 @pytest.fixture(scope="session")
 def infer(world, command) -> Callable[..., Result]:
-    """infer(output folder, word, ...): make videos of the three prompts, which has to succeed."""
+    """infer(output folder, word, ...): make a video of each prompt (default: the three), and check the exit code."""
 
     def run(folder: Path, *words: object) -> Result:
-        always = ("--config_path", world.config, "--data_path", world.prompts, "--output_folder", folder)
+        prompts = () if "--prompt" in words else ("--data_path", world.prompts)
+        always = ("--config_path", world.config, *prompts, "--output_folder", folder)
         result = command(*always, "--save_latents", *words)
         assert result.code == 0, result.err
         return result
@@ -77,7 +78,7 @@ def infer(world, command) -> Callable[..., Result]:
 
 @pytest.fixture(scope="session")
 def reference(tmp_path_factory, infer) -> Path:
-    """The folder that one undisturbed process fills, step-major."""
+    """The folder of an uninterrupted run over the three prompts, in step-major order. Tests do not change it."""
     folder = tmp_path_factory.mktemp("reference")
     infer(folder)
     return folder

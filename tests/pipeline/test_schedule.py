@@ -32,6 +32,7 @@ from pipeline.schedule import (
 )
 
 ORDERS = ("step_major", "diagonal")
+few_examples = settings(max_examples=30)
 
 
 def as_text(ops) -> str:
@@ -119,6 +120,7 @@ def test_diagonal_sequences(schedule, expected):
 # ---- Properties of all schedules ----
 
 
+@few_examples
 @given(schedules(), st.sampled_from(ORDERS))
 def test_every_generated_block_takes_every_step_once(schedule, order):
     denoised = Counter((p.block, p.step) for op in schedule.ops(order) for p in unfused(op) if isinstance(p, Denoise))
@@ -126,6 +128,7 @@ def test_every_generated_block_takes_every_step_once(schedule, order):
     assert denoised == Counter(itertools.product(generated, range(schedule.num_steps)))
 
 
+@few_examples
 @given(schedules(), st.sampled_from(ORDERS))
 def test_a_denoise_finds_all_earlier_blocks_in_its_cache_and_its_block_at_its_noise_index(schedule, order):
     caches: dict[int, list[int]] = {}
@@ -143,6 +146,7 @@ def test_a_denoise_finds_all_earlier_blocks_in_its_cache_and_its_block_at_its_no
             noise_indices[single.block] = single.step + 1
 
 
+@few_examples
 @given(schedules())
 def test_diagonal_reorders_step_major_and_keeps_the_dependencies(schedule):
     first, second = list(schedule.ops("step_major")), list(schedule.ops("diagonal"))
@@ -157,6 +161,7 @@ def keeps_dependencies(ops, other) -> bool:
     )
 
 
+@few_examples
 @given(schedules(), st.sampled_from(ORDERS))
 def test_every_write_is_read_later(schedule, order):
     ops = list(schedule.ops(order))
@@ -267,6 +272,7 @@ def test_step_major_chains_the_sequences():
     assert list(step_major([iter("ab"), iter("c")])) == ["a", "b", "c"]
 
 
+@few_examples
 @given(schedules(), st.sampled_from(ORDERS))
 def test_stages_partition_the_ops(schedule, order):
     ops = list(schedule.ops(order))
@@ -300,7 +306,7 @@ def test_the_module_imports_no_torch():
     assert subprocess.run([sys.executable, "-c", check]).returncode == 0
 
 
-@settings(max_examples=20)
+@few_examples
 @given(schedules())
 def test_ops_can_be_listed_twice(schedule):
     assert list(schedule.ops()) == list(schedule.ops())

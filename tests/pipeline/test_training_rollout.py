@@ -91,10 +91,9 @@ def gradients(net) -> dict[str, Tensor]:
     return result
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(("context", "history"), [(8, 0), (4, 6)])
 @pytest.mark.parametrize("variant", ["timestep_first", "block_first", "input", "leading_blocks", "leading_steps"])
-def test_gradients_block_by_block_equal_those_of_the_whole_graph(net, variant, context, history, checkpointing):
+def test_gradients_block_by_block_equal_those_of_the_whole_graph(net, variant, context, history):
     exit_step = 2
     schedule = Schedule(4, NUM_BLOCKS, **VARIANTS[variant])
     ops, used = list(schedule.ops_until(exit_step)), schedule.caches_until(exit_step)
@@ -107,25 +106,26 @@ def test_gradients_block_by_block_equal_those_of_the_whole_graph(net, variant, c
     sum((expected[b] * weight[b]).sum() for b in trained).backward()
     reference = gradients(net)
 
-    net.gradient_checkpointing = checkpointing
-    try:
-        caches: list = []
-        rollout = rollout_of(net, context, history, exit_step, caches)
-        outputs = dict(rollout.run(ops, used))
-        assert not any(x0.requires_grad for x0 in outputs.values())
-        # All blocks share the graph of the text.
-        rollout.denoiser = rollout_of(net, context, history, exit_step, []).denoiser
-        for block in (3, 2, 4):
-            x0 = rollout.denoise_again(block)
-            torch.testing.assert_close(x0, expected[block], atol=1e-5, rtol=1e-5)
-            (x0 * weight[block]).sum().backward(retain_graph=True)
-    finally:
-        net.gradient_checkpointing = False
-    again = gradients(net)
-    assert again.keys() == reference.keys()
-    for name in reference:
-        torch.testing.assert_close(again[name], reference[name], atol=2e-5, rtol=1e-4, msg=name)
-    assert len(caches) <= 2 if variant == "leading_blocks" else len(caches) == 1
+    for checkpointing in (False, True):
+        net.gradient_checkpointing = checkpointing
+        try:
+            caches: list = []
+            rollout = rollout_of(net, context, history, exit_step, caches)
+            outputs = dict(rollout.run(ops, used))
+            assert not any(x0.requires_grad for x0 in outputs.values())
+            # All blocks share the graph of the text.
+            rollout.denoiser = rollout_of(net, context, history, exit_step, []).denoiser
+            for block in (3, 2, 4):
+                x0 = rollout.denoise_again(block)
+                torch.testing.assert_close(x0, expected[block], atol=1e-5, rtol=1e-5)
+                (x0 * weight[block]).sum().backward(retain_graph=True)
+        finally:
+            net.gradient_checkpointing = False
+        again = gradients(net)
+        assert again.keys() == reference.keys()
+        for name in reference:
+            torch.testing.assert_close(again[name], reference[name], atol=2e-5, rtol=1e-4, msg=name)
+        assert len(caches) <= 2 if variant == "leading_blocks" else len(caches) == 1
 
 
 def test_gradients_do_not_cross_blocks(net):
