@@ -1,4 +1,4 @@
-"""utils/device.py and pipeline/parallel/profile.py: the GPU that is meant is the one that is used."""
+"""utils/device.py and pipeline/parallel/profile.py: which GPU a process uses."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from utils.errors import UserError
 
 @pytest.fixture
 def gpus(monkeypatch):
-    """gpus(how many, processes on this machine): as if they were there; returns the list of those made current."""
+    """gpus(count, processes on this machine): simulate GPUs; return the list of devices that are made current."""
 
     def pretend(count: int, processes: int) -> list[torch.device]:
         current: list[torch.device] = []
@@ -51,21 +51,21 @@ def test_a_cpu_changes_no_current_gpu(gpus):
         ("cuda", 0, 2, "no device 'cuda:1' here"),
     ],
 )
-def test_processes_that_cannot_have_a_gpu_each_are_refused(gpus, name, count, processes, says):
+def test_more_processes_than_gpus_are_an_error(gpus, name, count, processes, says):
     current = gpus(count, processes)
     with pytest.raises(UserError, match=says):
         pick_own_device(name)
     assert current == []
 
 
-def test_as_many_processes_as_gpus_have_one_each(gpus):
+def test_each_process_gets_its_own_gpu(gpus):
     gpus(4, 4)
     assert pick_own_device("cuda") == pick_own_device("auto") == torch.device("cuda:3")
     gpus(2, 1)
     assert pick_own_device("cuda:1") == torch.device("cuda:1")
 
 
-def test_events_are_recorded_on_the_stream_of_the_device_that_is_measured(monkeypatch):
+def test_events_are_recorded_on_the_current_stream_of_the_profiled_device(monkeypatch):
     streams = []
 
     class Event:

@@ -1,5 +1,4 @@
-"""pipeline/text_to_video.py and pipeline/parallel/rank.py: where prompts are encoded, and layers that do not
-compile."""
+"""pipeline/text_to_video.py and pipeline/parallel/rank.py: offloaded text encoders, and layers that do not compile."""
 
 from dataclasses import replace
 
@@ -20,7 +19,7 @@ HOME = torch.device("meta")
 
 
 class RecordingEncoder(TextEncoder):
-    """Notes what is encoded where."""
+    """Records its prompts and moves, and encodes on one device only."""
 
     def __init__(self) -> None:
         super().__init__(None, None, length=4)
@@ -44,21 +43,21 @@ def encoder() -> RecordingEncoder:
     return RecordingEncoder()
 
 
-def test_prompts_known_ahead_move_the_text_encoder_once(encoder):
+def test_encoding_prompts_ahead_moves_the_text_encoder_once(encoder):
     embeddings = PromptEmbeddings(EmbeddingCache(encoder), HOME, offload=True)
     embeddings.encode(["a", "b", "a"])
     assert embeddings.of(["b"]).shape == embeddings.of(["a"]).shape == (1, 4, 2)
     assert encoder.done == ["a", "b"] and encoder.place.type == "cpu" and encoder.moves == ["meta", "cpu"]
 
 
-def test_a_prompt_that_comes_late_is_encoded_on_the_device_too(encoder):
+def test_a_later_prompt_moves_the_text_encoder_again(encoder):
     embeddings = PromptEmbeddings(EmbeddingCache(encoder), HOME, offload=True)
     for prompt in ("a", "b", "a"):
-        embeddings.of([prompt])  # the encoder itself refuses to work anywhere else
+        embeddings.of([prompt])  # the encoder asserts its device
     assert encoder.done == ["a", "b"] and encoder.moves == ["meta", "cpu"] * 2
 
 
-def test_a_text_encoder_that_is_not_offloaded_is_never_moved(encoder):
+def test_without_offload_the_text_encoder_is_never_moved(encoder):
     embeddings = PromptEmbeddings(EmbeddingCache(encoder), HOME, offload=False)
     embeddings.of(["a"])
     embeddings.of(["b"])
@@ -66,7 +65,7 @@ def test_a_text_encoder_that_is_not_offloaded_is_never_moved(encoder):
 
 
 @pytest.mark.parametrize(("num_ranks", "offloads"), [(1, True), (4, True), (5, True), (6, False)])
-def test_a_rank_that_only_encodes_keeps_its_text_encoder(monkeypatch, tmp_path, encoder, num_ranks, offloads):
+def test_a_rank_with_only_the_text_encoder_does_not_offload_it(monkeypatch, tmp_path, encoder, num_ranks, offloads):
     config = load_config(str(write_config(tmp_path / "tiny.yaml", tmp_path)))
     for name, network in (("network", "net"), ("vae", "vae"), ("embeddings", EmbeddingCache(encoder))):
         monkeypatch.setattr(parallel, f"load_{name}", lambda config, device, network=network: network)
@@ -85,14 +84,14 @@ def failing(graph, inputs):
 
 @pytest.fixture
 def broken_compiler(monkeypatch):
-    """torch.compile as it is where Inductor does not work."""
+    """Replace the compiler by one that fails, as Inductor does without a C++ compiler."""
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function: compile(function, backend=failing))
     yield
     torch._dynamo.reset()
 
 
-def test_layers_that_do_not_compile_run_as_they_are_and_say_so_once(broken_compiler, make_net, capsys):
+def test_layers_that_do_not_compile_run_uncompiled_with_one_note(broken_compiler, make_net, capsys):
     net = make_net(num_layers=2).requires_grad_(False)
     arguments = torch.randn(1, 4, 1, 4, 4), torch.tensor([500.0]), torch.randn(1, 5, 24)
     expected = net(*arguments)
@@ -102,7 +101,7 @@ def test_layers_that_do_not_compile_run_as_they_are_and_say_so_once(broken_compi
     assert capsys.readouterr().err == "note: layers run uncompiled: RuntimeError: no compiler here\n"
 
 
-def test_without_falling_back_the_error_comes_out(broken_compiler, make_net):
+def test_without_fallback_a_compile_error_is_raised(broken_compiler, make_net):
     net = make_net(num_layers=1).requires_grad_(False)
     net.compile_layers(fall_back=False)
     with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="no compiler here"):
