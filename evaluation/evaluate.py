@@ -25,7 +25,7 @@ class EvaluationOptions:
     """How videos are measured.
 
     Attributes:
-        world: a world whose ground truth the videos are compared with; None measures pixels and flow only.
+        world: provides the ground truth of the videos; None measures pixels and flow only.
         block_frames: latent frames per block.
         max_frames: measure only the first pixel frames; None for all.
         cache_folder: keeps the measurements.

@@ -156,7 +156,7 @@ def _json_numbers(values: np.ndarray) -> list[float | None]:
 
 
 def reproduction_commands(folders: Sequence[VideoFolder]) -> list[tuple[str, str]]:
-    """Return (title, command) for every folder whose videos have metadata."""
+    """Return (title, command) for every folder of videos with metadata."""
     commands = []
     for folder in folders:
         stored = list(dict.fromkeys(v.metadata["command"] for v in folder.videos if v.metadata.get("command")))

@@ -4,9 +4,10 @@ Frames are streamed, so memory does not grow with the videos' length. Frames are
 """
 
 import contextlib
+import itertools
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -73,21 +74,8 @@ def write_side_by_side(
         ]
         # At x264's default effort, labels and enlarged pixels take three times as long and save no bytes.
         output = files.enter_context(VideoWriter(path, fps, crf=crf, preset="veryfast"))
-        streams = [iter(reader) for reader in readers]
-        count = 0
-        running = [True] * len(streams)
-        while True:
-            for number, stream in enumerate(streams):
-                frame = next(stream, None)
-                if frame is not None:
-                    board.show(number, frame)
-                elif running[number]:
-                    running[number] = False
-                    board.end(number)
-            if not any(running):
-                return
-            output.write(board.frame(count / fps)[None])
-            count += 1
+        for frame in board.frames(readers, fps):
+            output.write(frame[None])
 
 
 class _Board:
@@ -133,11 +121,27 @@ class _Board:
         time_left, time_top = _MARGIN + inner - time_width, _MARGIN + rows * row_height
         self._time_box = (time_left, time_top, time_left + time_width, time_top + line) if timestamp else None
 
-    def show(self, number: int, frame: np.ndarray) -> None:
+    def frames(self, videos: Sequence[Iterable[np.ndarray]], fps: float) -> Iterator[np.ndarray]:
+        """Yield the frames of the combined video, uint8 [H, W, 3], until the longest video ends."""
+        streams = [iter(video) for video in videos]
+        running = [True] * len(streams)
+        for count in itertools.count():
+            for number, stream in enumerate(streams):
+                frame = next(stream, None)
+                if frame is not None:
+                    self._show(number, frame)
+                elif running[number]:
+                    running[number] = False
+                    self._end(number)
+            if not any(running):
+                return
+            yield self._picture(count / fps)
+
+    def _show(self, number: int, frame: np.ndarray) -> None:
         """Draw a frame into a panel."""
         self._board.paste(self._fit(Image.fromarray(frame)), self._corners[number])
 
-    def end(self, number: int) -> None:
+    def _end(self, number: int) -> None:
         """Darken a panel's last frame and mark it as ended."""
         left, top = self._corners[number]
         box = (left, top, left + self._width, top + self._height)
@@ -145,8 +149,8 @@ class _Board:
         centre = (left + self._width // 2, top + self._height // 2)
         self._draw.text(centre, "ended", fill="white", font=self._font, anchor="mm")
 
-    def frame(self, seconds: float) -> np.ndarray:
-        """Return the current picture, uint8 [H, W, 3]."""
+    def _picture(self, seconds: float) -> np.ndarray:
+        """Return the current picture, uint8 [H, W, 3], with the time."""
         if self._time_box is not None:
             self._draw.rectangle(self._time_box, fill="white")
             right, top = self._time_box[2], self._time_box[1]

@@ -14,7 +14,7 @@ from evaluation.metrics import UNKNOWN, Metric, MetricCurve, SumCount, quarter_c
 
 STRIDE = 4  # pixel frames per latent frame of Wan's VAE; the first latent frame is one pixel frame
 FLOW_SIDE = 512  # pixels
-STRONGEST = 0.05  # fraction of pixels whose flow represents a frame, so that a small moving object counts as motion
+STRONGEST = 0.05  # fraction of pixels that a frame's flow is taken from, so that a small moving object counts
 STILL = 0.05  # percent of the diagonal per frame: half a pixel at 480x832
 _QUANTILES = np.linspace(0.05, 0.95, 7)
 

@@ -63,7 +63,7 @@ def configs(tmp_path) -> Path:
 
 
 def scored_dimensions(calls: Path) -> list[str]:
-    """Return the dimensions that VBench has scored since the last call, and clear the record."""
+    """Return the dimensions that VBench has scored since the last call, and clear the list."""
     lines = calls.read_text().split() if calls.exists() else []
     calls.write_text("")
     return lines

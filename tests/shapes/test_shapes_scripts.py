@@ -192,7 +192,7 @@ def test_existing_pairs_are_kept(pairs):
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("words", "message"),
     [
         ("--seed 1", "runtime.seed 7, not 1"),
         ("runtime.seed=2", "runtime.seed 7, not 2"),
@@ -209,17 +209,17 @@ def test_existing_pairs_are_kept(pairs):
         ("--dtype float16", "dtype float32, not float16"),
     ],
 )
-def test_pairs_of_other_settings_are_refused(pairs, model, monkeypatch, words, says):
+def test_pairs_of_other_settings_are_refused(pairs, model, monkeypatch, words, message):
     """Both with and without missing pairs, and before the teacher is loaded."""
     folder, _ = pairs("out", "--num_prompts", 1)
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
-    if says == "nothing":
+    if message == "nothing":
         pairs("out", *words.format(model=model).split(), "--num_prompts", 1)
         return
     monkeypatch.setattr("pipeline.teacher.Teacher.load", lambda *_: pytest.fail("the teacher was loaded"))
     for count in (1, 3):
         _, err = pairs("out", *words.format(model=model).split(), "--num_prompts", count, refused=True)
-        assert f"{folder} holds pairs of {says.format(model=model)}" in err and err.count("\n") == 1
+        assert f"{folder} holds pairs of {message.format(model=model)}" in err and err.count("\n") == 1
         assert "choose another --output_folder, or delete this one" in err
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
@@ -268,13 +268,13 @@ def test_pairs_without_settings_must_have_the_same_size_and_type(pairs):
     folder, _ = pairs("out")
     for name in ("pairs.json", "sigmas.json"):
         (folder / name).unlink()
-    for words, says in [
+    for words, message in [
         (("--save_indices", 0, -1), "[3, 2, 4, 4] in float32, not [2, 2, 4, 4] in float32"),
         (("--num_frames", 1), "not [3, 1, 4, 4] in float32"),
         (("--dtype", "float16"), "not [3, 2, 4, 4] in float16"),
     ]:
         _, err = pairs("out", *words, refused=True)
-        assert "00000.pt is a pair of" in err and says in err and err.count("\n") == 1
+        assert "00000.pt is a pair of" in err and message in err and err.count("\n") == 1
     assert names(folder) == ["00000.pt", "00001.pt", "00002.pt"]
 
 
@@ -311,7 +311,7 @@ def test_a_contact_sheet_shows_a_folder(tmp_path, call):
 
 
 @pytest.mark.parametrize(
-    ("module", "words", "says"),
+    ("module", "words", "message"),
     [
         (write_shapes_clips, "--output {0} --num_clips 0", "must be positive"),
         (write_shapes_clips, "--output {0}/file", "cannot write to folder"),
@@ -335,7 +335,7 @@ def test_a_contact_sheet_shows_a_folder(tmp_path, call):
         (contact_sheet, "{0}/videos", "cannot read video"),
     ],
 )
-def test_invalid_arguments_are_reported_in_one_line(tmp_path, call, model, module, words, says):
+def test_invalid_arguments_are_reported_in_one_line(tmp_path, call, model, module, words, message):
     (tmp_path / "file").touch()
     (tmp_path / "videos").mkdir()
     (tmp_path / "videos/broken.mp4").write_bytes(b"broken")
@@ -345,7 +345,7 @@ def test_invalid_arguments_are_reported_in_one_line(tmp_path, call, model, modul
     code, _, err = call(
         module, *(always if module is generate_ode_pairs else ()), *words.format(tmp_path, model).split()
     )
-    assert code == 2 and says in err
+    assert code == 2 and message in err
     assert err.startswith("error:") and err.count("\n") == 1
     assert not (tmp_path / "out").exists() or names(tmp_path / "out") == []
 

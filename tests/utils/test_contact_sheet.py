@@ -1,4 +1,4 @@
-"""utils/contact_sheet.py: which frames are kept, how they are drawn, and that files are whole or absent."""
+"""utils/contact_sheet.py: selection and drawing of frames; files are complete or absent."""
 
 import errno
 import os
@@ -12,7 +12,7 @@ from utils.contact_sheet import ContactSheetSampler, Strip, draw_contact_sheet, 
 
 
 def numbered(count: int) -> np.ndarray:
-    """Frames that say which they are: frame i has the value i in its first channel, i // 256 in its second."""
+    """Frames with their index in the pixels: i % 256 in the first channel, i // 256 in the second."""
     frames = np.zeros((count, 4, 4, 3), np.uint8)
     frames[..., 0] = (np.arange(count) % 256)[:, None, None]
     frames[..., 1] = (np.arange(count) // 256)[:, None, None]
@@ -25,7 +25,7 @@ def shown(strip: Strip) -> list[int]:
 
 @pytest.mark.parametrize("count", [1, 2, 7, 8, 9, 81, 1001])
 @pytest.mark.parametrize("known", [True, False], ids=["known length", "unknown length"])
-def test_sampler_keeps_few_evenly_spaced_frames_with_both_ends(count, known):
+def test_sampler_keeps_evenly_spaced_frames_with_both_ends(count, known):
     sampler = ContactSheetSampler(count if known else None, columns=8, fps=10)
     frames = numbered(count)
     for start in range(0, count, 12):
@@ -40,7 +40,7 @@ def test_sampler_keeps_few_evenly_spaced_frames_with_both_ends(count, known):
         assert gaps.max() <= (1 if known else 2.5) * np.ceil((count - 1) / 7)
 
 
-def test_sampler_owns_its_frames():
+def test_sampler_copies_its_frames():
     sampler = ContactSheetSampler(None, columns=2)
     frames = numbered(12)
     sampler.add(frames)
@@ -49,7 +49,7 @@ def test_sampler_owns_its_frames():
     assert all(frame.base is None for frame in sampler._kept.values())
 
 
-def test_sampler_of_an_interrupted_video_shows_what_there_was():
+def test_sampler_of_an_interrupted_video_shows_the_frames_so_far():
     sampler = ContactSheetSampler(100, columns=4)
     with pytest.raises(ValueError, match="no frames"):
         sampler.strip("a")
@@ -59,7 +59,7 @@ def test_sampler_of_an_interrupted_video_shows_what_there_was():
         ContactSheetSampler(10, columns=1)
 
 
-def test_contact_sheet_shows_the_frames_enlarged_and_has_room_for_captions():
+def test_contact_sheet_enlarges_small_frames_and_has_captions():
     red, blue = np.full((9, 32, 32, 3), (255, 0, 0), np.uint8), np.full((9, 32, 32, 3), (0, 0, 255), np.uint8)
     sheet = np.asarray(draw_contact_sheet([("red", red), ("blue", blue)], columns=3))
     for colour in ((255, 0, 0), (0, 0, 255)):
@@ -67,7 +67,7 @@ def test_contact_sheet_shows_the_frames_enlarged_and_has_room_for_captions():
     assert (sheet.reshape(-1, 3).max(axis=1) < 64).any()  # captions are black
 
 
-def test_contact_sheet_reduces_large_frames_and_survives_any_caption():
+def test_contact_sheet_reduces_large_frames_and_accepts_any_caption():
     frames = np.zeros((2, 100, 1000, 3), np.uint8)
     captions = ["word " * 2000, "一只猫" * 300, "🐱\n\x00\u202e", "", "x" * 5000]
     sheets = [draw_contact_sheet([(caption, frames)], columns=2) for caption in captions]
@@ -75,7 +75,7 @@ def test_contact_sheet_reduces_large_frames_and_survives_any_caption():
     assert max(sheet.height for sheet in sheets) < 140
 
 
-def test_save_contact_sheet_is_whole_or_absent(tmp_path, monkeypatch):
+def test_a_saved_contact_sheet_is_complete_or_absent(tmp_path, monkeypatch):
     save_contact_sheet(tmp_path / "sheet.png", [("a", numbered(9)), sampled("b")], columns=4)
     with Image.open(tmp_path / "sheet.png") as image:
         image.load()
