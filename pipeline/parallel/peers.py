@@ -123,7 +123,10 @@ class PeerMonitor:
     def fail(self, reason: str) -> None:
         """Exit this process, so that the run ends. Only the rank that fails first prints the reason."""
         with self._lock:  # never released: only one thread of this process may fail
-            details = self.on_failure()
+            try:
+                details = self.on_failure()
+            except Exception as error:  # must not hide the reason of the failure
+                details = f"the unfinished video is lost ({type(error).__name__}: {error})"
             try:
                 is_first = self.store.add("failures", 1) == 1
             except RuntimeError:  # the store is gone too: the lowest rank that is alive prints the reason
