@@ -32,9 +32,10 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 class TextToVideo:
     """The networks of one configuration on one device, ready to generate.
 
-    pipe = TextToVideo.load("configs/shapes.yaml")
-    video = pipe.generate("a red circle moving right fast on a blue background")
-    video.save("x.mp4")
+    Example:
+        pipe = TextToVideo.load("configs/shapes.yaml")
+        video = pipe.generate("a red circle moving right fast on a blue background")
+        video.save("x.mp4")
     """
 
     def __init__(self, config: Config, net: CausalWanModel, embeddings: EmbeddingCache, vae: WanVAE):
