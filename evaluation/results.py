@@ -126,7 +126,7 @@ class EvaluationResults:
 
     def write_csv(self, path: Path) -> None:
         """Write one line per video and metric, in the metric's unit; the value is empty if no frame is valid."""
-        with path.open("w", newline="", encoding="utf-8") as file:
+        with path.open("x", newline="", encoding="utf-8") as file:
             rows = csv.writer(file)
             rows.writerow(["method", "file", "prompt", "seed", "sample", "figure", "unit", "value"])
             for method, metric in itertools.product(self.methods, self.metrics):

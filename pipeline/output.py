@@ -239,7 +239,7 @@ class LatentsWriter:
         self._frames = 0
 
     def __enter__(self) -> "LatentsWriter":
-        self._file = self._partial.open("wb")
+        self._file = self._partial.open("xb")
         return self
 
     def write(self, latents: Tensor) -> None:

@@ -50,6 +50,8 @@ class Checkpoints:
         self.finish()
         partial = self._partial_folder(iteration)
         if rank() == 0:
+            if partial.is_symlink():
+                partial.unlink()  # the checkpoint would be written into another folder
             partial.mkdir(parents=True, exist_ok=True)  # another rank may have created it
             write_text(partial / CONFIG_FILE, config)
         # async_save copies GPU tensors. CPU tensors would change while they are written.

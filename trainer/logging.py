@@ -12,7 +12,7 @@ import numpy as np
 from utils.config import Config
 from utils.distributed import rank
 from utils.errors import UserError
-from utils.files import writable_folder, write_text
+from utils.files import open_own_file, writable_folder, write_text
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -68,7 +68,7 @@ class MetricsLog:
         text = "  ".join(f"{name} {value:.4g}" for name, value in means.items())
         progress = f"{iteration}/{self.train.max_iterations}"
         print(f"{progress}  {text}  {seconds:.2f} s/it, {minutes_left:.0f} min left", flush=True)
-        with self.path.open("a") as file:
+        with open_own_file(self.path, "a") as file:
             file.write(json.dumps({"iteration": iteration, **means}) + "\n")
         if self._wandb is not None:
             self._wandb.log(means, step=iteration)

@@ -1,30 +1,45 @@
 """Atomic writes, JSON files, folder locks and fingerprints. An atomic write creates a complete file or none."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import socket
-import zlib
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from utils.errors import UserError
 
 _UMASK = os.umask(0)  # the umask can only be read by setting it, so this happens once, before threads start
 os.umask(_UMASK)
-_MACHINE = zlib.crc32(socket.gethostname().encode())
 
 
 def partial_path(path: Path) -> Path:
-    """Return a temporary name beside `path`, unique to this process and machine.
+    """Return a new temporary name beside `path`: the process ID and ten random digits.
 
-    It keeps the suffix, because some writers choose their format by the suffix.
+    Nobody can guess the name and plant a symbolic link there, through which another file would be overwritten. The name
+    keeps the suffix, because some writers choose their format by the suffix.
     """
-    return path.with_name(f".{path.stem}.{_MACHINE}{os.getpid()}.partial{path.suffix}")
+    return path.with_name(f".{path.stem}.{os.getpid()}{secrets.randbelow(10**10):010}.partial{path.suffix}")
+
+
+def open_own_file(path: Path, mode: str) -> IO[Any]:
+    """Open a file for writing as `open` does, but never through a symbolic link.
+
+    Raises:
+        UserError: if `path` is a symbolic link.
+    """
+    try:
+        return open(path, mode, opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666))
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise UserError(f"{path} is a symbolic link, and would overwrite another file; delete the link") from None
 
 
 def _share(path: Path) -> None:
@@ -51,8 +66,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write a UTF-8 text file atomically."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    with atomic_path(path) as temporary, temporary.open("x", encoding="utf-8") as file:
+        file.write(text)
 
 
 def write_json(path: str | os.PathLike[str], content: Any, indent: int | None = 2) -> None:
@@ -67,11 +82,9 @@ def writable_folder(path: str | os.PathLike[str]) -> Path:
         UserError: if it cannot be created or is not writable.
     """
     path = Path(path)
-    probe = path / f".write-probe.{os.getpid()}"
     try:
         path.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink(missing_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
         raise UserError(f"cannot write to folder {path}: {error.strerror}; choose another output folder") from None
     return path
@@ -85,9 +98,9 @@ def lock_folder(folder: Path, activity: str) -> Iterator[None]:
         activity: what holds the lock, for the error message, such as "training in".
 
     Raises:
-        UserError: if another process holds the lock.
+        UserError: if another process holds the lock, or `.lock` is a symbolic link.
     """
-    with (folder / ".lock").open("w") as file:
+    with open_own_file(folder / ".lock", "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -14,7 +14,7 @@ from typing import Any
 from evaluation.vbench.installation import SAMPLES_PER_PROMPT, WORKER, VBenchInstallation, VBenchMode
 from evaluation.videos import find_videos
 from utils.errors import UserError
-from utils.files import read_json, write_json
+from utils.files import open_own_file, read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ class VBenchFolder:
         answer = self._raw / f"{dimension}_eval_results.json"
         answer.unlink(missing_ok=True)
         log = self._log_file(dimension)
-        with log.open("wb") as file:
+        with open_own_file(log, "wb") as file:
             command: list[str | Path] = [installation.python, WORKER, "score"]
             process = subprocess.run(
                 command, input=json.dumps(job, default=str).encode(), stdout=file, stderr=subprocess.STDOUT

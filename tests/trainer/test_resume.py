@@ -171,6 +171,18 @@ def test_a_complete_checkpoint_without_its_name_is_found(tmp_path, toy, make_con
     assert not list(folder.glob(".*.partial"))
 
 
+def test_a_checkpoint_is_not_written_through_a_link(tmp_path, toy, make_config):
+    """A link at the name of a partial checkpoint, planted by another user."""
+    valuable, folder = tmp_path / "valuable", tmp_path / "log" / "checkpoints"
+    valuable.mkdir()
+    folder.mkdir(parents=True)
+    (folder / ".00000002.partial").symlink_to(valuable)
+    run = Trainer(make_config(max_iterations=2), toy(), str(tmp_path / "log"))
+    run.train()
+    assert names(run) == ["00000002"] and not (folder / "00000002").is_symlink()
+    assert list(valuable.iterdir()) == []
+
+
 # ---- --resume PATH ----
 
 
