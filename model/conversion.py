@@ -5,6 +5,7 @@ from typing import Any, get_args
 
 import torch
 
+from model.weight_checks import check_weights
 from model.weight_files import read_checkpoint, save_transformer, save_weights
 from model.weight_names import Layout, State, export_state
 from model.weights import infer_transformer_config
@@ -52,10 +53,12 @@ def convert_checkpoint(
         raise UserError(f"--to {layout} cannot be written as {output.name}; end --output with one of: {names}")
 
     state = read_checkpoint(source, use_ema)
+    check_weights(state, source)
     config = {} if suffix else _folder_config(source, state, num_heads)
     target = EXPORT_DTYPES[dtype]
     if target is not None:
-        state = {name: tensor.to(target) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+        state = {name: tensor.to(target) for name, tensor in state.items()}
+        check_weights(state, f"{source} in {dtype}")  # fp16 ends at 65504
     content = export_state(state, layout)
     sizes = ""
     if suffix:

@@ -5,6 +5,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from model.causal_wan import CausalWanModel
+from model.weight_checks import check_weights
 from utils.errors import UserError
 
 
@@ -16,12 +17,13 @@ def fuse_lora(net: CausalWanModel, path: str, scale: float = 1.0) -> None:
     `lora_unet_...`).
 
     Raises:
-        UserError: if the file is missing or broken, or does not fit the network.
+        UserError: if the file is missing or broken, holds NaN, or does not fit the network.
     """
     try:
         state = load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot read LoRA weights {path} ({error}); give a .safetensors file") from None
+    check_weights({name: value for name, value in state.items() if not name.endswith(".alpha")}, path)
     if any(name.startswith("blocks.") and ".self_attn." in name for name in state):
         state = {f"diffusion_model.{name}": value for name, value in state.items()}
     try:

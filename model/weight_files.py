@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from model.weight_checks import check_weights, check_zip
 from model.weight_names import DIT_NAMES, State, listed, rename, without_wrappers
 from utils.errors import UserError
 from utils.files import atomic_path, read_json, writable_folder, write_json
@@ -76,7 +77,12 @@ def save_weights(path: Path, content: dict[str, Any]) -> None:
 
 
 def save_transformer(folder: Path, state: dict[str, Tensor], config: dict[str, Any]) -> None:
-    """Write a transformer's weights and config.json in diffusers' layout."""
+    """Write a transformer's weights and config.json in diffusers' layout.
+
+    Raises:
+        UserError: if a weight is not a finite number.
+    """
+    check_weights(state, folder)
     save_weights(folder / TRANSFORMER_FILE, state)
     write_json(folder / "config.json", {"_class_name": "WanTransformer3DModel", **config})
 
@@ -127,7 +133,12 @@ def _read_file(path: Path) -> dict[str, Any]:
         if path.suffix == ".safetensors":
             return load_file(path)
         # Only the zip format of torch.save can be mapped; the older format is read at once.
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        is_zip = zipfile.is_zipfile(path)
+        if is_zip:
+            check_zip(path)  # torch.load ignores the checksums
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except UserError:
+        raise
     except _UNREADABLE as error:
         if code := re.search(r"GLOBAL (\S+)", str(error)):
             raise UserError(

@@ -15,6 +15,16 @@ from diffusers.models.modeling_utils import no_init_weights
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
 
+from model.weight_checks import (
+    check_class,
+    check_heads,
+    check_latent_statistics,
+    check_text_heads,
+    check_tokenizer_class,
+    check_vocabulary,
+    check_weights,
+    head_dim,
+)
 from model.weight_files import HOW_TO_DOWNLOAD, read_checkpoint, read_model_json, read_state
 from model.weight_names import UMT5_NAMES, State, listed, num_layers, rename
 from utils.errors import UserError
@@ -26,6 +36,7 @@ WAN_HEAD_DIM = 128  # of every published Wan2.1 transformer
 NATIVE_TEXT_ENCODER = "models_t5_umt5-xxl-enc-bf16.pth"
 NATIVE_TOKENIZER = "google/umt5-xxl"
 NATIVE_VAE = "Wan2.1_VAE.pth"
+TOKENIZERS = ("T5Tokenizer", "ByT5Tokenizer")  # of model folders that name no class
 # All files that a DiT, a VAE or an embedding depends on, in either layout of a model folder.
 TRANSFORMER_FILES = ("transformer/*", "*.safetensors", "*.json")
 VAE_FILES = ("vae/*", NATIVE_VAE)
@@ -67,7 +78,7 @@ def load_into(net: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
         source: origin of the weights, for error messages.
 
     Raises:
-        UserError: if a name is missing or unexpected, or has another shape.
+        UserError: if a name is missing or unexpected, or has another shape, or a weight is not a finite number.
     """
     expected = net.state_dict()
     problems = {
@@ -83,8 +94,11 @@ def load_into(net: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
             f"{source} does not fit the network{sizes}; take weights of the same architecture. Names: {found}"
         )
     on_meta = any(tensor.is_meta for tensor in expected.values())
+    check_weights(state, source)
     if on_meta:
+        casts = [name for name, tensor in expected.items() if tensor.dtype != state[name].dtype]
         state = {name: aligned(state[name].to(tensor.dtype)) for name, tensor in expected.items()}
+        check_weights({name: state[name] for name in casts}, source)  # float16 ends at 65504
     net.load_state_dict(dict(state), assign=on_meta)
 
 
@@ -120,7 +134,9 @@ def build_from_state(
         net = make()
     for name, parameter in net.named_parameters():
         in_fp32 = dtype and not set(fp32).isdisjoint(name.split("."))
-        parameter.data = parameter.data.to(torch.float32 if in_fp32 else dtype or state.get(name, parameter).dtype)
+        stored = state.get(name, parameter).dtype
+        stored = stored if stored.is_floating_point else parameter.dtype  # an error when it is loaded
+        parameter.data = parameter.data.to(torch.float32 if in_fp32 else dtype or stored)
     load_into(net, state, str(source))
     return net.eval()
 
@@ -229,10 +245,11 @@ class ModelDirectory:
         config = {name: value for name, value in read_model_json(file).items() if not name.startswith("_")}
         if self.layout == "native":
             config = NATIVE_DEFAULTS | {NATIVE_CONFIG[name]: v for name, v in config.items() if name in NATIVE_CONFIG}
-            config["attention_head_dim"] = config.pop("dim") // config["num_attention_heads"]
+            config["attention_head_dim"] = head_dim(config.pop("dim"), config["num_attention_heads"], file)
         more_channels = config.get("in_channels") != (config.get("out_channels") or config.get("in_channels"))
         if more_channels or config.get("image_dim") is not None or config.get("added_kv_proj_dim") is not None:
             raise UserError(f"{file} describes an image-to-video transformer; choose a text-to-video (T2V) model")
+        check_heads(config, file)
         return config
 
     def load_transformer(
@@ -254,7 +271,11 @@ class ModelDirectory:
             use_ema: load the checkpoint's moving average; see `read_checkpoint`.
         """
         own = Path(weights) / "config.json" if weights else None
-        config = read_model_json(own) if own is not None and own.is_file() else self.transformer_config(subfolder)
+        if own is not None and own.is_file():
+            config = read_model_json(own)
+            check_heads(config, own)
+        else:
+            config = self.transformer_config(subfolder)
         source = Path(weights or (self.path / subfolder if self.layout == "diffusers" else self.path))
         state = read_checkpoint(source, use_ema)
         fp32 = getattr(net_class, "_keep_in_fp32_modules", None) or ()
@@ -265,11 +286,14 @@ class ModelDirectory:
         """Load the text encoder, and the tokenizer of the class that its tokenizer_config.json names."""
         if self.layout == "diffusers":
             source, tokens = self.path / "text_encoder", self.path / "tokenizer"
-            state, config = read_state(source), UMT5Config.from_dict(read_model_json(source / "config.json"))
+            sizes = read_model_json(source / "config.json")
+            check_text_heads(sizes, source / "config.json")
+            state, config = read_state(source), UMT5Config.from_dict(sizes)
         else:
             source, tokens = self.path / NATIVE_TEXT_ENCODER, self.path / NATIVE_TOKENIZER
             state = rename(read_state(source), UMT5_NAMES)
             config = infer_umt5_config(state)
+        self._check_tokenizer_class(tokens)
         shared = state.get("shared.weight", state.get("encoder.embed_tokens.weight"))
         if shared is not None:  # the model has this tensor under two names; a file may have either or both
             state |= {"shared.weight": shared, "encoder.embed_tokens.weight": shared}
@@ -278,17 +302,32 @@ class ModelDirectory:
         encoder = build_from_state(lambda: UMT5EncoderModel(config), state, source, dtype, fp32)
         encoder.set_input_embeddings(encoder.shared)
         try:
-            return encoder, AutoTokenizer.from_pretrained(tokens, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(tokens, local_files_only=True)
         except (OSError, ValueError) as error:
             raise UserError(f"cannot load the tokenizer in {tokens} ({error}); copy or download it again") from None
+        check_vocabulary(tokenizer, len(encoder.shared.weight), tokens)
+        return encoder, tokenizer
+
+    def _check_tokenizer_class(self, folder: Path) -> None:
+        """Check the tokenizer's class against model_index.json; its absence is reported when it is loaded."""
+        expected = TOKENIZERS
+        if self.layout == "diffusers":
+            entry = read_model_json(self.path / "model_index.json").get("tokenizer")
+            expected = (str(entry[1]),) if isinstance(entry, list) and len(entry) == 2 else expected
+        file = folder / "tokenizer_config.json"
+        if file.is_file():
+            check_tokenizer_class(read_model_json(file), expected, folder)
 
     def load_vae(self, dtype: torch.dtype | None = None) -> AutoencoderKLWan:
         """Load the video VAE. Wan's own file has no configuration: it is Wan2.1's, of the width found in the shapes."""
         if self.layout == "diffusers":
             source = self.path / "vae"
             state, config = read_state(source), read_model_json(source / "config.json")
+            check_class(config, "AutoencoderKLWan", source / "config.json")
         else:
             source = self.path / NATIVE_VAE
             state = convert_wan_vae_to_diffusers(read_state(source))
             config = {"base_dim": len(state["encoder.conv_in.bias"])} if "encoder.conv_in.bias" in state else {}
-        return build_from_state(lambda: AutoencoderKLWan.from_config(config), state, source, dtype)
+        vae = build_from_state(lambda: AutoencoderKLWan.from_config(config), state, source, dtype)
+        check_latent_statistics(vae.config, source)
+        return vae

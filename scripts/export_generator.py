@@ -13,6 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from model.conversion import TORCH_SUFFIXES, weights_suffix
+from model.weight_checks import check_weights
 from model.weight_files import save_transformer, save_weights
 from model.weight_names import export_state
 from trainer.checkpoints import CONFIG_FILE, find_checkpoint, read_tensors
@@ -40,9 +41,12 @@ def main() -> None:
     prefix = "nets/generator/" if config.train.objective == "score_distillation" else "nets/net/"
     if suffix in TORCH_SUFFIXES:
         states = {"generator": read_tensors(checkpoint, prefix), "generator_ema": read_tensors(checkpoint, "ema/")}
+        for key, state in states.items():
+            check_weights(state, f"{checkpoint} ({key})")
         save_weights(args.output, {k: export_state(state, "generator")["generator"] for k, state in states.items()})
     else:
         state = read_tensors(checkpoint, "ema/" if args.use_ema else prefix)
+        check_weights(state, checkpoint)
         if suffix:
             save_weights(args.output, state)
         else:

@@ -216,13 +216,15 @@ class Trainer:
         if not self.train_config.save:
             return
         state = self.state()
-        self._check_finite(state)
+        if bad := self._not_finite(state):
+            self.abort(f"{bad} is not finite")
         self.checkpoints.save(self.iteration, state, self.config_text())
 
-    def _check_finite(self, state: Mapping[str, Tensor]) -> None:
+    def _not_finite(self, state: Mapping[str, Tensor]) -> str:
+        """Return the name of a tensor with NaN or infinity on any rank; empty if there is none."""
         bad = [name for name, value in state.items() if not local_shard(value).isfinite().all()]
-        if max_over_ranks(len(bad), self.device):
-            self.abort(f"{bad[0] if bad else 'a tensor of another rank'} is not finite")
+        found = max_over_ranks(len(bad), self.device) > 0
+        return (bad[0] if bad else "a tensor of another rank") if found else ""
 
     def config_text(self) -> str:
         """Return the configuration as YAML, with the batch size that this world size resulted in."""
@@ -236,12 +238,14 @@ class Trainer:
         The batch size of the checkpoint is kept for any world size, unless the configuration sets one.
 
         Raises:
-            UserError: if the checkpoint belongs to another objective, or cannot be loaded.
+            UserError: if the checkpoint belongs to another objective, cannot be loaded, or holds NaN.
         """
         state = self.state()
         source = self.checkpoints.load(state, path)
         if source is None:
             return
+        if bad := self._not_finite(state):
+            raise UserError(f"{source} is damaged: {bad} is not finite; delete it to resume from the one before")
         self.iteration = int(state["iteration"])
         changes: list[str] = []
         if (source / CONFIG_FILE).exists():

@@ -293,3 +293,14 @@ def test_an_error_for_a_broken_checkpoint_names_the_previous_one(tmp_path, toy, 
     run = Trainer(again, toy(), str(tmp_path))
     run.train(resume=first)
     assert run.objective.iterations == [2, 3, 4, 5]
+
+
+def test_a_checkpoint_with_nan_is_not_resumed(tmp_path, toy, make_config, monkeypatch):
+    run = Trainer(make_config(max_iterations=2), toy(), str(tmp_path))
+    monkeypatch.setattr(run, "_not_finite", lambda state: "")
+    run.step()
+    run.ema.weights["0.bias"][1] = float("nan")
+    run.save()
+    run.checkpoints.finish()
+    with pytest.raises(UserError, match=r"checkpoints/\d+ is damaged: ema/0\.bias is not finite; delete it"):
+        Trainer(make_config(max_iterations=2), toy(), str(tmp_path)).train()

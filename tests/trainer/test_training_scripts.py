@@ -123,6 +123,21 @@ def test_an_exported_generator_makes_the_same_samples_as_the_run_in_every_format
     assert "model.blocks.0.self_attn.q.weight" in keys["generator"]
 
 
+@pytest.mark.parametrize("name", ["out.pt", "out.safetensors", "out"])
+def test_weights_with_nan_are_not_exported(run, tmp_path, call, monkeypatch, name):
+    read = export_generator.read_tensors
+
+    def damaged(checkpoint, prefix):
+        tensors = read(checkpoint, prefix)
+        tensors["blocks.0.attn1.to_q.bias"][0] = float("nan")
+        return tensors
+
+    monkeypatch.setattr(export_generator, "read_tensors", damaged)
+    code, _, err = call(export_generator, "--logdir", run.logdir, "--output", tmp_path / name)
+    assert code == 2 and "tensor blocks.0.attn1.to_q.bias holds NaN or infinity" in err
+    assert not (tmp_path / name).exists()
+
+
 def test_a_causal_initialisation_can_be_exported(world, tmp_path, call):
     output = world / "finished"
     run = train(world, "ode", "train.objective=ode_regression", f"train.output={output}", "train.max_iterations=1")
