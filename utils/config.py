@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from utils import config_checks
+from utils.config_files import parse_overrides, read_yaml_layers, refuse_functions, restore_off
 from utils.errors import UserError
 from utils.files import read_json
 
@@ -306,7 +306,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
     if not os.path.isfile(path):
         raise UserError(f"no config file {path}; see configs/ for those that exist")
     metadata = read_metadata(path)
-    files = _read_yaml(path) if metadata is None else [OmegaConf.create(metadata["config"])]
+    files = read_yaml_layers(path) if metadata is None else [OmegaConf.create(metadata["config"])]
     return _merge([OmegaConf.structured(Config), *files], overrides, path)
 
 
@@ -321,17 +321,11 @@ def override_config(config: Config, overrides: Sequence[str]) -> Config:
 
 def _merge(layers: list[Any], overrides: Sequence[str], source: str) -> Config:
     """Merge the layers, of which later ones win, and the overrides. Errors name `source`."""
-    for word in overrides:
-        if "=" not in word or word.startswith("-"):
-            raise UserError(f"cannot read {word!r}: options are --name value, config overrides are section.key=value")
+    changes = parse_overrides(overrides)
+    for layer in layers:
+        refuse_functions(layer, source)
     try:
-        # Quote the empty value of `key=`, because YAML would read it as null.
-        changes = OmegaConf.from_dotlist([f"{word}''" if word.endswith("=") else word for word in overrides])
-    except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"cannot read a value in {' '.join(overrides)}: it is not valid YAML ({reason})") from None
-    try:
-        merged = OmegaConf.merge(layers[0], *map(_restore_off, [*layers[1:], changes]))
+        merged = OmegaConf.merge(layers[0], *map(restore_off, [*layers[1:], changes]))
         config = OmegaConf.to_object(merged)
     except (OmegaConfBaseException, TypeError) as error:
         name = getattr(error, "full_key", "")
@@ -340,33 +334,6 @@ def _merge(layers: list[Any], overrides: Sequence[str], source: str) -> Config:
     assert isinstance(config, Config)
     config_checks.check_config(config)
     return config
-
-
-def _restore_off(values: Any) -> Any:
-    """Restore `wandb: off`, because YAML reads an unquoted off as false."""
-    train = OmegaConf.select(values, "train")
-    if isinstance(train, DictConfig) and train.get("wandb") is False:
-        train.wandb = "off"
-    return values
-
-
-def _read_yaml(path: str, children: tuple[str, ...] = ()) -> list[DictConfig]:
-    """Return the files that `path` inherits from, oldest first, then `path` itself; `children` inherit from it."""
-    path = os.path.normpath(path)
-    if path in children:
-        raise UserError(f"{children[-1]} inherits from {path}, which inherits from it")
-    try:
-        loaded = OmegaConf.load(path)
-    except OSError:
-        raise UserError(f"{children[-1]} inherits from {path}, which cannot be read") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(loaded, DictConfig):
-        raise UserError(f"{path} must hold a mapping of sections, see docs/config.md")
-    parent = loaded.pop("inherit", None)
-    if parent is None:
-        return [loaded]
-    return [*_read_yaml(os.path.join(os.path.dirname(path), str(parent)), (*children, path)), loaded]
 
 
 def read_metadata(path: str) -> dict[str, Any] | None:

@@ -1,0 +1,102 @@
+"""Readers of configuration files and of command-line overrides."""
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+
+from utils.errors import UserError
+
+
+def read_yaml_layers(path: str, children: tuple[str, ...] = ()) -> list[DictConfig]:
+    """Return the files that `path` inherits from, oldest first, then `path` itself; `children` inherit from it.
+
+    Raises:
+        UserError: for a missing or malformed file, a circle of `inherit`, or a `refuse_functions` error.
+    """
+    path = os.path.normpath(path)
+    if path in children:
+        raise UserError(f"{children[-1]} inherits from {path}, which inherits from it")
+    try:
+        loaded = OmegaConf.load(path)
+    except OSError:
+        raise UserError(f"{children[-1]} inherits from {path}, which cannot be read") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(loaded, DictConfig):
+        raise UserError(f"{path} must hold a mapping of sections, see docs/config.md")
+    refuse_functions(loaded, path)  # before `inherit` is read
+    parent = loaded.pop("inherit", None)
+    if parent is None:
+        return [loaded]
+    return [*read_yaml_layers(os.path.join(os.path.dirname(path), str(parent)), (*children, path)), loaded]
+
+
+def parse_overrides(overrides: Sequence[str]) -> DictConfig:
+    """Return the values of `section.key=value` arguments; `section.key=` is an empty string.
+
+    Raises:
+        UserError: for another word, a value that is no YAML, or a `refuse_functions` error.
+    """
+    for word in overrides:
+        if "=" not in word or word.startswith("-"):
+            raise UserError(f"cannot read {word!r}: options are --name value, config overrides are section.key=value")
+    try:
+        # Quote the empty value of `key=`, because YAML would read it as null.
+        changes = OmegaConf.from_dotlist([f"{word}''" if word.endswith("=") else word for word in overrides])
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"cannot read a value in {' '.join(overrides)}: it is not valid YAML ({reason})") from None
+    refuse_functions(changes, "the overrides")
+    return changes
+
+
+def restore_off(values: Any) -> Any:
+    """Restore `wandb: off`, because YAML reads an unquoted off as false."""
+    train = OmegaConf.select(values, "train")
+    if isinstance(train, DictConfig) and train.get("wandb") is False:
+        train.wandb = "off"
+    return values
+
+
+def refuse_functions(values: DictConfig, source: str) -> None:
+    """Check that no value calls a function of OmegaConf, such as `${oc.env:NAME}`.
+
+    A configuration is stored beside videos and checkpoints, printed and sent to W&B. A file from somebody else could
+    thus copy a password from the environment into all of them. References such as `${video.fps}` are allowed.
+
+    Raises:
+        UserError: naming the first such key and `source`.
+    """
+    for key, text in _strings(OmegaConf.to_container(values, resolve=False)):
+        if _calls_function(text):
+            raise UserError(
+                f"in {source}: {key.lstrip('.')} is {text}, but functions such as oc.env are not evaluated, because "
+                f'the configuration is stored and logged; write the value itself, or {key.lstrip(".")}="$NAME" in the '
+                "shell"
+            )
+
+
+def _strings(content: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Yield all strings in nested dicts and lists with their keys, such as `.model.base`."""
+    if isinstance(content, str):
+        yield key, content
+    elif isinstance(content, dict):
+        for name, value in content.items():
+            yield from _strings(value, f"{key}.{name}")
+    elif isinstance(content, list):
+        for index, value in enumerate(content):
+            yield from _strings(value, f"{key}[{index}]")
+
+
+def _calls_function(text: str) -> bool:
+    """Return whether a colon stands inside `${...}`; the grammar of OmegaConf has it only in calls."""
+    depth = 0
+    for token in re.findall(r"\$\{|[}:]", text):
+        if token == ":" and depth:
+            return True
+        depth = max(0, depth + {"${": 1, "}": -1, ":": 0}[token])
+    return False
