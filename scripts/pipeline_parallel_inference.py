@@ -67,7 +67,9 @@ def generate(args: argparse.Namespace, config: Config) -> None:
     request = PipelineRequest(
         config, folder, items, condition, args.save_latents, args.overwrite, args.no_dac, profile_prefix=prefix
     )
-    profiles = run_pipelines(request)
+    summary, profiles = run_pipelines(request)
+    if rank() == 0:
+        print(summary)
     if profiles:
         from evaluation.plots import save_timeline_plot
 

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
+from typing import NoReturn
 
 import torch.distributed as dist
 
@@ -120,7 +121,7 @@ class PeerMonitor:
         """Return whether a rank that has finished has yet to report its exit, and is alive."""
         return not self._process_is_gone(other) and not self.store.check([f"exiting/{other}"])
 
-    def fail(self, reason: str) -> None:
+    def fail(self, reason: str) -> NoReturn:
         """Exit this process, so that the run ends. Only the rank that fails first prints the reason."""
         with self._lock:  # never released: only one thread of this process may fail
             try:
@@ -140,7 +141,7 @@ class PeerMonitor:
                 time.sleep(2)  # time for the others to read the store, which rank 0 may serve
             os._exit(1)
 
-    def fail_after(self, error: BaseException) -> None:
+    def fail_after(self, error: BaseException) -> NoReturn:
         """Exit after an exception. Name a dead rank as the cause if there is one, otherwise this rank."""
         self._fail_with_others()
         self.fail(f"rank {self.rank} ({self.roles[self.rank]}): {type(error).__name__}: {error}")

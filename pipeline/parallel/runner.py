@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from pipeline.build import build_schedule
-from pipeline.generate import check_request, missing_videos
+from pipeline.build import build_schedule, num_pixel_frames
+from pipeline.generate import RunSummary, check_request, missing_videos
 from pipeline.output import VideoFiles, VideoJob
 from pipeline.parallel.peers import PeerMonitor, connect_store
 from pipeline.parallel.profile import RankProfile, Recorder
@@ -58,13 +58,13 @@ def plan_ranks(config: Config, condition: str) -> tuple[list[Pipeline], Schedule
     return plan_pipelines(world_size(), schedule), schedule
 
 
-def run_pipelines(request: PipelineRequest) -> list[RankProfile]:
+def run_pipelines(request: PipelineRequest) -> tuple[RunSummary, list[RankProfile]]:
     """Make the missing videos of a request; call this on all ranks.
 
     If a rank fails or dies, all ranks exit and one of them prints the reason.
 
     Returns:
-        The profiles of all ranks, on rank 0 of a run with `profile_prefix`; otherwise nothing.
+        The summary of the run, and on rank 0 of a run with `profile_prefix` the profiles of all ranks.
 
     Raises:
         UserError: for a request that cannot be fulfilled, before any weights are loaded.
@@ -84,6 +84,7 @@ def run_pipelines(request: PipelineRequest) -> list[RankProfile]:
     worker: PipelineRank | None = None
     store, monitor = _join(roles, on_failure=lambda: "" if worker is None else worker.keep_unfinished())
     profiles: list[RankProfile] = []
+    started = time.perf_counter()
     try:
         if jobs := _share_jobs(request, missing, store):
             device = pick_own_device(request.config.runtime.device)  # after joining, so that all ranks see a failure
@@ -102,17 +103,24 @@ def run_pipelines(request: PipelineRequest) -> list[RankProfile]:
             )
             dist.barrier()
             recorder.restart()
+            started = time.perf_counter()
             worker.make_videos(jobs)
             if recorder.enabled:
                 profiles = _collect_profiles(request.profile_prefix, roles, recorder, store)
         monitor.finish()
+        seconds = time.perf_counter() - started
     except UserError as error:
         monitor.fail(str(error))
     except BaseException as error:
         monitor.fail_after(error)
     if dist.is_initialized():
         dist.destroy_process_group()
-    return profiles
+    return _summary(request, len(jobs), seconds), profiles
+
+
+def _summary(request: PipelineRequest, written: int, seconds: float) -> RunSummary:
+    pixel_frames = written * num_pixel_frames(request.config.video.num_output_frames)
+    return RunSummary(written, len(request.items) - written, request.folder, seconds, pixel_frames)
 
 
 def _missing_stems(request: PipelineRequest) -> list[str]:

@@ -65,10 +65,12 @@ def test_a_rerun_makes_only_missing_videos(inputs, run_ranks, tmp_path):
     run_ranks(folder, 2, *words)
     (folder / "a red circle-0.mp4").unlink()
     before = (folder / "a blue square-0.mp4").stat().st_mtime_ns
-    assert "1 of 2 videos exist already" in run_ranks(folder, 2, *words)
+    output = run_ranks(folder, 2, *words)
+    assert "1 of 2 videos exist already" in output
+    assert output.count(f"wrote 1 video (1 existed) to {folder} in ") == 1  # by rank 0 only
     assert (folder / "a red circle-0.mp4").exists()
     assert (folder / "a blue square-0.mp4").stat().st_mtime_ns == before
-    run_ranks(folder, 2, *words)  # nothing to do
+    assert f"wrote 0 videos (2 existed) to {folder}" in run_ranks(folder, 2, *words)
 
 
 def test_the_profile_has_every_op_and_a_timeline(run_ranks, tmp_path):
