@@ -40,7 +40,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def read_config(args: argparse.Namespace) -> Config:
-    """Load the configuration with the changes of the command line."""
+    """Load the configuration and apply the changes of the command line."""
     flags = {
         "distill.min_exit_step": args.min_exit_step,
         "train.wandb": "off" if args.disable_wandb else None,
@@ -66,10 +66,10 @@ def main() -> None:
     if not args.logdir:
         raise UserError("choose a folder for checkpoints and logs: --logdir DIR")
     if not config.train.objective:
-        raise UserError(f"{args.config_path} sets no train.objective; configs/hiar.yaml and configs/shapes/ do")
+        raise UserError(f"{args.config_path} sets no train.objective; use a file such as configs/hiar.yaml")
     num_micro_batches(config.train, world_size())  # raises an error if the batch does not divide evenly
 
-    # Import heavy modules only after the arguments are checked.
+    # Import heavy modules after the arguments are checked, so that errors appear at once.
     import shapes.objectives  # noqa: F401 -- registers the miniature's objectives
     from trainer.logging import check_wandb
     from trainer.objectives import build_objective

@@ -17,7 +17,7 @@ from model.weight_checks import check_weights
 from model.weight_files import save_transformer, save_weights
 from model.weight_names import export_state
 from trainer.checkpoints import CONFIG_FILE, find_checkpoint, read_tensors
-from trainer.planner import student_config
+from trainer.planner import trained_dit_config
 from utils.config import DIT_OBJECTIVES, load_config
 from utils.errors import UserError, command
 
@@ -50,7 +50,7 @@ def main() -> None:
         if suffix:
             save_weights(args.output, state)
         else:
-            save_transformer(args.output, state, student_config(config))
+            save_transformer(args.output, state, trained_dit_config(config))
     print(f"wrote {args.output} from {checkpoint}")
 
 

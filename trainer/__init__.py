@@ -1,6 +1,6 @@
-"""Training. trainer.py is the loop, objectives/ holds what it trains and datasets/ what it reads.
+"""Training: trainer.py is the loop, objectives/ holds the networks with their losses, datasets/ the training data.
 
-networks.py builds the networks, and sharding.py spreads them over ranks. The loop consists of optim.py, ema.py,
-divergence.py, stop_signal.py, checkpoints.py, resume.py, logging.py, banner.py and sampling.py. planner.py estimates
-the memory of a run.
+networks.py builds DiTs, and sharding.py shards them over ranks. The loop uses optim.py, ema.py, divergence.py,
+stop_signal.py, checkpoints.py, resume.py, logging.py, banner.py and sampling.py. planner.py estimates the memory of a
+run.
 """

@@ -1,4 +1,4 @@
-"""What train.py prints before the first iteration and after the last one."""
+"""The text that train.py prints before the first iteration and after the last one."""
 
 from pathlib import Path
 

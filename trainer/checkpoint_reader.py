@@ -1,8 +1,8 @@
 """A reader of training checkpoints that never runs code from the checkpoint.
 
-torch.distributed.checkpoint stores `.metadata` as a pickle and reads it with `pickle.load`, which executes whatever the
-pickle names. It also unpickles every entry that the metadata declares as bytes. This reader admits only the classes
-that torch itself writes into `.metadata`, and only tensor entries.
+torch.distributed.checkpoint stores `.metadata` as a pickle and reads it with `pickle.load`, which can run any
+code. It also unpickles every entry that the metadata declares as bytes. This reader accepts only tensor entries, and
+in `.metadata` only the classes that torch itself writes there.
 """
 
 import io
@@ -38,7 +38,7 @@ class _MetadataUnpickler(pickle.Unpickler):
             module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         ):
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f".metadata names {module}.{name}, which no checkpoint needs")
+        raise pickle.UnpicklingError(f".metadata names {module}.{name}, which is not part of a checkpoint")
 
 
 def read_checkpoint_metadata(checkpoint: Path) -> Metadata:
@@ -46,7 +46,7 @@ def read_checkpoint_metadata(checkpoint: Path) -> Metadata:
 
     Raises:
         OSError: if the folder has no `.metadata`.
-        pickle.UnpicklingError: if `.metadata` names anything but the classes of a checkpoint, or is cut off.
+        pickle.UnpicklingError: if `.metadata` is truncated, or contains classes that no checkpoint uses.
     """
     metadata = _MetadataUnpickler(io.BytesIO((checkpoint / METADATA_FILE).read_bytes())).load()
     if not isinstance(metadata, Metadata) or not isinstance(metadata.state_dict_metadata, dict):

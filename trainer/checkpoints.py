@@ -30,8 +30,8 @@ _RESUMED_FROM = "resumed_from"  # file in checkpoints/: path of the checkpoint t
 class Checkpoints:
     """The folder `checkpoints/` of a run, with one folder per saved iteration in torch.distributed.checkpoint's format.
 
-    A checkpoint gets its final name when it is completely on disk, even if the run is killed meanwhile. Each rank
-    writes its own shards; a run of any world size can load them.
+    A checkpoint gets its final name only when it is complete on disk, so a killed run leaves no broken checkpoint. Each
+    rank writes its own shards; a run of any world size can load them.
     """
 
     def __init__(self, logdir: Path, keep: int):
@@ -82,9 +82,9 @@ class Checkpoints:
         """Load a checkpoint into the tensors of `state` and return its folder; None if the run has no checkpoint.
 
         Args:
-            path: the checkpoint to start from; default: the newest. It may belong to another run, if this run has no
-                checkpoints yet, or to this run; then later checkpoints are renamed to abandoned-*. If the same path is
-                given again, the run resumes from its newest checkpoint.
+            path: the checkpoint to start from; default: the newest of this run. If it belongs to this run, later
+                checkpoints are renamed to abandoned-*. If it belongs to another run, this run must have no checkpoints
+                yet. Called again with the same path, the run resumes from its newest checkpoint.
 
         Raises:
             UserError: if `path` is not a checkpoint or conflicts with those of the run; if the checkpoint is broken or
@@ -184,7 +184,7 @@ def find_checkpoint(logdir: Path, iteration: int | None = None) -> Path:
 
 
 def read_tensors(checkpoint: Path, prefix: str) -> dict[str, Tensor]:
-    """Return the full tensors whose names start with `prefix`, by the rest of the name. A single process can call it.
+    """Return the unsharded tensors with names that start with `prefix`; the prefix is removed. Needs no process group.
 
     Raises:
         UserError: if the checkpoint is broken or has no such tensors.

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from utils.config import TrainConfig
 
 WATCHED_LOSSES = ("loss", "critic", "forward_kl")
-"""Metrics whose sudden growth stops a run."""
-_HISTORY = 100  # latest values of a loss that the median is taken of
+"""Metrics that stop a run if they grow suddenly."""
+_HISTORY = 100  # latest values of a loss that enter the median
 _MIN_HISTORY = 20
 
 
@@ -24,7 +24,8 @@ class DivergenceCheck:
         """Return one phrase per value that is not finite or far too large; empty if training can go on.
 
         Args:
-            name: the network that the metrics and the gradient belong to.
+            metrics: losses and other values of this update.
+            name: network that the metrics and the gradient belong to.
             grad_norm: norm before clipping.
         """
         losses = {key: metrics[key] for key in WATCHED_LOSSES if key in metrics}

@@ -16,7 +16,7 @@ class EMA:
         """
         Args:
             decay: weight of the old average in an update, from 0 to below 1.
-            start: first iteration with this decay; until then the EMA equals the weights. 0: the decay rises as
+            start: up to this iteration, counted from 0, the EMA equals the weights. With 0 the decay rises as
                 (1 + iteration) / (10 + iteration) up to `decay`, because early weights are random.
         """
         self.decay = decay

@@ -23,8 +23,8 @@ class MetricsLog:
     def __init__(self, logdir: Path, config: Config, iteration: int):
         """
         Args:
-            iteration: where the run starts. Later lines of the file are deleted: a killed run may have logged
-                iterations that its last checkpoint lacks.
+            iteration: the iteration that the run starts from. Later lines of the file are deleted: a killed run may
+                have logged iterations after its last checkpoint.
 
         Raises:
             UserError: if W&B cannot start.
@@ -53,7 +53,7 @@ class MetricsLog:
             self._wandb.finish()
 
     def write(self, iteration: int, metrics: Mapping[str, float]) -> None:
-        """Add the metrics of one iteration; log their means if a line is due."""
+        """Add the metrics of one iteration; every `train.log_every` iterations, log their means."""
         if rank() > 0:
             return
         for name, value in metrics.items():
@@ -115,10 +115,10 @@ def read_curves(logdir: Path, smooth: int = 1) -> dict[str, tuple[np.ndarray, np
 
 
 def check_wandb(mode: str) -> None:
-    """Check the W&B credentials before anything is loaded. It never prompts for them.
+    """Check that W&B has credentials, without prompting for them.
 
     Args:
-        mode: `train.wandb`.
+        mode: value of `train.wandb`.
 
     Raises:
         UserError: if an online run has no credentials.

@@ -1,4 +1,4 @@
-"""Builds the networks that training uses, compiled, checkpointed and sharded, and exports them."""
+"""Builds the DiTs of a training run: weights, activation checkpointing, compilation, sharding. Also exports them."""
 
 import contextlib
 from contextlib import AbstractContextManager

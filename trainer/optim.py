@@ -50,7 +50,8 @@ class Muon(torch.optim.Optimizer):
 def orthogonalise(matrix: Tensor, iterations: int = 5) -> Tensor:
     """Return a matrix with the same singular vectors and all singular values near one, float32.
 
-    It runs Newton-Schulz iterations with Muon's quintic coefficients.
+    Args:
+        iterations: Newton-Schulz iterations, with Muon's quintic coefficients.
     """
     x = matrix.float()
     x = x / (x.norm() + 1e-7)

@@ -1,4 +1,4 @@
-"""Estimates the memory of a training run per rank from tensor shapes. Nothing is loaded or computed."""
+"""Estimates the memory of a training run per rank from tensor shapes, without loading weights."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from utils.files import read_json
 Module = TypeVar("Module", bound=nn.Module)
 
 GB = 1e9
-_GPU_GB = 80  # memory of the GPUs that are common for training
+_GPU_GB = 80  # memory of common training GPUs
 _GPUS_PER_MACHINE = 8
 
 Rows = list[tuple[str, float]]  # label and size in bytes
@@ -65,26 +65,26 @@ def memory_plan(config: Config, world_size: int) -> str:
 
 
 def memory_rows(config: Config, nets: list[NetworkSize], world_size: int) -> Rows:
-    """Return everything that occupies memory on each rank."""
-    student, frames, shards = nets[0].config, config.data.num_frames, num_shards(config, world_size)
+    """Return one row for each use of memory on a rank."""
+    trained_dit, frames, shards = nets[0].config, config.data.num_frames, num_shards(config, world_size)
     rows = [row for net in nets for row in network_rows(config, net, net is nets[0], shards)]
     if shards > 1 and (accumulating := accumulating_nets(config, nets, world_size)):
         largest = max(accumulating, key=lambda net: net.num_parameters)
         rows.append((f"{largest.name}: unsharded float32 gradients while they accumulate", 4 * largest.num_parameters))
     distilled = config.train.objective == "score_distillation"
     if distilled:
-        rows += rollout_rows(config, student)
+        rows += rollout_rows(config, trained_dit)
     # The rollout's memory is free by then, but fragmented memory cannot always be reused.
     users = " (critic, forward KL)" if distilled else ""
-    rows.append((f"activations of {frames} frames{users}", activation_bytes(config, student, frames)))
+    rows.append((f"activations of {frames} frames{users}", activation_bytes(config, trained_dit, frames)))
     if shards > 1 and config.train.sample_every > 0:
         size = DTYPES[config.train.dtype].itemsize * nets[0].num_parameters
         rows.append((f"{nets[0].name}: unsharded copy for sample videos ({config.train.dtype})", size))
-    return rows + encoder_and_vae_rows(config, student, shards)
+    return rows + encoder_and_vae_rows(config, trained_dit, shards)
 
 
 def network_rows(config: Config, net: NetworkSize, has_ema: bool, shards: int) -> Rows:
-    """Return what a network occupies during the whole run, and the layers that are gathered for a pass."""
+    """Return a network's rows: weights, gradients, EMA, optimizer state, and layers gathered for a pass."""
     count, element = net.num_parameters, DTYPES[config.train.dtype].itemsize
     if net.trained:
         tensors = "float32 weights, gradients" + (", EMA" if has_ema else "")
@@ -109,17 +109,17 @@ def accumulating_nets(config: Config, nets: list[NetworkSize], world_size: int) 
     return [net for net in nets if net.trained and (several_micro_batches or (several_losses and net is nets[0]))]
 
 
-def rollout_rows(config: Config, student: dict) -> Rows:
-    """Return what the generator's rollouts keep for the backward pass: KV caches, the blocks' context, activations."""
+def rollout_rows(config: Config, trained_dit: dict) -> Rows:
+    """Return the rows of the generator's rollouts: KV caches, the blocks' context, and activations."""
     train, distill, block = config.train, config.distill, config.rollout.block_frames
-    frames, longest, layers = config.data.num_frames, distill.max_rollout_frames, student["num_layers"]
+    frames, longest, layers = config.data.num_frames, distill.max_rollout_frames, trained_dit["num_layers"]
     context, _ = context_frames(config.rollout, longest)
     written = longest - block
     cached = context + (longest - frames if distill.block_backward and written > context else 0)
     contexts = block_contexts(config)
     in_graph = block if distill.block_backward else frames
     # Keys and values of one frame in one layer.
-    frame = 2 * train.batch_size * frame_tokens(config, student) * width(student) * DTYPES[train.dtype].itemsize
+    frame = 2 * train.batch_size * frame_tokens(config, trained_dit) * width(trained_dit) * DTYPES[train.dtype].itemsize
     rows: Rows = [(f"KV cache of a rollout, {cached} frames", layers * (cached + block) * frame)]
     if forward_kl_has_rollout(config):
         own, _ = context_frames(config.rollout, frames)
@@ -134,12 +134,12 @@ def rollout_rows(config: Config, student: dict) -> Rows:
         label = f"keys and values of context and block in every layer, {stored} frames"
         rows.append((label, layers * stored * frame))
     label = f"activations of {in_graph} frames of the generator"
-    rows.append((label, activation_bytes(config, student, in_graph)))
+    rows.append((label, activation_bytes(config, trained_dit, in_graph)))
     return rows
 
 
 def block_contexts(config: Config) -> list[int]:
-    """Return the frames of context of each block whose graph exists at the same time, in the most expensive case."""
+    """Return the context frames of the blocks that have a graph at the same time, in the most expensive case."""
     rollout, distill, clip_frames = config.rollout, config.distill, config.data.num_frames
 
     def contexts(frames: int, first: int) -> list[int]:
@@ -147,7 +147,7 @@ def block_contexts(config: Config) -> list[int]:
         return [min(start, context) for start in range(first, frames, rollout.block_frames)]
 
     lengths = range(clip_frames, max(clip_frames, distill.max_rollout_frames) + 1, rollout.block_frames)
-    # A longer rollout is cut to its end, and the first block of the end is not trained.
+    # Of a longer rollout only the last `clip_frames` are trained, without their first block.
     cases = [contexts(n, n - clip_frames + (rollout.block_frames if n > clip_frames else 0)) for n in lengths]
     if distill.block_backward:
         cases = [[max(case)] for case in cases if case]
@@ -176,7 +176,7 @@ def activation_bytes(config: Config, net: dict, frames: int) -> float:
     return net["num_layers"] * tokens * width(net) * element + layer
 
 
-def encoder_and_vae_rows(config: Config, student: dict, shards: int = 1) -> Rows:
+def encoder_and_vae_rows(config: Config, trained_dit: dict, shards: int = 1) -> Rows:
     """Return the weights of the text encoder, unless `model.text_cache` replaces it, and of the VAEs.
 
     Rollouts longer than a clip need one VAE, sample videos another.
@@ -184,7 +184,7 @@ def encoder_and_vae_rows(config: Config, student: dict, shards: int = 1) -> Rows
     rows: Rows = []
     train, folder = config.train, Path(config.model.base)
     if not config.model.text_cache:
-        sizes = component_config(folder / "text_encoder") or text_encoder_preset(student["text_dim"], folder)
+        sizes = component_config(folder / "text_encoder") or text_encoder_preset(trained_dit["text_dim"], folder)
         dtype = "float32" if config.runtime.device == "cpu" else config.model.dtype
         encoder = on_meta(lambda: UMT5EncoderModel(UMT5Config.from_dict(sizes)))
         element = DTYPES[dtype].itemsize
@@ -215,16 +215,16 @@ def num_shards(config: Config, world_size: int) -> int:
 def dit_sizes(config: Config) -> list[NetworkSize]:
     """Return the sizes of the DiTs of a run, counted on the meta device. The trained result comes first."""
     if config.train.objective != "score_distillation":
-        return [network_size("net", student_config(config), True)]
+        return [network_size("net", trained_dit_config(config), True)]
     base = base_config(config.model.base)
     return [
-        network_size("generator", student_config(config), True),
+        network_size("generator", trained_dit_config(config), True),
         network_size("critic", base, True),
         network_size("teacher", base_config(config.teacher.base or config.model.base), False),
     ]
 
 
-def student_config(config: Config) -> dict:
+def trained_dit_config(config: Config) -> dict:
     """Return the configuration of the trained DiT: a preset's if it starts from random weights, else the base's."""
     if not config.train.init and config.train.network in presets.TRANSFORMERS:
         return presets.TRANSFORMERS[config.train.network]

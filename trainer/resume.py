@@ -1,4 +1,4 @@
-"""What differs between the configuration of a checkpoint and that of the run that resumes from it."""
+"""Compares the configuration of a checkpoint with that of the run that resumes from it."""
 
 from dataclasses import fields
 

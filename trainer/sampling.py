@@ -1,4 +1,4 @@
-"""Sample videos during training: causal networks by inference's pipeline, bidirectional ones like a teacher."""
+"""Writes sample videos during training: by rollouts for causal networks, by an ODE solver for bidirectional ones."""
 
 from collections.abc import Sequence
 from copy import deepcopy
@@ -41,7 +41,7 @@ class VideoSampler:
         """
         Args:
             captions: training captions; the first ones are used if `train.sample_prompts` is empty.
-            bidirectional: solve the ODE of whole clips with the settings of `config.teacher`, instead of a rollout.
+            bidirectional: solve the ODE of whole clips with the settings of `config.teacher`; otherwise run rollouts.
         """
         self.net, self.embeddings, self.captions, self.bidirectional = net, embeddings, captions, bidirectional
         self.config = deepcopy(config)
@@ -52,7 +52,7 @@ class VideoSampler:
 
     @cached_property
     def vae(self) -> WanVAE:
-        """The VAE, loaded for the first videos."""
+        """The VAE, loaded on first use."""
         directory = ModelDirectory.open(self.config.model.base)
         return WanVAE(directory.load_vae(DTYPES[self.config.train.dtype]).to(self.net.device))
 
@@ -65,8 +65,8 @@ class VideoSampler:
     def write(self, folder: Path) -> None:
         """Write one video per prompt to `folder`. All ranks must call this.
 
-        The collective work comes first: copying a sharded network and encoding the prompts. After it no rank waits for
-        another, so a video that fails prints a note and training continues.
+        The collective work comes first: copying a sharded network and encoding the prompts. After that, no rank waits
+        for another. So if a video fails, a note is printed and training continues.
         """
         sharded, dtype = self.config.train.sharding != "replicate", DTYPES[self.config.train.dtype]
         net = unsharded_copy(self.net, dtype) if sharded else self.net

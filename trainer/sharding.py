@@ -1,4 +1,4 @@
-"""How ranks share networks, gradients and batches: as replicas with summed gradients, or as FSDP2 shards."""
+"""Divides networks, gradients and batches among ranks: replicas with summed gradients, or FSDP2 shards."""
 
 import math
 import warnings
@@ -22,7 +22,7 @@ from utils.process_group import sum_over_ranks
 
 
 def shard_transformer(net: CausalWanModel, config: TrainConfig, device: torch.device) -> None:
-    """Shard a DiT over the ranks by `train.sharding` and make it compute in `train.dtype`; nothing for "replicate".
+    """Shard a DiT over the ranks by `train.sharding`, with computation in `train.dtype`; "replicate" changes nothing.
 
     The float32 weights are gathered layer by layer in `train.dtype`, and gradients are reduced in float32. FSDP2
     gathers weights only in `forward`, so other methods that use weights are registered.
@@ -98,7 +98,7 @@ def sync_gradients(net: nn.Module, enabled: bool) -> None:
 
 
 def loss_scale(net: nn.Module, num_micro_batches: int) -> float:
-    """Return the factor on each micro-batch's loss that makes the accumulated gradient that of the batch mean."""
+    """Return the factor for each micro-batch's loss, so that the accumulated gradient is that of the batch mean."""
     # FSDP2 averages gradients over the ranks, replicas sum them.
     return (world_size() if isinstance(net, FSDPModule) else 1) / num_micro_batches
 

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a run after the current iteration, with a checkpoint."""
+"""Catches Ctrl-C and SIGTERM, so that a run ends after the current iteration with a checkpoint."""
 
 import signal
 import sys

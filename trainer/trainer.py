@@ -47,7 +47,7 @@ class Trainer:
         if self.train_config.output and rank() == 0:
             writable_folder(self.train_config.output)
         if self.train_config.sample_every:
-            read_captions(self.train_config.sample_prompts)  # report a bad file now, not hours later
+            read_captions(self.train_config.sample_prompts)  # reports a bad file before training
         self.optimizers = {
             name: build_optimizers(net, self.train_config, objective.learning_rate(name))
             for name, net in objective.nets.items()
@@ -127,8 +127,8 @@ class Trainer:
         """
         net = self.objective.nets[name]
         metrics = self.accumulate(name)
-        for used in self.objective.nets.values():  # gradients and optimizer state belong to the shards
-            reshard(used)
+        for trained in self.objective.nets.values():  # gradients and optimizer state belong to the shards
+            reshard(trained)
         norm = clip_gradients(net.parameters(), self.train_config.grad_clip)
         if problems := self.divergence.problems(metrics, name, norm):
             self.abort(", ".join(problems))
@@ -227,15 +227,18 @@ class Trainer:
         return (bad[0] if bad else "a tensor of another rank") if found else ""
 
     def config_text(self) -> str:
-        """Return the configuration as YAML, with the batch size that this world size resulted in."""
+        """Return the configuration as YAML, with the total batch size filled in."""
         config = deepcopy(self.config)
         config.train.total_batch_size = self.num_micro_batches * config.train.batch_size
         return config.to_yaml()
 
     def resume(self, path: Path | None = None) -> None:
-        """Load the newest checkpoint of the log folder, or start from `path`, and print what changed since.
+        """Load the newest checkpoint of the log folder, or start from `path`, and print the changed configuration keys.
 
-        The batch size of the checkpoint is kept for any world size, unless the configuration sets one.
+        The total batch size of the checkpoint is kept for any world size, unless the configuration sets one.
+
+        Args:
+            path: see `Checkpoints.load`.
 
         Raises:
             UserError: if the checkpoint belongs to another objective, cannot be loaded, or holds NaN.
@@ -261,6 +264,6 @@ class Trainer:
         if rank() == 0:
             print(f"resumed from {source} at iteration {self.iteration}")
             if self.iteration > self.train_config.max_iterations:
-                changes.insert(0, f"this is beyond train.max_iterations={self.train_config.max_iterations}")
+                changes.insert(0, f"the checkpoint is beyond train.max_iterations={self.train_config.max_iterations}")
             for change in changes:
                 print(f"note: {change}")

@@ -246,7 +246,7 @@ def test_ode_regression_does_not_depend_on_the_micro_batch_size(make_config, pai
 @pytest.mark.parametrize(
     ("sigmas", "message"),
     [
-        ([1.0, 0.9, 0.8, 0.6, 0.2], r"end at the noise level 0\.2, .* regenerate them with the last of --save_indices"),
+        ([1.0, 0.9, 0.8, 0.6, 0.2], r"end at the noise level 0\.2, .* regenerate them with --save_indices \.\.\. -1"),
         ([1.0, 0.9, 0.95, 0.6, 0.0], "must fall from at most 1 to at least 0"),
         ([5.0, 0.9, 0.8, 0.6, 0.0], "must fall from at most 1 to at least 0"),
         (None, r"data\.sigmas"),

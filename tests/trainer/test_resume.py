@@ -240,7 +240,7 @@ def test_changed_keys_are_printed(tmp_path, toy, make_config, capsys):
 
     assert notes(max_iterations=2, decay="constant") == []
     assert notes(max_iterations=4, decay="constant", sample_every=0) == []  # a longer run of the same kind
-    assert notes(max_iterations=3, decay="constant") == ["note: this is beyond train.max_iterations=3"]
+    assert notes(max_iterations=3, decay="constant") == ["note: the checkpoint is beyond train.max_iterations=3"]
     assert notes(max_iterations=4, learning_rate=0.5, decay="constant") == [
         "note: train.learning_rate changes from 0.001 to 0.5"
     ]

@@ -62,7 +62,7 @@ def roll_out(objective: ScoreDistillation, role: str, iteration: int, micro_batc
 @pytest.mark.parametrize("frames", [6, 12])
 @pytest.mark.parametrize("schedule", ["timestep_first", "block_first"])
 def test_block_by_block_gradients_equal_those_of_the_whole_graph(make: Make, schedule, frames):
-    """Also when the rollout is longer than the training window. Law 6, docs/method.md."""
+    """This also holds if the rollout is longer than the training window (law 6, docs/method.md)."""
     objective = make(schedule, max_rollout_frames=frames, window=9, guidance_scale=3.0)
     found = []
     for block_backward in (False, True):
@@ -214,8 +214,8 @@ def test_activation_checkpointing_works_with_context_input(make: Make):
         torch.testing.assert_close(found[1][name], gradient, atol=1e-6, rtol=1e-4, msg=name)
 
 
-def test_modes_differ_and_a_rollout_of_inputs_equals_the_block_causal_pass(make: Make):
-    """At the first step, a rollout whose context is each block's own input attends to what one causal pass does."""
+def test_modes_differ_and_a_rollout_with_context_input_equals_the_block_causal_pass(make: Make):
+    """At the first step, a rollout with context rule `input` attends to the same keys and values as one causal pass."""
     objective = make(context="input")
     found = {}
     for mode in MODES:
@@ -229,7 +229,7 @@ def test_modes_differ_and_a_rollout_of_inputs_equals_the_block_causal_pass(make:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_the_student_is_conditioned_on_the_teachers_noise_levels(make: Make, mode):
+def test_the_generator_is_conditioned_on_the_teachers_noise_levels(make: Make, mode):
     objective = make(forward_kl_mode=mode, forward_kl_steps=3)
     objective.forward_kl.pairs.sigmas = teacher = [1.0, 0.96, 0.8889, 0.7273, 0.0]
     timesteps = []
@@ -249,7 +249,7 @@ def test_the_student_is_conditioned_on_the_teachers_noise_levels(make: Make, mod
 
 @pytest.mark.parametrize("mode", MODES)
 def test_the_target_lies_on_the_teachers_chord(make: Make, mode):
-    """At every step, and in mode rollout although the student arrives at another point."""
+    """This holds at every step, and in mode rollout although the generator's own point differs."""
     objective = make(forward_kl_mode=mode, forward_kl_steps=3)
     term = objective.forward_kl
     chosen = term.order.at(range(2)).tolist()
@@ -260,7 +260,7 @@ def test_the_target_lies_on_the_teachers_chord(make: Make, mode):
         start, end = term.pairs.sigmas[step : step + 2]
         target = points[:, step] - start * (points[:, step + 1] - points[:, step]) / (end - start)
         with torch.no_grad():
-            x, flow = term.student(points[:, 0], points[:, step], step, text)
+            x, flow = term.predict(points[:, 0], points[:, step], step, text)
         if mode != "rollout" or step == 0:
             assert torch.equal(x, points[:, step])
         else:
@@ -317,7 +317,7 @@ def make_trainer(make: Make, tmp_path) -> Callable[..., Trainer]:
 
 
 def test_interrupted_and_sampled_runs_end_with_the_weights_of_a_plain_run(make_trainer, tmp_path):
-    """Stopped twice and resumed; with sample videos of the averages, one of which cannot be written."""
+    """Stopped twice and resumed; with sample videos of the EMA, one of which cannot be written."""
     plain = make_trainer("plain", save=False)
     before = plain.objective.generator.proj_out.weight.clone()
     plain.train()

@@ -19,8 +19,8 @@ _CAPACITY = 10_000  # embeddings in memory: 160 MB for the miniature; 8 GB for W
 class CaptionEmbeddings:
     """Embeddings of a training set's captions, encoded when first needed.
 
-    With `model.text_cache` they come from disk; if scripts/encode_prompts.py has encoded all of them, the text encoder
-    is never loaded.
+    With `model.text_cache`, embeddings are stored on disk. If scripts/encode_prompts.py has encoded all captions, the
+    text encoder is never loaded.
     """
 
     def __init__(self, config: Config, captions: Sequence[str], device: torch.device):
@@ -51,10 +51,10 @@ def shards_text_encoder(config: Config) -> bool:
 
 
 def load_caption_cache(config: Config, device: torch.device, dtype: torch.dtype | None = None) -> EmbeddingCache:
-    """Load the text encoder of training, on `device` and behind its cache of embeddings.
+    """Return the cache of caption embeddings, with the text encoder on `device` for missing ones.
 
     Args:
-        dtype: of the encoder; default: float32 on CPUs, `model.dtype` on GPUs. Embeddings on disk depend on it.
+        dtype: type of the encoder; default: float32 on CPUs, `model.dtype` on GPUs. Embeddings on disk depend on it.
     """
     model = config.model
     dtype = dtype or (torch.float32 if device.type == "cpu" else DTYPES[model.dtype])

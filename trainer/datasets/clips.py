@@ -134,7 +134,7 @@ def is_shard_of(path: Path, num_frames: int, captions: Sequence[str], vae: str) 
 
 @contextlib.contextmanager
 def _open_shard(file: Path) -> Iterator[Any]:
-    """Open a shard; any failure to read it in the block becomes a UserError that names the file."""
+    """Open a shard. Errors while reading it inside the `with` block become a UserError that names the file."""
     try:
         with safe_open(file, framework="pt") as shard:
             yield shard

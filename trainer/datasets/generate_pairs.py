@@ -37,8 +37,8 @@ def generate_ode_pairs(
     A pair is a function of (seed, prompt index) alone: Euler steps with guidance by `config.teacher`.
 
     Args:
-        save_indices: indices of the solver's points 0..num_inference_steps that are saved, negative from the end; empty
-            for the points that the configured loss reads.
+        save_indices: points of the solver to save, from 0 to num_inference_steps; negative indices count from the end.
+            Empty: the points that the configured loss reads.
         dtype: type of the saved latents.
         channels: expected number of latent channels; None accepts any.
 
@@ -85,8 +85,8 @@ def generate_ode_pairs(
 def loss_sigmas(config: Config) -> list[float]:
     """Return the teacher's noise levels that the configured loss reads.
 
-    They lie at the student's denoising steps but are warped by the teacher's shift. Score distillation reads only the
-    points of its forward KL; other objectives read all, the clean end included.
+    They belong to the generator's denoising steps, but are warped by the teacher's shift. Score distillation reads only
+    the points of its forward KL; other objectives read all, the clean end included.
     """
     sigmas = rollout_sigmas(replace(config.rollout, timestep_shift=config.teacher.timestep_shift))
     return sigmas[: config.distill.forward_kl_steps + 1] if config.train.objective == "score_distillation" else sigmas

@@ -134,7 +134,11 @@ def write_lmdb(folder: Path, prompts: Sequence[str], latents: Iterable[Tensor], 
 
     Args:
         latents: trajectories [P, F, C, h, w] or clips [F, C, h, w], one per prompt.
-        shape: the shape of each.
+        shape: shape of one entry.
+
+    Raises:
+        ValueError: if an entry has another shape, or the numbers of prompts and latents differ.
+        UserError: if the environment cannot be opened.
     """
     row_bytes = 2 * math.prod(shape)
     map_size = (row_bytes + 65536) * len(prompts) * 2 + 2**24  # an upper bound: the file grows only as needed

@@ -1,12 +1,12 @@
-"""Reads and writes ODE pairs: teacher trajectories from noise to a clean clip, with their prompts.
+"""Reads and writes ODE pairs: teacher trajectories from noise to clip, with their prompts.
 
 Two layouts are read, those of CausVid and Self-Forcing:
 - a folder of `{index:05d}.pt` files, each a dict {prompt: float tensor [1, P, F, C, h, w]} of P points, noisy to clean;
 - LMDB environments (trainer/datasets/lmdb.py).
 
 Two JSON files of ours lie beside either: `sigmas.json` lists the noise levels of the P points, and `pairs.json` stores
-the settings that generated the pairs. The levels are the teacher's; a student must be conditioned on these and not on
-the levels of its own steps.
+the settings that generated the pairs. The levels are the teacher's. The generator must be conditioned on them and
+not on the levels of its own steps.
 """
 
 import pickle
@@ -61,7 +61,7 @@ class ODEPairs:
         return self._trajectories.shape
 
     def read(self, indices: Iterable[int], points: Sequence[int] | None = None) -> Tensor:
-        """Return trajectories [B, P, F, C, h, w] in their stored type, or only some of their points."""
+        """Return trajectories [B, P, F, C, h, w] in their stored type, or only the points with indices `points`."""
         chosen = slice(None) if points is None else list(points)
         return torch.stack([self._trajectories.read(index)[chosen] for index in indices])
 

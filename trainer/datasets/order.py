@@ -1,4 +1,4 @@
-"""The order in which training reads its data, and the random numbers of each clip: functions of the seed only."""
+"""The order of the training data, and the random numbers of each clip: functions of the seed only."""
 
 from collections.abc import Iterable, Sequence
 

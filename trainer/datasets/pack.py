@@ -21,7 +21,7 @@ def pack_lmdb(source: Path, target: Path, shards: int) -> str:
     The folder appears only when it is complete. Latents become float16.
 
     Returns:
-        What was packed, such as "64 clips".
+        The number and kind of the entries, such as "64 clips".
 
     Raises:
         UserError: if `source` holds neither or both, a file is corrupt, or there are fewer entries than shards.

@@ -1,6 +1,6 @@
 """Training objectives, one file each; `OBJECTIVES` maps the values of `train.objective` to their classes.
 
-base.py has what every objective defines, losses.py all losses as functions of tensors. shapes/objectives.py adds the
+base.py defines the interface of objectives, losses.py all losses as functions of tensors. shapes/objectives.py adds the
 objectives that only the miniature needs.
 """
 

@@ -1,4 +1,4 @@
-"""Base classes of objectives: what the training loop calls, and the part that objectives of one network share."""
+"""Base classes of objectives: the interface to the training loop, and a base for objectives with one network."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -52,6 +52,8 @@ class Objective(ABC):
         exactly, and neither the number of ranks nor the micro-batch size changes the batch.
 
         Args:
+            name: key of `nets`.
+            micro_batch: index of the micro-batch in the whole batch.
             last: whether this is the rank's last micro-batch of the iteration. Before the last backward pass of that
                 micro-batch, call `sync_gradients(net, True)`, so that a sharded network's gradients are reduced.
 

@@ -25,7 +25,7 @@ def open_forward_kl_pairs(config: Config) -> ODEPairs:
     """Open the ODE pairs of `config.data` and check that the configured forward KL can use them.
 
     Raises:
-        UserError: if there are none, or their frames or noise levels do not fit the rollout.
+        UserError: if there are no pairs, or their frames or noise levels do not fit the rollout.
     """
     path, distill = config.data.path, config.distill
     pairs = open_ode_pairs(path, config.data.sigmas, distill.forward_kl_steps + 1)
@@ -41,12 +41,12 @@ def open_forward_kl_pairs(config: Config) -> ODEPairs:
 class ForwardKL:
     """The forward-KL term of score distillation.
 
-    At a random step of the first `forward_kl_steps`, the generator's flow is compared with the teacher's chord from
-    that step's point to the next. The generator is conditioned on the teacher's noise level. `forward_kl_mode` selects
-    how it predicts the flow:
+    The loss draws one of the first `forward_kl_steps` steps. It compares the generator's flow with the chord from the
+    teacher's point at this step to the next point. The generator is conditioned on the teacher's noise level.
+    `forward_kl_mode` selects how it predicts the flow:
     - bidirectional: bidirectional attention over the teacher's point (the paper);
     - block_causal: one block-causal pass over the teacher's point (the released code);
-    - rollout: a deterministic rollout from the trajectory's noise, at the point where it arrives.
+    - rollout: a deterministic rollout from the trajectory's noise, at the rollout's own point.
     """
 
     def __init__(self, config: Config, pairs: ODEPairs, self_rollout: SelfRollout, text: CaptionEmbeddings):
@@ -55,7 +55,7 @@ class ForwardKL:
         self.order = DataOrder(len(pairs), "pairs", config.runtime.seed)
 
     def backward(self, iteration: int, positions: Sequence[int], scale: float, last: bool) -> dict[str, float]:
-        """Add `scale` times the weighted loss's gradient to the generator's; return values to log.
+        """Add `scale` times the gradient of the weighted loss to the generator's gradients; return values to log.
 
         Args:
             positions: the micro-batch's positions in the order of pairs.
@@ -72,7 +72,7 @@ class ForwardKL:
         embeddings = self.text.encode([self.pairs.prompts[i] for i in chosen])
         sync_gradients(self.generator, last)
         with mixed_precision(config, self.device):
-            x, flow = self.student(points[:, 0], point, step, embeddings)
+            x, flow = self.predict(points[:, 0], point, step, embeddings)
         leaf = flow.detach().requires_grad_()
         loss = forward_kl_loss(leaf, point, next_point, sigma, next_sigma, distill.forward_kl_form, x)
         [flow_gradient] = torch.autograd.grad(distill.forward_kl_weight * loss, leaf)
@@ -84,8 +84,8 @@ class ForwardKL:
             f"motion_{distill.forward_kl_mode}": motion(flow_to_x0(x, flow.detach(), sigma)).item(),
         }
 
-    def student(self, noise: Tensor, point: Tensor, step: int, embeddings: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the student's x at a step and its flow there, both [B, F, C, h, w], in the configured mode.
+    def predict(self, noise: Tensor, point: Tensor, step: int, embeddings: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the generator's x at a step and its flow there, both [B, F, C, h, w], in the configured mode.
 
         Args:
             noise: the trajectories' first point; only mode `rollout` reads it.

@@ -48,7 +48,7 @@ def kl_to_standard_normal(mean: Tensor, log_variance: Tensor) -> Tensor:
 
 
 def dmd_gradient(x0: Tensor, critic_x0: Tensor, teacher_x0: Tensor) -> Tensor:
-    """Return the DMD gradient, that of the reverse KL at generated clips (arXiv 2311.18828, equations 7 and 8).
+    """Return the DMD gradient: the gradient of the reverse KL at generated clips (arXiv 2311.18828, equations 7 and 8).
 
         g = (critic_x0 - teacher_x0) / mean|x0 - teacher_x0|,  the mean taken over each clip
 
@@ -94,28 +94,28 @@ def forward_kl_loss(
     sigma: float,
     next_sigma: float,
     form: str = "x0",
-    student_point: Tensor | None = None,
+    generator_point: Tensor | None = None,
 ) -> Tensor:
     """Return the forward-KL loss, a regression onto a teacher trajectory (HiAR, arXiv 2603.08703, section 3.3).
 
-    With the chord's flow v = chord_flow(...), the teacher's point x and the student's point y, the forms compare
+    With the chord's flow v = chord_flow(...), the teacher's point x and the generator's point y, the forms compare
 
         x0        y - sigma flow                     with  x - sigma v  (the chord extended to sigma 0)
         endpoint  y + (next_sigma - sigma) flow      with  next_point
         flow      flow                               with  v
 
     Args:
-        flow: the student's flow at y, [B, F, C, h, w].
+        flow: the generator's flow at y, [B, F, C, h, w].
         point, next_point: the teacher's trajectory at sigma and next_sigma, [B, F, C, h, w].
         form: "x0", "endpoint" or "flow".
-        student_point: y, also at sigma, where the student's own rollout arrived; None means the teacher's point x.
+        generator_point: y, the point of the generator's own rollout at sigma; None means the teacher's point x.
     """
     error = flow.float() - chord_flow(point, next_point, sigma, next_sigma)
     if form == "flow":
         return error.square().mean()
     error = {"x0": -sigma, "endpoint": next_sigma - sigma}[form] * error
-    if student_point is not None:
-        error = error + (student_point.float() - point.float())
+    if generator_point is not None:
+        error = error + (generator_point.float() - point.float())
     return error.square().mean()
 
 

@@ -21,7 +21,7 @@ from utils.errors import UserError
 class ODERegression(SingleNetObjective):
     """Regression from every point of a teacher trajectory to its clean end (CausVid, arXiv 2412.07772, section 4.2).
 
-    Each block is at a random point of its own, and attention is block-causal.
+    Each block has its own random point, and attention is block-causal.
     """
 
     def __init__(self, config: Config, device: torch.device):
@@ -38,7 +38,7 @@ class ODERegression(SingleNetObjective):
         if self.pairs.sigmas[-1] != 0:
             raise UserError(
                 f"the trajectories in {path} end at the noise level {self.pairs.sigmas[-1]:.4g}, but ODE regression "
-                "needs clean ends; regenerate them with the last of --save_indices -1"
+                "needs clean ends; regenerate them with --save_indices ... -1"
             )
         self.pairs.check_blocks(config.rollout.block_frames, path)
         self.sigmas = torch.tensor(self.pairs.sigmas)  # the teacher's levels: the network must be conditioned on these

@@ -36,7 +36,7 @@ class ScoreDistillation(Objective):
 
     def __init__(self, config: Config, device: torch.device):
         self.config, self.device = config, device
-        build_schedule(config.rollout, config.data.num_frames)  # raises if blocks do not divide the frames
+        build_schedule(config.rollout, config.data.num_frames)  # raises an error if blocks do not divide the frames
         build_schedule(config.rollout, config.distill.max_rollout_frames)
         pairs = open_forward_kl_pairs(config) if config.distill.forward_kl_weight > 0 else None
         prompts = _read_rollout_prompts(config, pairs)
@@ -156,7 +156,7 @@ class ScoreDistillation(Objective):
     # ---- Shared ----
 
     def positions(self, role: str, iteration: int, micro_batch: int) -> range:
-        """Return a micro-batch's positions in the order of prompts; a role's batches follow each other without gaps."""
+        """Return a micro-batch's positions in the order of prompts. The batches of a role leave no gaps."""
         batch = iteration // self.config.distill.generator_every if role == "generator" else iteration
         return batch_positions(self.config.train, batch, micro_batch)
 
@@ -174,7 +174,7 @@ class ScoreDistillation(Objective):
 
 
 def _read_rollout_prompts(config: Config, pairs: ODEPairs | None) -> list[str]:
-    """Return the prompts that the generator rolls out: those of `data.prompts`, or of the ODE pairs."""
+    """Return the prompts of the rollouts: those of `data.prompts`, or else of the ODE pairs."""
     if config.data.prompts:
         return [prompt.text for prompt in read_prompts(config.data.prompts)]
     if pairs is None:

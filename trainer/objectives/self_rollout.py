@@ -38,7 +38,7 @@ class GeneratedClip:
 
 
 class SelfRollout:
-    """Rolls the generator out, and propagates gradients at its clips back into it."""
+    """Rolls the generator out, and propagates gradients at the generated clips back into it."""
 
     def __init__(self, config: Config, generator: CausalWanModel, device: torch.device):
         self.config, self.generator, self.device = config, generator, device
@@ -66,7 +66,7 @@ class SelfRollout:
             positions: the clips' positions in the order of prompts; they key the noise.
             embeddings: their prompts, [B, L, text_dim].
             keep_graph: whether to keep the graph of the trained blocks; otherwise `backward` denoises them again.
-            trained: whether a loss will reach any block.
+            trained: whether a loss will be computed on the clip.
         """
         config = self.config
         exit_step, num_frames = self._draw_exit(role, iteration)
@@ -102,7 +102,7 @@ class SelfRollout:
 
         Args:
             noise: [B, F, C, h, w].
-            sigmas: levels 0..S of the steps; missing ones after the exit step are read as 0.
+            sigmas: noise levels of the steps, S + 1 values; values missing after the exit step count as 0.
 
         Returns:
             x at the exit step and the flow there, both [B, F, C, h, w]. The flow has a graph.
@@ -131,8 +131,8 @@ class SelfRollout:
     def training_window(self, clip: GeneratedClip) -> tuple[Tensor, Tensor | None]:
         """Return the last `data.num_frames` frames [B, F, C, h, w] and their loss mask [B, F], None for all ones.
 
-        The first frame of a clip holds one pixel frame, later frames hold four. In a longer rollout the window's first
-        frame is therefore decoded and encoded again on its own, and its block is masked.
+        The first frame of a clip holds one pixel frame, later frames hold four. So in a longer rollout, the window's
+        first frame is decoded and encoded again on its own. Its block is masked.
         """
         frames, window = clip.frames, self.config.data.num_frames
         if frames.shape[1] == window:
