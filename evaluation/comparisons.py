@@ -1,4 +1,4 @@
-"""Choose which videos to show side by side: those of several folders with the same prompt, seed and sample."""
+"""Pair the videos of several folders by prompt, seed and sample, to show them side by side."""
 
 import os
 from collections.abc import Sequence
@@ -42,10 +42,10 @@ def plan_comparisons(inputs: Sequence[LabelledPath], output: str) -> list[Compar
     """Return the comparisons of several folders, or the one comparison of several video files.
 
     Args:
-        output: folder for the results; for files also the mp4 file to write.
+        output: folder for the results; if the inputs are files, it may also be an mp4 file.
 
     Raises:
-        UserError: if there are fewer than two inputs, folders and files are mixed, or nothing is in common.
+        UserError: if there are fewer than two inputs, folders and files are mixed, or folders share no videos.
     """
     if len(inputs) < 2:
         raise UserError(f"there is nothing to compare {inputs[0].path} with; give at least two folders or two files")
@@ -75,7 +75,7 @@ def write_comparisons(comparisons: Sequence[Comparison], overwrite: bool, **opti
 
 
 def compare_files(files: Sequence[LabelledPath], output: str) -> Comparison:
-    """Return the comparison of single files. The caption is their prompt, if all have the same.
+    """Return the comparison of single files. Its caption is their prompt if all prompts are equal.
 
     Raises:
         UserError: if the output is one of the files or not writable.

@@ -1,4 +1,4 @@
-"""Measure folders of videos: metrics of pixels and flow, and of the ground truth where a world states one."""
+"""Measure folders of videos: metrics of pixels and flow, and in a synthetic world of the ground truth."""
 
 import itertools
 import multiprocessing
@@ -25,10 +25,10 @@ class EvaluationOptions:
     """How videos are measured.
 
     Attributes:
-        world: provides the ground truth of the videos; None measures pixels and flow only.
+        world: the synthetic world of the videos, with their ground truth; None measures pixels and flow only.
         block_frames: latent frames per block.
         max_frames: measure only the first pixel frames; None for all.
-        cache_folder: keeps the measurements.
+        cache_folder: folder that stores the measurements.
     """
 
     world: World | None
@@ -38,7 +38,7 @@ class EvaluationOptions:
 
 
 def all_metrics(world: World | None) -> tuple[Metric, ...]:
-    """Return the metrics of videos of a world, or of any videos for None."""
+    """Return the metrics of a world, followed by those of pixels and flow; only the latter for None."""
     return (*(world.metrics if world else ()), *PIXEL_METRICS)
 
 
@@ -70,7 +70,7 @@ def measure_folders(folders: Sequence[VideoFolder], options: EvaluationOptions, 
         processes: number of worker processes; 0 for one per core. Few videos are measured without extra processes.
 
     Raises:
-        UserError: if a video cannot be read or cannot be of the world.
+        UserError: if a video cannot be read, or its frames do not fit the world.
     """
     few = sum(len(folder.videos) for folder in folders) < _POOL_FROM
     workers = 1 if few else processes or os.cpu_count() or 1

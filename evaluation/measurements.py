@@ -1,8 +1,7 @@
 """Per-frame measurements of a video, cached on disk.
 
-Decoding and optical flow take nearly all the time of an evaluation. Measurements are therefore kept, and metrics are
-computed from them. Each frame is measured from itself and earlier frames only. So the measurements of a whole video
-also serve evaluations of its beginning.
+Decoding and optical flow take nearly all the time of an evaluation, so measurements are stored. Each frame is measured
+from itself and earlier frames only, so the measurements of a whole video also serve evaluations of its beginning.
 """
 
 import hashlib
@@ -25,7 +24,7 @@ _DETECTION = "found_"  # prefix of a detection's array in a cache file
 
 
 class World(Protocol):
-    """A synthetic world: the prompt of a video states its ground truth. Implementations must be picklable."""
+    """A synthetic world: the prompt of a video determines its ground truth. Implementations must be picklable."""
 
     @property
     def metrics(self) -> Sequence[Metric]:
@@ -46,7 +45,7 @@ class World(Protocol):
         """Detect objects in frames, uint8 [T, H, W, 3]; return named arrays with one row per frame.
 
         Raises:
-            ValueError: if the frames cannot be of this world.
+            ValueError: if the frames do not fit this world, for example in size.
         """
 
     def curves(self, detections: Mapping[str, np.ndarray], prompt: str, block_frames: int) -> dict[str, MetricCurve]:
@@ -59,9 +58,9 @@ class FrameMeasurements:
 
     Attributes:
         pixels: input of `video_metrics.pixel_curves`, float [T, K].
-        detections: input of `World.curves`, arrays [T, ...]; None for a video outside of a world.
+        detections: input of `World.curves`, arrays [T, ...]; None if measured without a world.
         fps: frames per second.
-        complete: the video has no more frames than these.
+        complete: whether these are all frames of the video.
     """
 
     pixels: np.ndarray
@@ -92,7 +91,7 @@ def cached_measurements(
 
     Raises:
         UserError: if the video cannot be read.
-        ValueError: if its frames cannot be of `world`.
+        ValueError: if its frames do not fit `world`.
     """
     file = cache_folder / f"{_cache_key(path, world)}.npz"
     found = _load(file)

@@ -16,8 +16,8 @@ class MeasuredVideo:
 
     Attributes:
         file: the file's name.
-        sums: contributions to the metrics, by metric.
-        curves: metrics over time, by curve.
+        sums: contribution to each metric, by name.
+        curves: metrics over time, by name.
         fps: frames per second.
     """
 
@@ -37,7 +37,7 @@ class Method:
     folder: str = ""
 
     def grouped_sums(self, metric: str, keys: Sequence[VideoKey] | None = None) -> list[GroupedSum]:
-        """Return every video's contribution to a metric, or those of the videos `keys`, in that order."""
+        """Return each video's contribution to a metric; with `keys`, only those videos, in that order."""
         by_key = {video.key: video for video in self.videos}
         videos = self.videos if keys is None else [by_key[key] for key in keys]
         return [GroupedSum(video.key.prompt, *video.sums[metric]) for video in videos]

@@ -1,4 +1,4 @@
-"""Metrics of a video: curves with one value per frame, and how a curve becomes one number."""
+"""Metrics of a video: curves with one value per frame, and their reduction to one number."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ class SumCount(NamedTuple):
     num_values: float
 
 
-UNKNOWN = SumCount(0.0, 0.0)
+NO_VALUES = SumCount(0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -37,25 +37,25 @@ class MetricCurve:
 
 
 def mean_over_frames(curves: Sequence[MetricCurve]) -> SumCount:
-    """Sum one curve over all valid frames; every frame has the same weight, whichever video it is in."""
+    """Sum one curve over all valid frames. In a mean over videos, every frame then has the same weight."""
     [curve] = curves
     return curve.sum_between(0, 1)
 
 
 def quarter_change(curves: Sequence[MetricCurve]) -> SumCount:
-    """Return one curve's mean over the last quarter minus its mean over the first, if both have valid frames."""
+    """Return one curve's mean over the last quarter minus its mean over the first; `NO_VALUES` without valid frames."""
     [curve] = curves
     early, late = curve.sum_between(0, 0.25), curve.sum_between(0.75, 1)
     if not (early.num_values and late.num_values):
-        return UNKNOWN
+        return NO_VALUES
     return SumCount(late.total / late.num_values - early.total / early.num_values, 1.0)
 
 
 def quarter_distance(curves: Sequence[MetricCurve]) -> SumCount:
-    """Return the mean over several curves of the absolute `quarter_change`, if all of them have one."""
+    """Return the mean over several curves of the absolute `quarter_change`; `NO_VALUES` if one has none."""
     changes = [quarter_change([curve]) for curve in curves]
     if not all(change.num_values for change in changes):
-        return UNKNOWN
+        return NO_VALUES
     return SumCount(float(np.mean([abs(change.total) for change in changes])), 1.0)
 
 
@@ -65,7 +65,7 @@ class Metric:
 
     Attributes:
         meaning: a short explanation, for the report.
-        unit: of the printed value, which is `scale` times the mean, with `digits` decimals.
+        unit: unit of the printed value: `scale` times the mean, with `digits` decimals.
         inputs: names of the curves that the metric is computed from; default: the curve of its own name.
         reduce: computes one video's contribution from these curves. Contributions of videos are pooled.
     """

@@ -39,7 +39,7 @@ def save_line_plot(
         axis.margins(x=0)
         low, high = axis.get_ylim()
         low = min(0, low)
-        axis.set_ylim(low, high + 0.05 * (high - low))  # keeps a line at the top off the frame
+        axis.set_ylim(low, high + 0.05 * (high - low))  # leaves space above the highest line
     axes.flat[0].legend(fontsize=8)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=100, format="png")

@@ -34,11 +34,11 @@ TimeCurve = tuple[np.ndarray, np.ndarray]  # seconds and values
 
 @dataclass
 class EvaluationResults:
-    """Measured methods and the choice of what to show.
+    """Measured methods, with the metrics and curves to show.
 
     Attributes:
-        methods: the folders' videos; the first method is the baseline of the differences.
-        noise_floors: reference methods, shown beside the others.
+        methods: one per folder; the first method is the baseline of the differences.
+        noise_floors: reference methods, shown after the others.
         metrics: all metrics of these videos.
         table_metrics: the metrics in the tables.
         plotted_curves: names of the curves in the plot.
@@ -71,7 +71,7 @@ class EvaluationResults:
         Args:
             folders: the evaluated folders.
             examples: videos to show in the report.
-            command: the command line that made this evaluation.
+            command: the command line of this evaluation.
         """
         lines = [(m.label, self.curves[m.label], "-") for m in self.methods]
         lines += [(m.label, self.curves[m.label], ":") for m in self.noise_floors]
@@ -92,7 +92,7 @@ class EvaluationResults:
         )
 
     def as_json(self) -> dict:
-        """Return everything that was measured in a form for other programs."""
+        """Return all results as JSON values, the content of evaluation.json."""
         return {
             "figures": {m.name: {"meaning": m.meaning, "unit": m.unit, "scale": m.scale} for m in self.metrics},
             "methods": [self._method_as_json(method) for method in [*self.methods, *self.noise_floors]],
@@ -156,7 +156,7 @@ def _json_numbers(values: np.ndarray) -> list[float | None]:
 
 
 def reproduction_commands(folders: Sequence[VideoFolder]) -> list[tuple[str, str]]:
-    """Return (title, command) for every folder of videos with metadata."""
+    """Return a (title, command) pair for every folder of videos with metadata."""
     commands = []
     for folder in folders:
         stored = list(dict.fromkeys(v.metadata["command"] for v in folder.videos if v.metadata.get("command")))

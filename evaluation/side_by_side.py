@@ -46,7 +46,7 @@ def write_side_by_side(
         videos: (label, file) of every panel.
         caption: text below the panels, truncated after three lines.
         columns: panels per row; default: one row of up to four.
-        scale: panel pixels per pixel of the tallest video; whole factors enlarge without smoothing. Default: the
+        scale: panel pixels per pixel of the tallest video; integers enlarge without smoothing. Default: the
             smallest factor with legible labels, which is 1 for videos of 256 pixels or more.
         fps: frames per second; default: the highest rate. Frames of other videos are repeated or dropped.
         timestamp: show the time at the lower right.
@@ -79,7 +79,7 @@ def write_side_by_side(
 
 
 class _Board:
-    """The picture that is shared by all frames: labels are drawn once, then only panels and time are replaced."""
+    """The picture shared by all frames. Labels are drawn once; each frame replaces only the panels and the time."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Means with bootstrap confidence intervals over videos that come in groups (several seeds of one prompt)."""
+"""Means with bootstrap confidence intervals, for groups of videos (several seeds of one prompt)."""
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from functools import cache
 import numpy as np
 
 NUM_RESAMPLES = 2000
-LEVEL = 0.95
+CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,6 @@ def _ratio(total: float, count: float) -> float:
 def _interval(means: np.ndarray) -> tuple[float, float]:
     if np.isnan(means).all():
         return float("nan"), float("nan")
-    tail = (1 - LEVEL) / 2
+    tail = (1 - CONFIDENCE) / 2
     low, high = np.nanquantile(means, [tail, 1 - tail])
     return float(low), float(high)

@@ -1,4 +1,4 @@
-"""Tables of estimates: rows of text, the first of which is the header."""
+"""Tables of estimates: rows of text; the first row is the header."""
 
 from collections.abc import Sequence
 

@@ -10,11 +10,11 @@ from collections.abc import Iterable, Sequence
 import cv2
 import numpy as np
 
-from evaluation.metrics import UNKNOWN, Metric, MetricCurve, SumCount, quarter_change, quarter_distance
+from evaluation.metrics import NO_VALUES, Metric, MetricCurve, SumCount, quarter_change, quarter_distance
 
 STRIDE = 4  # pixel frames per latent frame of Wan's VAE; the first latent frame is one pixel frame
 FLOW_SIDE = 512  # pixels
-STRONGEST = 0.05  # fraction of pixels that a frame's flow is taken from, so that a small moving object counts
+STRONGEST = 0.05  # fraction of pixels with the longest flow; their mean also detects a small moving object
 STILL = 0.05  # percent of the diagonal per frame: half a pixel at 480x832
 _QUANTILES = np.linspace(0.05, 0.95, 7)
 
@@ -25,7 +25,7 @@ def _is_static(curves: Sequence[MetricCurve]) -> SumCount:
     """Return 1 if the median flow is below `STILL`, else 0."""
     [flow] = curves
     if not flow.valid.any():
-        return UNKNOWN
+        return NO_VALUES
     return SumCount(float(np.median(flow.value[flow.valid]) < STILL), 1.0)
 
 
@@ -36,7 +36,7 @@ def _drift(name: str, unit: str, scale: float, digits: int) -> Metric:
 PIXEL_METRICS = (
     Metric("motion", "pixel change per frame", "of 255", 1.0, 2),
     Metric("flow", "mean length of the strongest 5% of the optical flow", "% of diagonal", 1.0, 2),
-    Metric("static", "videos with next to no flow", inputs=("flow",), reduce=_is_static),
+    Metric("static", "videos with almost no flow", inputs=("flow",), reduce=_is_static),
     Metric("smoothness", "evenness of the flow from frame to frame"),
     Metric("warp_error", "error of predicting a frame from its neighbour by flow", "of 255", 1.0, 2),
     Metric("brightness", "mean luma", "of 255", 1.0, 1),
@@ -65,7 +65,7 @@ _MOTION = ("motion", "flow", "warp_error", "smoothness", "smoothness_valid")
 
 
 def measure_frames(frames: Iterable[np.ndarray]) -> np.ndarray:
-    """Measure every frame of a video while it streams by.
+    """Measure every frame of a video in one pass.
 
     Args:
         frames: uint8 [H, W, 3] each.
@@ -98,7 +98,7 @@ def pixel_curves(measurements: np.ndarray, block_frames: int = 3) -> dict[str, M
 
     Args:
         measurements: result of `measure_frames`, [T, K].
-        block_frames: latent frames per block. If the last block ends with the video, an incomplete block comes first.
+        block_frames: latent frames per block. Blocks are counted from the end, so the first one may be shorter.
     """
     values = dict(zip((*_APPEARANCE, *_MOTION), measurements.T, strict=True))
     smoothness_valid = values.pop("smoothness_valid") > 0
@@ -113,7 +113,7 @@ def pixel_curves(measurements: np.ndarray, block_frames: int = 3) -> dict[str, M
 
 
 def borders(num_frames: int, block_frames: int) -> tuple[np.ndarray, np.ndarray]:
-    """Mark the pixel frames that start a latent frame, and those that start a block; bool [T] each, without frame 0.
+    """Return bool masks [T]: pixel frames that start a latent frame, and that start a block. Frame 0 is in neither.
 
     Blocks are counted from the end: a video with a prefix may have a shorter first block.
     """
@@ -137,7 +137,7 @@ class _Frame:
         self.small = cv2.resize(grey, None, fx=shrink, fy=shrink, interpolation=cv2.INTER_AREA) if shrink < 1 else grey
 
     def appearance(self) -> list[float]:
-        """Values of `_APPEARANCE`."""
+        """Return the values of `_APPEARANCE`."""
         contrast = float(self.luma.std())
         detail = float(np.abs(cv2.Laplacian(self.luma, cv2.CV_32F)).mean())
         quantiles = [quantile for channel in range(3) for quantile in _quantiles(self.pixels[..., channel])]
@@ -163,7 +163,7 @@ def _motion(
 ) -> tuple[float, float, float, float, float]:
     """Return the values of `_MOTION`."""
     height, width = flow.shape[:2]
-    percent = np.hypot(height, width) / 100  # of the diagonal, in pixels
+    percent = np.hypot(height, width) / 100  # one percent of the diagonal, in pixels
     length = np.hypot(flow[..., 0], flow[..., 1])
     strongest = length >= np.quantile(length, 1 - STRONGEST)
     columns, rows = np.meshgrid(np.arange(width, dtype=np.float32), np.arange(height, dtype=np.float32))

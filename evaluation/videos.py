@@ -63,7 +63,11 @@ def parse_labelled_path(argument: str) -> LabelledPath:
 
 
 def require_distinct_labels(paths: Sequence[LabelledPath]) -> None:
-    """Raise `UserError` if two labels are equal."""
+    """Check that all labels differ.
+
+    Raises:
+        UserError: if two labels are equal.
+    """
     if len({path.label for path in paths}) < len(paths):
         raise UserError("two folders have the same name; tell them apart with name=folder")
 
@@ -116,7 +120,7 @@ def _from_metadata(path: Path) -> VideoFile | None:
 def _key_from_name(path: Path, prompts: Sequence[Prompt]) -> VideoKey:
     """Find the prompt that a video is named after.
 
-    Names are the prompt's text or its line number from 0, then `-SAMPLE`, then optionally `_MODEL`. This repository,
+    A name is the prompt's text or its line number from 0, then `-SAMPLE`, then optionally `_MODEL`. This repository,
     Self-Forcing and VBench all use such names.
     """
     if not prompts:
@@ -130,4 +134,4 @@ def _key_from_name(path: Path, prompts: Sequence[Prompt]) -> VideoKey:
         by_text, by_number = (file_stem(prompt, sample, number) for number in (False, True))
         if f"{name}-{sample}" in (by_text, by_number) or name == prompt.name[:100].rstrip():
             return VideoKey(prompt.text, 0, sample)
-    raise UserError(f"{path} matches none of the {len(prompts)} prompts; name it by the prompt's text or line number")
+    raise UserError(f"{path} matches none of the {len(prompts)} prompts; name it after a prompt's text or number")

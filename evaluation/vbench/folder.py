@@ -1,4 +1,4 @@
-"""Score a folder of videos with VBench, one dimension at a time; every score is kept on disk."""
+"""Score a folder of videos with VBench, one dimension at a time, and store every score on disk."""
 
 import json
 import math
@@ -25,7 +25,7 @@ class VBenchVideo:
         path: the video file.
         link: name without suffix of the link to the video in VBench's folder.
         prompt: the original prompt. VBench uses it even if an extended prompt generated the video.
-        extended: an extended prompt generated the video.
+        extended: whether an extended prompt generated the video.
     """
 
     path: Path
@@ -36,7 +36,7 @@ class VBenchVideo:
     extended: bool
 
     def identity(self) -> list:
-        """Return what a score depends on as JSON values; they change with the file."""
+        """Return JSON values that identify the file and its prompt. A stored score is valid only for equal values."""
         status = self.path.stat()
         return [self.link, os.path.abspath(self.path), status.st_size, status.st_mtime_ns, self.prompt]
 
@@ -47,7 +47,7 @@ class VBenchFolder:
 
     Attributes:
         source: the folder of videos.
-        folder: keeps links, scores and logs of this method and mode.
+        folder: folder for links, scores and logs of this method and mode.
     """
 
     label: str
@@ -62,7 +62,7 @@ class VBenchFolder:
 
     @property
     def clips_complete(self) -> Path:
-        """A marker file: VBench-Long has cut all videos into clips."""
+        """A marker file; it exists once VBench-Long has cut all videos into clips."""
         return self.folder / "clips_complete"
 
     @property
@@ -77,7 +77,10 @@ class VBenchFolder:
         return self.folder / f"{dimension}.log"
 
     def load_score(self, dimension: str, version: str) -> dict | None:
-        """Return the stored score of a dimension; None unless it is of these videos and this version of VBench."""
+        """Return the stored score of a dimension; None if it is missing or outdated.
+
+        A score is outdated if the videos or VBench's version have changed.
+        """
         stored = _read_json_or_none(self._score_file(dimension))
         identities = [video.identity() for video in self.videos]
         return stored if stored and (stored["vbench"], stored["inputs"]) == (version, identities) else None
@@ -96,10 +99,10 @@ class VBenchFolder:
         Args:
             options: further arguments of VBench's `evaluate`.
             device: torch device name; empty for CUDA if available, else the CPU.
-            local: load weights from VBench's cache folder only.
+            local: whether to load weights only from VBench's cache folder.
 
         Returns:
-            The mean as `score`, and `videos` with one score each.
+            A dictionary with the mean as `score`, and the scores of the videos as `videos`.
 
         Raises:
             UserError: if VBench fails. Its output is in the dimension's log file.
@@ -166,7 +169,7 @@ class VBenchFolder:
         }
 
     def _entries(self, dimension: str, mode: VBenchMode, installation: VBenchInstallation) -> list[dict]:
-        """Return the suite's entries of a dimension, or an entry per video, with the links of each entry's videos."""
+        """Return the suite's entries of a dimension, or one entry per video. Each lists the links of its videos."""
         if not mode.suite:
             return [{"prompt_en": v.prompt, "dimension": [dimension], "videos": [v.link]} for v in self.videos]
         links = defaultdict(list)
@@ -180,15 +183,15 @@ class VBenchFolder:
 
     def _run_vbench(self, dimension: str, job: dict, installation: VBenchInstallation) -> dict:
         """Run the worker process and return VBench's own result file."""
-        answer = self._raw / f"{dimension}_eval_results.json"
-        answer.unlink(missing_ok=True)
+        result_file = self._raw / f"{dimension}_eval_results.json"
+        result_file.unlink(missing_ok=True)
         log = self._log_file(dimension)
         with open_own_file(log, "wb") as file:
             command: list[str | Path] = [installation.python, WORKER, "score"]
             process = subprocess.run(
                 command, input=json.dumps(job, default=str).encode(), stdout=file, stderr=subprocess.STDOUT
             )
-        raw = _read_json_or_none(answer)
+        raw = _read_json_or_none(result_file)
         if process.returncode or raw is None:
             lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
             reason = next((line for line in reversed(lines) if line.strip()), f"exit code {process.returncode}")

@@ -1,7 +1,7 @@
 """VBench (arXiv 2311.17982): its dimensions, its modes, and an installed copy.
 
-The facts describe the Python package vbench 0.1.5 and its VBench-Long (`vbench2_beta_long`). VBench runs in its own
-processes: scripts/vbench_worker.py.
+All facts are those of the Python package vbench 0.1.5 with its VBench-Long (`vbench2_beta_long`). VBench runs in its
+own processes: scripts/vbench_worker.py.
 """
 
 import json
@@ -23,7 +23,7 @@ DEFAULT_DIMENSIONS = DIMENSIONS[:6]
 # VBench's code also accepts the next three for any prompt. They compare with the whole prompt, or with none.
 CUSTOM_DIMENSIONS = DIMENSIONS[:9]
 # The other dimensions need information that only the suite's own prompts and file names contain.
-SAMPLES_PER_PROMPT = 5  # of the suite; VBench reads no more
+SAMPLES_PER_PROMPT = 5  # videos per prompt of the suite; VBench reads no more
 WORKER = Path(__file__).resolve().parents[2] / "scripts" / "vbench_worker.py"
 
 
@@ -32,8 +32,8 @@ class VBenchMode:
     """One of VBench's four modes.
 
     Attributes:
-        suite: the videos have VBench's own prompts.
-        long: use VBench-Long, which cuts videos into clips.
+        suite: whether the videos have VBench's own prompts.
+        long: whether VBench-Long is used, which cuts videos into clips.
     """
 
     suite: bool
@@ -62,8 +62,8 @@ class VBenchInstallation:
 
     Attributes:
         python: interpreter of the environment that contains it.
-        folder: of the package vbench.
-        long_folder: of the package vbench2_beta_long; None if it is missing.
+        folder: folder of the package vbench.
+        long_folder: folder of the package vbench2_beta_long; None if it is missing.
     """
 
     python: str
@@ -116,14 +116,14 @@ class VBenchInstallation:
             UserError: if VBench-Long or a table is missing.
         """
         if self.long_folder is None:
-            raise UserError(f"VBench of {self.python} comes without VBench-Long (vbench2_beta_long): install 0.1.5")
+            raise UserError(f"VBench of {self.python} lacks VBench-Long (vbench2_beta_long); install vbench 0.1.5")
         folder = Path(config_folder or self.long_folder / "configs").resolve()
         names = ("clip_length_mix", "slow_fast_params", "subject_mapping_table", "background_mapping_table")
         files = [folder / f"{name}.yaml" for name in names]
         for file in files:
             if not file.is_file():
                 raise UserError(
-                    f"VBench-Long's table {file} is missing, as in the package of 0.1.5: git clone "
+                    f"VBench-Long's table {file} is missing (the Python package 0.1.5 has no tables); git clone "
                     "https://github.com/Vchitect/VBench and add --long_configs VBench/vbench2_beta_long/configs"
                 )
         # VBench joins the first path to a folder of its own; an absolute path overrides that folder.

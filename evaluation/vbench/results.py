@@ -36,7 +36,7 @@ def covered_dimensions(folders: Sequence[VBenchFolder], requested: Sequence[str]
 
 
 def print_comparability_notes(folders: Sequence[VBenchFolder], suite: Sequence[dict] | None) -> None:
-    """Print what makes the scores less comparable: extended prompts, missing prompts, different videos."""
+    """Print why the scores may not be comparable: extended prompts, missing prompts, different videos."""
     for folder in folders:
         if extended := sum(video.extended for video in folder.videos):
             print(
@@ -65,7 +65,7 @@ def score_folders(
     device: str,
     local: bool,
 ) -> Scores:
-    """Compute all missing scores with a progress bar; a dimension that fails is reported and does not stop the others.
+    """Compute all missing scores with a progress bar. If a dimension fails, its error is printed and the others go on.
 
     Arguments as in `VBenchFolder.score`.
     """

@@ -15,7 +15,7 @@ from pages import ROOT, code_blocks, text_of
 from tiny_model import TRANSFORMER, VAE, write_model
 
 import trainer.objectives
-from evaluation.metrics import UNKNOWN, video_sums
+from evaluation.metrics import NO_VALUES, video_sums
 from evaluation.video_metrics import measure_frames, pixel_curves
 from model import presets
 from model.denoiser import Denoiser
@@ -139,4 +139,4 @@ def test_a_metric():
     curves = pixel_curves(measure_frames(frames))
     assert video_sums([metric], curves)["peak_motion"].total == pytest.approx(40)
     still = pixel_curves(measure_frames(frames[:1]))
-    assert video_sums([metric], still)["peak_motion"] == UNKNOWN
+    assert video_sums([metric], still)["peak_motion"] == NO_VALUES
