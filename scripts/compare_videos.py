@@ -4,8 +4,9 @@ python scripts/compare_videos.py block_first=outputs/a timestep_first=outputs/b 
 python scripts/compare_videos.py before=old.mp4 after=new.mp4 --output before_after.mp4
 
 Folders hold X.mp4 with the metadata X.json, as inference.py writes them. Their videos are paired by prompt, seed and
-sample. Each common video gives one file, named as in the first folder. Single files give one video. All panels have the
-height of the tallest video. A video that has ended shows its last frame, darkened. Existing results are kept.
+sample. Each common video gives one output file, named as in the first folder. Single files give one output file. All
+panels have the height of the tallest video. A video that has ended shows its last frame, darkened. Existing results are
+kept.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from utils.errors import UserError, command
 @command
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("methods", nargs="+", metavar="[name=]folder", help="or [name=]file.mp4")
+    parser.add_argument("methods", nargs="+", metavar="[name=]folder", help="folders, or files: [name=]file.mp4")
     parser.add_argument("--output", default="outputs/side_by_side", help="folder; for files also an mp4 file")
     parser.add_argument("--columns", type=int, default=0, help="panels per row; default: one row of up to four")
     parser.add_argument(

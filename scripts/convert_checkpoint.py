@@ -23,9 +23,9 @@ def main() -> None:
     parser.add_argument("--input", type=Path, required=True, help="checkpoint file, weights folder or model folder")
     parser.add_argument("--output", type=Path, required=True, help="file to write, or folder (no suffix)")
     parser.add_argument("--to", choices=LAYOUTS, required=True, help="layout to write")
-    parser.add_argument("--use_ema", action="store_true", help="convert the moving average in the checkpoint")
+    parser.add_argument("--use_ema", action="store_true", help="convert the EMA weights in the checkpoint")
     parser.add_argument("--dtype", choices=EXPORT_DTYPES, default="keep", help="type to write (default: as stored)")
-    parser.add_argument("--num_heads", type=int, help="for a folder: attention heads, if not of 128 channels each")
+    parser.add_argument("--num_heads", type=int, help="attention heads, for a folder; default: width / 128")
     args = parser.parse_args()
     print(convert_checkpoint(args.input, args.output, args.to, args.use_ema, args.dtype, args.num_heads))
 

@@ -24,7 +24,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default="data/shapes-wan", help="model directory whose VAE encodes")
     parser.add_argument("--output", required=True, help="folder for the shards")
-    parser.add_argument("--num_clips", type=int, default=2048)
+    parser.add_argument("--num_clips", type=int, default=2048, help="number of clips")
     parser.add_argument("--num_frames", type=int, default=21, help="latent frames per clip")
     parser.add_argument("--seed", type=int, default=0, help="seed of the clips")
     parser.add_argument("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu")

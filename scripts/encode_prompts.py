@@ -35,7 +35,7 @@ def main() -> None:
     if not config.model.text_cache:
         raise UserError("choose a folder for the embeddings: model.text_cache=FOLDER")
     texts = [prompt.text for prompt in read_prompts(args.data_path)]
-    # Guidance needs the negative prompt, and training with dropped captions the empty prompt.
+    # Guidance needs the negative prompt, and training with text dropout needs the empty prompt.
     own_texts = list(dict.fromkeys(["", config.teacher.negative_prompt, *texts]))[rank() :: world_size()]
     dtype = DTYPES[args.dtype] if args.dtype else None
     cache = load_caption_cache(config, pick_device(config.runtime.device), dtype)

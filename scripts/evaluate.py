@@ -9,9 +9,9 @@ metadata must be named after the lines of --data_path. `name=folder` sets the la
 world are also compared with the ground truth of their captions. Their tables include noise floors: renderings of the
 same captions, and these renderings after the VAE.
 
-Prints the mean of every metric, and the difference of every folder from the first on the same prompts and seeds, with
-95% intervals. Writes report.html (one self-contained page), evaluation.json, videos.csv and curves.png to --output.
-docs/evaluation.md explains the metrics.
+Prints the mean of every metric. Also prints the difference of every folder from the first, on the same prompts and
+seeds. Both have 95% intervals. Writes report.html (one self-contained page), evaluation.json, videos.csv and curves.png
+to --output. docs/evaluation.md explains the metrics.
 """
 
 import argparse
@@ -61,13 +61,16 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
+    """Parse and check the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "folders", nargs="+", metavar="[name=]folder", help="folders of videos; the first is the baseline"
     )
     parser.add_argument("--output", default="outputs/evaluation", help="folder for the results")
     parser.add_argument("--data_path", help="prompt file of videos without metadata")
-    parser.add_argument("--world", choices=["auto", "shapes", "any"], default="auto", help="auto: by the prompts")
+    parser.add_argument(
+        "--world", choices=["auto", "shapes", "any"], default="auto", help="auto: by the prompts; any: no world"
+    )
     parser.add_argument("--max_frames", type=int, help="measure only the first pixel frames; default: all")
     parser.add_argument("--block_frames", type=int, default=3, help="latent frames per block, for the seam metrics")
     parser.add_argument("--base", default="data/shapes-wan", help="model directory with the VAE of the noise floor")

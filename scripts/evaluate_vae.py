@@ -2,8 +2,8 @@
 
 python scripts/evaluate_vae.py --num_clips 12 --num_frames 81
 
-Prints the PSNR as the mean over clips and over all pixels. For each quarter of the clips, it also prints the PSNR, the
-mean pixel error, and the errors of the shape's and background's colour as in scripts/evaluate.py.
+Prints the PSNR as the mean over clips and over all pixels. Then prints errors for each quarter of the clips: the PSNR,
+the mean pixel error, and the colour errors of shape and background (as in scripts/evaluate.py).
 """
 
 import argparse
@@ -31,7 +31,7 @@ QUARTERS = 4
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default="data/shapes-wan", help="model directory")
-    parser.add_argument("--num_clips", type=int, default=12)
+    parser.add_argument("--num_clips", type=int, default=12, help="number of clips")
     parser.add_argument("--num_frames", type=int, default=81, help="pixel frames per clip, 4n+1")
     parser.add_argument("--seed", type=int, default=9, help="seed of the clips")
     args = parser.parse_args()
@@ -61,7 +61,7 @@ def main() -> None:
     for name, rows in errors.items():
         quarters = np.mean(rows, axis=0)
         change = quarters[-1] / quarters[0] - 1 if quarters[0] else 0.0
-        print(f"{name} by quarter: {', '.join(f'{q:.2f}' for q in quarters)} of 255; last against first {change:+.1%}")
+        print(f"{name} by quarter: {', '.join(f'{q:.2f}' for q in quarters)} of 255; first to last {change:+.1%}")
 
 
 def psnr(squared: np.ndarray) -> float:

@@ -7,7 +7,7 @@ python scripts/evaluate_vbench.py outputs/suite --suite
 
 A folder holds X.mp4 with the metadata X.json, as inference.py writes them. Prints a table and writes <mode>.json (all
 scores with seeds) and <mode>.csv to --output. Every score is stored at once, so the same command resumes an interrupted
-run. Needs requirements-vbench.txt in an environment of its own: see docs/vbench.md.
+run. VBench needs its own environment with requirements-vbench.txt, see docs/vbench.md.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def main() -> None:
     require_distinct_labels(paths)
     for label, _ in paths:
         if Path(label).name != label:
-            raise UserError(f"the name {label!r} cannot be a folder's name; choose another: name=folder")
+            raise UserError(f"the label {label!r} is not a valid folder name; choose another with name=folder")
 
     installation = VBenchInstallation.find(args.python)
     options = installation.long_options(args.long_configs) if mode.long else {}
@@ -70,10 +70,11 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", nargs="*", metavar="[name=]folder")
+    parser.add_argument("folders", nargs="*", metavar="[name=]folder", help="folders of videos")
     parser.add_argument("--output", default="outputs/vbench", help="folder for the results")
-    parser.add_argument("--suite", action="store_true", help="the videos have VBench's own prompts")
+    parser.add_argument("--suite", action="store_true", help="for videos of VBench's own prompts")
     parser.add_argument("--long", action="store_true", help="use VBench-Long, for videos of five seconds or more")
     more = ", ".join(name for name in CUSTOM_DIMENSIONS if name not in DEFAULT_DIMENSIONS)
     parser.add_argument(

@@ -2,8 +2,9 @@
 
 python scripts/export_generator.py --logdir runs/hiar --output ckpts/hiar.pt [--use_ema] [--iteration 600]
 
-OUTPUT is a .pt file (both the weights and their EMA, with the names of the original's checkpoints), a .safetensors file
-(diffusers' names), or a folder (diffusers' layout). The run may have used any number of ranks.
+The suffix of --output selects the format. A .pt file contains the weights and their EMA, with the names of the original
+checkpoints. A .safetensors file has diffusers' names. A folder has diffusers' layout. The run may have used any number
+of ranks.
 """
 
 import argparse

@@ -3,9 +3,9 @@
 python scripts/generate_ode_pairs.py --config_path configs/shapes.yaml --caption_path captions.txt \\
     --output_folder runs/shapes/ode_pairs --num_prompts 400 --num_inference_steps 48 --save_indices 0 12 24 36 -1
 
-A pair depends only on the seed and the index of its prompt. Existing pairs are kept, so the same command resumes; a
-folder with pairs of another seed, teacher, solver, size or prompt file is refused. Under torchrun the ranks share the
-prompts.
+A pair depends only on the seed and the index of its prompt. Existing pairs are kept, so the same command resumes. The
+script stops if the folder has pairs of another seed, teacher, solver, size or prompt file. Under torchrun the ranks
+share the prompts.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from utils.errors import UserError, command
 from utils.files import writable_folder
 from utils.prompts import read_prompts
 
+# Flags that set a key of the configuration.
 CONFIG_KEYS = {
     "guidance_scale": "teacher.guidance_scale",
     "num_inference_steps": "teacher.num_inference_steps",
@@ -29,22 +30,24 @@ CONFIG_KEYS = {
     "device": "runtime.device",
     "seed": "runtime.seed",
     "model_name": "model.base",
-}  # flags that stand for a key of the configuration
+}
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Return the checked command line."""
+    """Parse and check the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config_path", default="configs/hiar.yaml", help="YAML with the teacher and the video size")
     parser.add_argument("--caption_path", required=True, help="prompts, one per line")
-    parser.add_argument("--output_folder", required=True)
+    parser.add_argument("--output_folder", required=True, help="folder for the pairs")
     parser.add_argument("--guidance_scale", type=float, help="default: teacher.guidance_scale")
     parser.add_argument("--num_inference_steps", type=int, help="default: teacher.num_inference_steps")
     parser.add_argument("--timestep_shift", type=float, help="default: teacher.timestep_shift")
     parser.add_argument("--num_prompts", type=int, help="use only the first N prompts; default: all")
     parser.add_argument("--num_frames", type=int, help="latent frames; default: data.num_frames")
     parser.add_argument("--save_indices", type=int, nargs="+", help="saved points; default: those that training reads")
-    parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32", help="of the files")
+    parser.add_argument(
+        "--dtype", choices=["float32", "float16", "bfloat16"], default="float32", help="of saved latents"
+    )
     parser.add_argument("--latent_shape", type=int, nargs=3, metavar=("C", "H", "W"), help="default: the video size")
     parser.add_argument("--model_name", help="model directory of the teacher; default: model.base")
     parser.add_argument("--resume", action="store_true", help="has no effect: existing pairs are always kept")

@@ -1,4 +1,4 @@
-"""Make one animated picture of a folder of videos: a grid of them in motion, each above its prompt.
+"""Write an animated WebP picture of a folder of videos: a grid with the prompt below each video.
 
 python scripts/make_teaser.py outputs/demo --output docs/images/teaser.webp
 """
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def draw_grid(frames: list[np.ndarray], prompts: list[str], columns: int, panel: int) -> Image.Image:
-    """Draw one frame [H, W, 3] of every video in a grid, each above its prompt."""
+    """Draw one frame [H, W, 3] of every video in a grid, with the prompt below."""
     font = ImageFont.load_default(size=11)
     height = panel * frames[0].shape[0] // frames[0].shape[1]
     cell_width, cell_height = panel + GAP, height + 3 * LINE + GAP

@@ -3,8 +3,8 @@
 torchrun --nproc_per_node=4 scripts/pipeline_parallel_inference.py --config_path configs/hiar.yaml \\
     --checkpoint_path ckpts/hiar.pt --prompt "a cat on a skateboard" --output_path outputs/ --num_output_frames 81
 
-Any number of processes makes the same videos; --plan prints the role of each one. Existing videos are skipped, so the
-same command resumes an interrupted run. docs/pipeline.md explains how it works.
+The videos do not depend on the number of ranks. --plan prints the role of each rank. Existing videos are skipped, so
+the same command resumes an interrupted run. docs/pipeline.md explains the method.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from utils.prompts import Prompt
 
 
 def parse_arguments() -> argparse.Namespace:
+    """Parse and check the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[shared_arguments()]
     )
@@ -52,7 +53,7 @@ def list_outputs(args: argparse.Namespace, metadata: dict | None) -> tuple[str, 
 
 def generate(args: argparse.Namespace, config: Config) -> None:
     """Run the pipeline, or print its plan."""
-    # Heavy imports wait until the arguments are known to be good.
+    # Import heavy modules after the arguments are checked, so that errors appear at once.
     from pipeline.parallel.profile import profile_table
     from pipeline.parallel.runner import PipelineRequest, plan_ranks, run_pipelines
     from pipeline.parallel.stages import describe_assignment

@@ -4,8 +4,8 @@ python scripts/plan_pipeline.py --config_path configs/hiar.yaml --profile profil
 python scripts/plan_pipeline.py --config_path configs/hiar.yaml --denoise 0.2 --context 0.18 --decode 0.1
 
 Op times come from a profile (pipeline_parallel_inference.py --profile, on any number of ranks), or from the command
-line in seconds. The simulation runs each rank's ops in their real order. A block arrives --latency after it was sent,
-plus its bytes over --bandwidth.
+line in seconds. The simulation runs each rank's ops in their real order. The transfer of a block takes --latency plus
+its bytes divided by --bandwidth.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from utils.errors import UserError, command
 
 
 def parse_arguments() -> argparse.Namespace:
+    """Parse and check the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config_path", required=True, help="YAML under configs/")
     parser.add_argument("--profile", type=Path, nargs="+", help="profile files of all ranks")

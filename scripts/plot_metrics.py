@@ -19,7 +19,7 @@ from utils.files import writable_folder
 @command
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", metavar="[name=]logdir")
+    parser.add_argument("runs", nargs="+", metavar="[name=]logdir", help="folders of training runs")
     parser.add_argument("--output", type=Path, required=True, help="PNG file")
     parser.add_argument("--only", nargs="+", help="metrics to plot; default: all")
     parser.add_argument("--smooth", type=int, default=1, help="logged lines to average per point")
@@ -33,7 +33,7 @@ def main() -> None:
     runs = [(label, read_curves(Path(folder), args.smooth)) for label, folder in labelled]
     names = args.only or list(dict.fromkeys(name for _, curves in runs for name in curves))
     if not names:
-        raise UserError("these runs have logged nothing yet; wait for train.log_every iterations")
+        raise UserError("these runs have no logged metrics yet; wait for train.log_every iterations")
     missing = [name for name in names if not any(name in curves for _, curves in runs)]
     if missing:
         raise UserError(f"no run has logged {', '.join(missing)}; leave out --only to plot all metrics")

@@ -1,4 +1,4 @@
-"""Write a transformer of any size with random weights, to measure speed. Its videos are noise.
+"""Write a transformer of any size with random weights, for speed measurements. Its videos are noise.
 
 python scripts/random_transformer.py --output outputs/random --width 1536 --layers 8
 python inference.py --config_path configs/shapes.yaml --checkpoint_path outputs/random ...

@@ -16,7 +16,7 @@ import shutil
 import sys
 from pathlib import Path
 
-del sys.path[0]  # this folder; its files would hide packages of the same names
+del sys.path[0]  # this folder, because its files would hide packages of the same names
 
 
 def locate_packages() -> dict:
@@ -47,7 +47,7 @@ def score(job: dict) -> None:
 def long_benchmark(job: dict) -> type:
     """Return a subclass of VBenchLong that assigns clips to prompts correctly and survives an interruption.
 
-    VBenchLong itself uses the file name with its index as the prompt. With its own prompts it finds clips or none,
+    VBenchLong itself uses the file name with its index as the prompt. With VBench's own prompts, it may find no clips,
     depending on the order of the folder listing. It also treats the clips of an interrupted run as complete.
     """
     from vbench2_beta_long import VBenchLong

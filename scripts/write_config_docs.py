@@ -23,9 +23,9 @@ HEADER = """\
 
 # Configuration
 
-A YAML file in `configs/` states only what differs from the defaults below. Arguments of the form `section.key=value`
-override the file, and `section.key=` sets an empty string. `inherit: other.yaml`, relative to the file that states it,
-loads another file first. Unknown keys, wrong types and invalid values are errors.
+A YAML file in `configs/` sets only the keys that differ from the defaults below. Arguments `section.key=value` override
+the file, and `section.key=` sets an empty string. `inherit: other.yaml` loads another file first; its path is relative
+to the file that contains the line. Unknown keys, wrong types and invalid values are errors.
 
 ```bash
 python inference.py --config_path configs/shapes.yaml --prompt "a red circle" rollout.schedule=block_first video.fps=8

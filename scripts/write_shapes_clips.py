@@ -24,11 +24,11 @@ from utils.video import VideoWriter
 @command
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", required=True, help="folder")
-    parser.add_argument("--num_clips", type=int, default=16)
+    parser.add_argument("--output", required=True, help="folder to write")
+    parser.add_argument("--num_clips", type=int, default=16, help="number of clips")
     parser.add_argument("--num_frames", type=int, default=81, help="pixel frames per clip")
-    parser.add_argument("--seed", type=int, default=0, help="of the clips")
-    parser.add_argument("--held_out", action="store_true", help="combinations that are held out from training")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the clips")
+    parser.add_argument("--held_out", action="store_true", help="write clips that are held out from training")
     parser.add_argument("--captions_only", action="store_true", help="write captions.txt only")
     args = parser.parse_args()
     if args.num_clips < 1 or args.num_frames < 1:

@@ -1,8 +1,8 @@
-"""Ground-truth metrics of the miniature world: compare a video with the scene that its caption states.
+"""Ground-truth metrics of the miniature world: compare a video with the scene that its caption describes.
 
-Objects are detected from a frame's pixels alone: the background (a colour for every row), a coverage map of the
-foreground, and the shape template and torus position that match this map best. The caption enters only when
-detections are compared with the scene. A wrong colour therefore does not affect the shape metric.
+Detection reads only a frame's pixels. It estimates the background's colour in each row and a coverage map of the
+foreground. Then it finds the shape template and the position on the torus that match the map best. The caption is used
+only to compare detections with the scene, so a wrong colour does not affect the shape metric.
 """
 
 import itertools
@@ -18,10 +18,10 @@ from evaluation.video_metrics import borders
 from shapes import world
 from shapes.world import SIZE, Scene
 
-PRESENT = 0.8  # least overlap with the best template that counts as a shape; a blob of half the area has 0.67
-CONTRAST = 40.0  # least RGB distance between the shape and its background
+PRESENT = 0.8  # minimum overlap of a shape with the best template; a blob of half the area has 0.67
+CONTRAST = 40.0  # minimum RGB distance between a shape and its background
 LAG = 4  # frames between the two positions of a velocity: one latent frame
-STILL = 0.25  # pixels per frame; a slower shape counts as standing still
+STILL = 0.25  # pixels per frame; a slower shape does not count as moving
 _CHUNK = 256  # frames processed at once
 
 
@@ -33,7 +33,7 @@ class ShapeDetections:
     """Objects detected in T frames, without reference to a caption.
 
     Attributes:
-        present: [T] bool, an object of the size of a shape stands out.
+        present: [T] bool, whether a shape is present: it has enough overlap and contrast.
         overlap: [T] soft Dice overlap with the best template, 0 to 1.
         shape: [T] index into `world.SHAPES`.
         color: [T, 3] RGB of the foreground.
@@ -155,13 +155,13 @@ _COLOR_CURVES = tuple(f"color_of_{channel}" for channel in range(3))
 _BACKGROUND_CURVES = tuple(f"background_of_{half}{channel}" for half in range(2) for channel in range(3))
 SHAPE_METRICS = (
     Metric("presence", "frames with a shape"),
-    Metric("shape", "of those, with the right shape"),
-    Metric("color", "of those, with the right colour"),
-    Metric("direction", "of those, with the right direction of motion"),
-    Metric("speed", "of those, with the right one of the speeds"),
+    Metric("shape", "right shape, in frames with a shape"),
+    Metric("color", "right colour, in frames with a shape"),
+    Metric("direction", "right direction of motion, in frames with a shape"),
+    Metric("speed", "right speed, in frames with a shape"),
     Metric("speed_ratio", "speed along the right direction over the caption's speed", "x", 1.0, 2),
     Metric("background", "frames with the right background"),
-    Metric("grading", "frames with a graded or plain background, as in the caption"),
+    Metric("grading", "frames with the right kind of background, graded or plain"),
     Metric("overlap", "overlap with the best template"),
     Metric("color_error", "error of the shape's colour", "of 255", 1.0, 1),
     Metric("background_error", "error of the background's colour", "of 255", 1.0, 1),
@@ -177,7 +177,7 @@ SHAPE_METRICS = (
     Metric("presence_drift", "presence, last quarter minus first", inputs=("presence",), reduce=quarter_change),
     Metric("speed_drift", "speed_ratio, last quarter minus first", "x", 1.0, 2, ("speed_ratio",), quarter_change),
     Metric("seam", "deviation from the usual step at block borders", "pixels", 1.0, 2),
-    Metric("inside", "the same between latent frames inside blocks", "pixels", 1.0, 2),
+    Metric("inside", "deviation from the usual step between latent frames inside blocks", "pixels", 1.0, 2),
 )
 # A frozen video does not drift: tables show the amount of motion directly before the drift.
 assert [m.name for m in SHAPE_METRICS].index("moving") + 1 == [m.name for m in SHAPE_METRICS].index("color_drift")
@@ -186,15 +186,15 @@ assert [m.name for m in SHAPE_METRICS].index("moving") + 1 == [m.name for m in S
 def ground_truth_curves(detections: ShapeDetections, scene: Scene, block_frames: int = 3) -> dict[str, MetricCurve]:
     """Compare a video with its scene; return one curve per name.
 
-    Presence and background are valid in every frame. Colour and shape are valid where a shape is present. Direction and
-    speed are valid where it is present now and one latent frame later.
+    Presence and background are valid in every frame. Colour and shape are valid in frames with a shape. Direction and
+    speed are valid if a shape is present in this frame and one latent frame later.
 
     Args:
         block_frames: latent frames per block, for `seam` (at block borders) and `inside` (at other latent frames).
     """
     curves = _appearance_curves(detections, scene) | _motion_curves(detections, scene)
     curves |= _seam_curves(detections, block_frames)
-    # Detected colours by channel, whatever the caption states: input of the drift metrics.
+    # Detected colours by channel, independent of the caption: input of the drift metrics.
     all_frames = np.ones(len(detections.present), dtype=bool)
     for channel in range(3):
         curves[f"color_of_{channel}"] = MetricCurve(detections.color[:, channel], detections.present)
@@ -226,7 +226,7 @@ def _appearance_curves(detections: ShapeDetections, scene: Scene) -> dict[str, M
 
 
 def _motion_curves(detections: ShapeDetections, scene: Scene) -> dict[str, MetricCurve]:
-    """Measure motion over one latent frame, where the shape is present at both ends."""
+    """Measure motion over one latent frame; valid if the shape is present at both ends."""
     num_frames, present, position = len(detections.present), detections.present, detections.position
     velocity, known = np.zeros((num_frames, 2)), np.zeros(num_frames, dtype=bool)
     if num_frames > LAG:

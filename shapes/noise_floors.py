@@ -18,7 +18,7 @@ from utils.video import VideoWriter
 
 
 def measure_noise_floors(method: Method, num_videos: int, model_folder: str, block_frames: int) -> list[Method]:
-    """Measure renderings of some of a method's prompts, plain and reconstructed by the VAE.
+    """Measure renderings of some prompts of a method, before and after the VAE.
 
     Both pass through the video encoder, as generated videos do. They have the length of the method's longest video.
 

@@ -24,9 +24,9 @@ from utils.config import Config
 class TextAttributes(SingleNetObjective):
     """Pre-train the miniature's text encoder to classify a caption's attributes; the heads are discarded.
 
-    Trained together with the DiT, so small a text encoder lags far behind it. Captions of held-out scenes are included,
-    as a real text encoder has read all language; only their images are held out. Without these captions, the encoder
-    confused a green circle on blue with a blue circle on green.
+    Trained together with the DiT, an encoder of this size learns far more slowly than the DiT. Captions of held-out
+    scenes are included, because a real text encoder also has seen all words; only their videos are held out. Without
+    these captions, the encoder confused a green circle on blue with a blue circle on green.
     """
 
     def __init__(self, config: Config, device: torch.device):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 SIZE = 64  # pixels, height and width
 FPS = 16
-RADIUS = 15.0  # pixels; the circle's radius, and about that of a circle with another shape's area
+RADIUS = 15.0  # pixels, of the circle; the other shapes have about the same area
 EDGE = 3.0  # pixels; width of the soft edge, so that latents of 8x8 pixels encode positions well
 
 COLORS = {
@@ -200,7 +200,7 @@ def _signed_distance(shape: str, dx: np.ndarray, dy: np.ndarray) -> np.ndarray:
 
 
 def background(scene: Scene) -> np.ndarray:
-    """Render the background, float32 [H, W, 3]; if graded, brightness falls from 1.25 at the top to 0.55."""
+    """Render the background, float32 [H, W, 3]; if graded, brightness falls from 1.25x (top) to 0.55x (bottom)."""
     color = np.array(BACKGROUNDS[scene.background], dtype=np.float32)
     ramp = np.linspace(1.25, 0.55, SIZE, dtype=np.float32) if scene.graded else np.ones(SIZE, dtype=np.float32)
     image = np.broadcast_to((color[None, :] + 12) * ramp[:, None] - 12 * np.ones((SIZE, 1)), (SIZE, 3))

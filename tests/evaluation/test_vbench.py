@@ -187,7 +187,7 @@ def test_each_prompt_of_vbench_is_written_once(stub, tmp_path, call):
         ("", "give at least one folder"),
         ("{0}/none", "no folder {0}/none"),
         ("{0}/plain {0}/plain", "two folders have the same name"),
-        ("a/b={0}/plain", "cannot be a folder's"),
+        ("a/b={0}/plain", "is not a valid folder name"),
         ("{0}/plain --dimensions beauty", "no dimension 'beauty'; it has subject_consistency,"),
         ("{0}/plain --dimensions color", "color needs VBench's own prompts (--suite)"),
         ("{0}/plain --suite", "has none of VBench's prompts ('a cat')"),

@@ -333,7 +333,7 @@ def test_metrics_that_cannot_be_plotted_are_refused(run, tmp_path, call):
     for words, output, message in [
         ((run.logdir, "--only", "nonsense"), "no.png", "no run has logged nonsense"),
         ((tmp_path,), "no.png", "cannot read"),
-        ((tmp_path / "new",), "no.png", "these runs have logged nothing yet"),
+        ((tmp_path / "new",), "no.png", "these runs have no logged metrics yet"),
         ((tmp_path / "other",), "no.png", "a line has no iteration"),
         ((run.logdir,), "no.jpg", "ends in .png"),
         ((run.logdir,), "", "ends in .png"),
