@@ -59,7 +59,7 @@ def test_a_forbidden_import_is_detected():
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "model").glob("*.py")), ids=lambda file: file.name)
-def test_model_code_knows_no_ranks_and_no_configuration(file):
+def test_model_code_imports_no_ranks_and_no_configuration(file):
     assert not [
         n
         for n in imported(file.read_text())

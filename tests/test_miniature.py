@@ -1,8 +1,8 @@
 """data/shapes-wan: the quality of the shipped miniature, measured on decoded pixels.
 
 Claims: the VAE reconstructs held-out clips without drift; shapes, colours and motion of generated videos follow the
-prompt; the folder is an ordinary diffusers pipeline, whose transformer equals our network in bidirectional mode; data/
-stays small.
+prompt; the folder is an ordinary diffusers pipeline; its transformer equals our bidirectional network; data/ stays
+small.
 """
 
 from pathlib import Path

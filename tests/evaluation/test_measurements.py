@@ -1,4 +1,4 @@
-"""evaluation/measurements.py: the cache returns what measuring would return, and only for the same video and code."""
+"""evaluation/measurements.py: cached and new measurements are equal; a changed video or changed code is measured again."""
 
 import os
 import pickle

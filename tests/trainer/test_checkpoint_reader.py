@@ -1,4 +1,4 @@
-"""trainer/checkpoint_reader.py: a hostile checkpoint folder is refused and runs nothing."""
+"""trainer/checkpoint_reader.py: a hostile checkpoint folder is refused, and no code from it runs."""
 
 import pickle
 from pathlib import Path

@@ -106,7 +106,7 @@ def test_wandb_offline_holds_every_metric_and_sample(tmp_path, toy, make_config,
 
 
 def test_a_resumed_run_continues_its_wandb_run(tmp_path, toy, make_config, monkeypatch, wandb):
-    """And an error of W&B is one line."""
+    """A W&B error at the start is reported in one line."""
     requested = []
 
     def init(**arguments):

@@ -43,7 +43,7 @@ def test_masked_mse_computes_in_float32():
     assert masked_mse(prediction, target).dtype == torch.float32
 
 
-def test_flow_matching_loss_is_about_noise_minus_x0():
+def test_the_target_of_flow_matching_is_noise_minus_x0():
     x0, noise = frames(1, 2), frames(4, 8)
     assert flow_matching_loss(frames(3, 6), x0, noise).item() == 0
     assert flow_matching_loss(frames(3, 5), x0, noise).item() == pytest.approx(0.5)
@@ -88,8 +88,8 @@ def test_descending_the_dmd_gradient_leads_from_the_critics_clip_to_the_teachers
     assert (x0 - teacher).abs().mean() < 0.6 * (clips(0) - teacher).abs().mean()
 
 
-def test_a_clip_that_is_the_teachers_already_gets_no_gradient():
-    """0 / 0 and 1 / 0 alike: one bad clip must not spoil the batch."""
+def test_a_clip_equal_to_the_teachers_x0_gets_no_gradient():
+    """Neither 0 / 0 nor 1 / 0 may occur: one bad clip must not spoil the batch."""
     teacher = clips(0)
     assert torch.equal(dmd_gradient(teacher, teacher, teacher), torch.zeros_like(teacher))
     assert torch.equal(dmd_gradient(teacher, teacher + 1, teacher), torch.zeros_like(teacher))
@@ -97,7 +97,7 @@ def test_a_clip_that_is_the_teachers_already_gets_no_gradient():
 
 @pytest.mark.parametrize("own", [False, True], ids=["the teacher's point", "a point of its own"])
 def test_forward_kl_against_a_closed_form(own):
-    """On a straight trajectory x0 + sigma (noise - x0) the target of the first form is x0, wherever the student is."""
+    """On a straight trajectory x0 + sigma (noise - x0) the target of form x0 is x0, at any point of the generator."""
     x0, noise, flow = clips(0), clips(1), clips(2)
     sigma, next_sigma = 0.96, 0.8889
     point, next_point = ((1 - s) * x0 + s * noise for s in (sigma, next_sigma))
@@ -116,7 +116,7 @@ def test_forward_kl_against_a_closed_form(own):
 
 
 def test_forward_kl_is_computed_in_float32():
-    """From bfloat16 points the target is as exact as they are; dividing in bfloat16 would add an error floor."""
+    """The target is as exact as its bfloat16 points; division in bfloat16 would add an error."""
     x0, noise = clips(0, 2, 3, 4, 8, 8), clips(1, 2, 3, 4, 8, 8)
     point, next_point = (((1 - s) * x0 + s * noise).bfloat16() for s in (1.0, 0.96))
     exact = (next_point.double() - point.double()) / -0.04

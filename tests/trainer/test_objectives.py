@@ -1,4 +1,4 @@
-"""Objectives of one network: what each loss computes, and which data it refuses."""
+"""Objectives with one network: the value of each loss, and the data that it refuses."""
 
 from collections.abc import Callable
 from copy import deepcopy

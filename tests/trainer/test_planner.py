@@ -1,6 +1,6 @@
 """trainer/planner.py: each row of the memory table appears when it should, with the right size.
 
-Contexts and text encoders are also compared with real networks, whose stored tensors are counted.
+Contexts and text encoders are also compared with the stored tensors of real networks.
 """
 
 import gc

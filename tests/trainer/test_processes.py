@@ -77,7 +77,7 @@ def wait_for_lines(logdir: Path, count: int, is_running: Callable[[], bool]) -> 
 
 @contextlib.contextmanager
 def torchrun(config: Path, logdir: Path, *overrides: str, fork: bool = True) -> Iterator[Torchrun]:
-    """Run train.py by torchrun on two ranks; kill the launcher in the end. Its ranks end with it."""
+    """Run train.py by torchrun on two ranks. In the end, kill the launcher; its ranks end with it."""
     process = Torchrun(logdir.parent / "errors.txt", words(config, logdir, *overrides), fork)
     try:
         yield process
@@ -150,7 +150,7 @@ if os.environ["RANK"] == "1":
 
 
 def test_a_failing_sample_video_stops_no_rank(config, tmp_path, one_rank):
-    """The first failure is in the network's passes, which all ranks share when it is sharded; the other in the file."""
+    """One failure is in a network's forward pass, which ranks share if it is sharded. The other is in writing the file."""
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle\na blue square\na green triangle\na red square\n")  # two each
     obstacle = tmp_path / "log/samples/00000003/a red square-0.mp4/file"
@@ -216,7 +216,7 @@ def test_a_run_killed_five_times_ends_with_the_same_bits(config, tmp_path, unint
 
 
 def test_a_stop_signal_ends_all_ranks_after_the_same_iteration(config, tmp_path, uninterrupted):
-    """Ctrl-C, then a cluster's SIGTERM, both between two checkpoints. The same command resumes."""
+    """The signals are Ctrl-C and a cluster's SIGTERM, both between two checkpoints. The same command resumes."""
     logdir, done = tmp_path / "log", 0
     for stop in (signal.SIGINT, signal.SIGTERM):
         with torchrun(config, logdir, *LONG, "train.checkpoint_every=1000") as process:

@@ -64,7 +64,7 @@ def test_flow_matching_resumes_bit_for_bit(tmp_path, make_config, clips, tiny_pr
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 def test_a_stop_signal_saves_after_the_iteration(tmp_path, toy, make_config, stop):
-    """Here it arrives between the steps of two optimizers."""
+    """In this test the signal arrives between the steps of two optimizers."""
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     config = make_config(checkpoint_every=100, optimizer="muon")
     whole = Trainer(config, toy(), str(tmp_path / "whole"))
@@ -132,7 +132,7 @@ def test_a_failed_save_keeps_the_previous_checkpoint(tmp_path, toy, make_config,
 
 
 def test_a_checkpoint_holds_the_state_of_the_moment_of_saving(tmp_path, toy, make_config):
-    """It is written in the background, while training changes the tensors."""
+    """Training changes the tensors while the checkpoint is written in the background."""
     run = Trainer(make_config(), toy(), str(tmp_path))
     run.step()
     expected = state_of(run)
@@ -144,7 +144,7 @@ def test_a_checkpoint_holds_the_state_of_the_moment_of_saving(tmp_path, toy, mak
 
 
 def test_a_checkpoint_gets_its_name_as_soon_as_it_is_written(tmp_path, toy, make_config):
-    """A kill long before the next save does not lose it."""
+    """So a kill long before the next save does not lose the checkpoint."""
     run = Trainer(make_config(max_iterations=9, checkpoint_every=4), toy(), str(tmp_path))
     loss, seen = run.objective.loss, []
 
@@ -160,7 +160,7 @@ def test_a_checkpoint_gets_its_name_as_soon_as_it_is_written(tmp_path, toy, make
 
 
 def test_a_complete_checkpoint_without_its_name_is_found(tmp_path, toy, make_config):
-    """A kill between the last byte and the renaming leaves one. An incomplete one is deleted."""
+    """A kill between the last write and the renaming leaves such a checkpoint. Incomplete checkpoints are deleted."""
     Trainer(make_config(max_iterations=4), toy(), str(tmp_path)).train()
     folder = tmp_path / "checkpoints"
     (folder / "00000004").rename(folder / ".00000004.partial")

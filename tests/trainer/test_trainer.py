@@ -27,7 +27,7 @@ def test_micro_batches_add_up_to_the_mean_over_the_batch(tmp_path, toy, make_con
     assert metrics["loss"] == pytest.approx(torch.stack(losses).mean().item())
 
 
-def test_the_ranks_share_out_the_micro_batches(monkeypatch):
+def test_the_ranks_divide_the_micro_batches(monkeypatch):
     config = TrainConfig(batch_size=2, total_batch_size=12)
     assert list(local_micro_batches(config)) == [0, 1, 2, 3, 4, 5]
     monkeypatch.setenv("WORLD_SIZE", "3")
@@ -95,7 +95,7 @@ def test_the_error_for_a_huge_gradient_lists_the_share_of_each_loss(tmp_path, to
 
 @pytest.mark.parametrize(("factor", "stops"), [(900.0, False), (1e5, True)])
 def test_a_loss_far_above_its_median_stops_the_run(tmp_path, toy, make_config, factor, stops):
-    """Even if its gradient is small."""
+    """The run stops even if the gradient is small."""
     run = Trainer(make_config(max_iterations=26, log_every=30, checkpoint_every=24), toy(), str(tmp_path))
     loss = run.objective.loss
 
@@ -138,7 +138,7 @@ def test_the_learning_rate_reaches_every_optimizer(tmp_path, toy, make_config):
 
 @pytest.mark.parametrize("limit", [0.0, 1e-3])
 def test_the_gradient_is_clipped_to_the_limit(tmp_path, toy, make_config, limit):
-    """A limit of 0 means none. The logged norm is the one before clipping."""
+    """A limit of 0 means no limit. The logged norm is the one before clipping."""
     run = Trainer(make_config(grad_clip=limit), toy(), str(tmp_path))
     applied = []
     run.optimizers["net"][0].register_step_pre_hook(

@@ -44,7 +44,7 @@ class CallCounter(nn.Module):
 
 
 class Killed(Exception):
-    """Ends a run in these tests without saving anything."""
+    """Ends a run without saving, as a kill would."""
 
 
 def change_loss(objective, iteration: int, factor: float = 1.0, error: BaseException | None = None) -> None:
