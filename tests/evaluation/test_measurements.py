@@ -1,4 +1,4 @@
-"""evaluation/measurements.py: cached and new measurements are equal; a changed video or changed code is measured again."""
+"""evaluation/measurements.py: cached and new measurements are equal; changed videos or code are measured again."""
 
 import os
 import pickle

@@ -150,7 +150,7 @@ if os.environ["RANK"] == "1":
 
 
 def test_a_failing_sample_video_stops_no_rank(config, tmp_path, one_rank):
-    """One failure is in a network's forward pass, which ranks share if it is sharded. The other is in writing the file."""
+    """One failure is in a forward pass, which ranks share for sharded networks. The other is in writing the file."""
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle\na blue square\na green triangle\na red square\n")  # two each
     obstacle = tmp_path / "log/samples/00000003/a red square-0.mp4/file"
