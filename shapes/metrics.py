@@ -58,7 +58,7 @@ def detect_shapes(frames: np.ndarray) -> ShapeDetections:
         ValueError: for frames of another size.
     """
     if frames.ndim != 4 or frames.shape[1:] != (SIZE, SIZE, 3) or not len(frames):
-        raise ValueError(f"frames of the shapes world are [T, {SIZE}, {SIZE}, 3], not {list(frames.shape)}")
+        raise ValueError(f"frames of the miniature world are [T, {SIZE}, {SIZE}, 3], not {list(frames.shape)}")
     chunks = [_detect(frames[i : i + _CHUNK].astype(np.float32)) for i in range(0, len(frames), _CHUNK)]
     return ShapeDetections(*(np.concatenate(column) for column in zip(*chunks, strict=True)))
 

@@ -125,13 +125,13 @@ def parse_caption(caption: str) -> Scene:
     """
     match = _CAPTION.fullmatch(" ".join(caption.split()).rstrip("."))
     if match is None:
-        raise ValueError(f"not a caption of the shapes world: {caption!r}")
+        raise ValueError(f"not a caption of the miniature world: {caption!r}")
     fields: dict = match.groupdict()
     fields["graded"] = fields["graded"] is not None
     scene = Scene(**fields)
     known = scene.color in COLORS and scene.shape in SHAPES and scene.background in BACKGROUNDS
     if not (known and scene.speed in SPEEDS and scene.direction in DIRECTIONS):
-        raise ValueError(f"not a caption of the shapes world: {caption!r}")
+        raise ValueError(f"not a caption of the miniature world: {caption!r}")
     return scene
 
 

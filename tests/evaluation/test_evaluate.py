@@ -236,7 +236,7 @@ def test_curves_and_tables():
             lambda folder: write_video(
                 folder, 0, np.zeros((3, 32, 32, 3), np.uint8), world.sample_clip(0, 0).scene.caption
             ),
-            "frames of the shapes world are",
+            "frames of the miniature world are",
         ),
         (
             lambda folder: [write_video(folder, i, np.zeros((3, 64, 64, 3), np.uint8), "a cat") for i in range(2)],

@@ -41,7 +41,7 @@ def assert_same(one: FrameMeasurements, other: FrameMeasurements) -> None:
         assert np.array_equal(rows, other.detections[name]), name
 
 
-@pytest.mark.parametrize("in_world", [WORLD, None], ids=["shapes world", "any video"])
+@pytest.mark.parametrize("in_world", [WORLD, None], ids=["miniature world", "any video"])
 def test_measurements_of_a_whole_video_serve_its_beginning(video, tmp_path, measured, in_world):
     whole = cached_measurements(video, in_world, None, tmp_path)
     assert len(whole.pixels) == FRAMES and bool(whole.detections) == bool(in_world)

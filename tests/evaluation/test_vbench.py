@@ -223,4 +223,4 @@ def test_a_vbench_without_vbench_long_is_reported(folders, tmp_path, call, monke
     shutil.copytree(STUB / "vbench", tmp_path / "path/vbench")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "path"))
     code, _, err = call(evaluate_vbench, folders / "plain", "--long", "--python", sys.executable)
-    assert code == 2 and "without VBench-Long" in err
+    assert code == 2 and "lacks VBench-Long" in err

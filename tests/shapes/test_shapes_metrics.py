@@ -180,7 +180,7 @@ def test_two_shapes_are_not_detected_as_one():
 
 
 def test_frames_of_another_size_are_refused():
-    with pytest.raises(ValueError, match="frames of the shapes world are"):
+    with pytest.raises(ValueError, match="frames of the miniature world are"):
         detect_shapes(np.zeros((3, 32, 32, 3), np.uint8))
 
 
