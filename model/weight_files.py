@@ -73,7 +73,8 @@ def save_weights(path: Path, content: dict[str, Any]) -> None:
         if path.suffix == ".safetensors":
             save_file({name: tensor.contiguous() for name, tensor in content.items()}, file, metadata={"format": "pt"})
         else:
-            torch.save(content, file)
+            with file.open("xb") as stream:  # given a path, torch.save would write the temporary name into the file
+                torch.save(content, stream)
 
 
 def save_transformer(folder: Path, state: dict[str, Tensor], config: dict[str, Any]) -> None:

@@ -310,7 +310,7 @@ class ModelDirectory:
 
     def _check_tokenizer_class(self, folder: Path) -> None:
         """Check the tokenizer's class against model_index.json; its absence is reported when it is loaded."""
-        expected = TOKENIZERS
+        expected: tuple[str, ...] = TOKENIZERS
         if self.layout == "diffusers":
             entry = read_model_json(self.path / "model_index.json").get("tokenizer")
             expected = (str(entry[1]),) if isinstance(entry, list) and len(entry) == 2 else expected

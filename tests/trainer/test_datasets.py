@@ -151,6 +151,13 @@ def test_a_pair_has_causvids_format(tmp_path):
     assert prompt == "a prompt" and trajectory.shape == (1, POINTS, *CLIP)
 
 
+def test_a_pairs_bytes_depend_only_on_its_content(tmp_path):
+    files = pair_file(tmp_path, 0), pair_file(tmp_path, 1)
+    for file in files:
+        write_ode_pair(file, "a", randn(POINTS, *CLIP))
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
 def test_a_pair_cut_from_a_batch_is_stored_alone(tmp_path):
     """torch.save writes the whole storage of a view."""
     file = pair_file(tmp_path, 0)

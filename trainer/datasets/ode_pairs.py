@@ -176,8 +176,9 @@ def pair_file(folder: Path, index: int) -> Path:
 
 def write_ode_pair(file: Path, prompt: str, points: Tensor) -> None:
     """Write one pair atomically; `points` is its trajectory [P, F, C, h, w], noisy to clean."""
-    with atomic_path(file) as path:
-        torch.save({prompt: points[None].cpu().clone()}, path)  # a clone: torch.save writes a view's whole storage
+    # torch.save writes the whole storage of a view, and given a path, it writes the file's (temporary) name too.
+    with atomic_path(file) as path, path.open("xb") as stream:
+        torch.save({prompt: points[None].cpu().clone()}, stream)
 
 
 # ---- sigmas.json and pairs.json ----
