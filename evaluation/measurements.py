@@ -1,7 +1,7 @@
 """Per-frame measurements of a video, cached on disk.
 
 Decoding and optical flow take nearly all the time of an evaluation, so measurements are stored. Each frame is measured
-from itself and earlier frames only, so the measurements of a whole video also serve evaluations of its beginning.
+from itself and earlier frames only. The measurements of a whole video therefore serve evaluations of its beginning.
 """
 
 import hashlib

@@ -107,7 +107,7 @@ def _background_rows(frames: np.ndarray) -> np.ndarray:
 def _fit_line(rows: np.ndarray) -> np.ndarray:
     """Fit a straight line to row colours [T, H, 3] with a robust slope (Theil-Sen).
 
-    A triangle's base is wider than half a row, so the medians of a few rows have the colour of the shape.
+    A triangle's base covers more than half a row. So the medians of a few rows have the colour of the shape.
     """
     lag = SIZE // 4
     slope = np.median((rows[:, lag:] - rows[:, :-lag]) / lag, axis=1, keepdims=True)

@@ -78,7 +78,7 @@ class FlowMatching(SingleNetObjective):
         return flow_matching_loss(flow, x0, noise, weight), {}
 
     def _flow(self, x0: Tensor, x: Tensor, sigma: Tensor, text: Tensor) -> Tensor:
-        """Return the network's flow [B, F, C, h, w] at x [B, F, C, h, w] and noise levels sigma [B, F]."""
+        """Return the network's flow at x, both [B, F, C, h, w], for noise levels sigma [B, F]."""
         if not self.block_frames:
             return clip_flow(self.net, x, sigma[:, 0], text)
         num_frames = x.shape[1]
