@@ -1,4 +1,4 @@
-"""The baseline of the rollout benchmark: diffusers' own network without a KV cache, with the same weights.
+"""The baseline of the rollout benchmark: diffusers' own network with the same weights and no KV cache.
 
 Each pass runs bidirectionally over the whole window, at one noise level.
 """
@@ -23,7 +23,7 @@ def baseline_config(config: Config) -> Config:
 
 
 def baseline_network(pipeline: TextToVideo) -> WanTransformer3DModel:
-    """Return diffusers' network. It shares its weights with the network of the pipeline."""
+    """Return diffusers' network, which shares its weights with the pipeline's network."""
     config, net = pipeline.config.model, pipeline.net
     with torch.device("meta"):
         baseline = WanTransformer3DModel.from_config(net.config)
@@ -47,14 +47,14 @@ class CleanBlocks(list[Tensor]):
 class BaselineDenoiser:
     """A `BlockDenoiser` that runs the whole window through the network in each pass.
 
-    Its speed is comparable with `Denoiser`. Its results differ from the second block on, because the context is seen at
-    the noise level of the current block.
+    Its speed is comparable with that of `Denoiser`. Its results differ from the second block on, because the network
+    gets one noise level, that of the current block, for the whole window.
     """
 
     def __init__(self, net: WanTransformer3DModel, embeddings: Tensor, context_frames: int):
         """
         Args:
-            embeddings: text [B, text length, text_dim].
+            embeddings: prompt embeddings [B, L, text_dim].
             context_frames: largest number of earlier frames in the window.
         """
         self.net, self.embeddings, self.context_frames = net, embeddings, context_frames

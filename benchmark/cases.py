@@ -1,4 +1,4 @@
-"""The cases of a benchmark run: all combinations of its options, as configurations."""
+"""The cases of a benchmark run: one configuration for each combination of the options."""
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
@@ -72,7 +72,7 @@ class Case(NamedTuple):
     kind: str
     config: Config
     settings: dict[str, str]
-    """Values of the options, in the words of the command line."""
+    """Values of the options, as on the command line."""
 
     def __str__(self) -> str:
         return " ".join([self.kind, *self.settings.values()])
@@ -89,7 +89,7 @@ def make_cases(
 
     Args:
         kinds: from KINDS.
-        values: values of each option in OPTIONS; None for the preset's values.
+        values: values of each option in OPTIONS. None: the preset's values.
         overrides: `section.key=value` arguments for all cases.
         iterations: timed training iterations.
 
@@ -101,7 +101,9 @@ def make_cases(
         seen = set()
         sweeps: list[Sequence[str | None]] = [values.get(n) or preset.sweep.get(n) or [None] for n in names]
         for combination in itertools.product(*sweeps):
-            words = [word for name, value in zip(names, combination, strict=True) for word in override(name, value)]
+            words = [
+                word for name, value in zip(names, combination, strict=True) for word in option_overrides(name, value)
+            ]
             if kind == "training":
                 config = load_config(preset.training_config, [*words, *overrides])
                 _check_training(config, preset.training_config, iterations)
@@ -124,8 +126,12 @@ def _check_training(config: Config, path: str, iterations: int) -> None:
         raise UserError(f"--iterations must be at least distill.generator_every={config.distill.generator_every}")
 
 
-def override(name: str, value: str | None) -> list[str]:
-    """Return the `section.key=value` arguments that set an option to a value."""
+def option_overrides(name: str, value: str | None) -> list[str]:
+    """Return the `section.key=value` arguments that set an option to a value; none if `value` is None.
+
+    Raises:
+        UserError: for a malformed `size`.
+    """
     if value is None:
         return []
     if name == "size":
@@ -138,13 +144,13 @@ def override(name: str, value: str | None) -> list[str]:
 
 
 def describe_settings(config: Config, names: Sequence[str]) -> dict[str, str]:
-    """Return the value of each option in a configuration, in the words of the command line."""
+    """Return the value of each option in a configuration, as on the command line."""
 
-    def describe(name: str) -> str:
+    def option_value(name: str) -> str:
         if name == "size":
             return f"{config.video.height}x{config.video.width}"
         section, key = OPTIONS[name].key.split(".")
         value: Any = getattr(getattr(config, section), key)
         return ("on" if value else "off") if isinstance(value, bool) else str(value)
 
-    return {name: describe(name) for name in names}
+    return {name: option_value(name) for name in names}

@@ -9,7 +9,7 @@ from model.vae import WanVAE
 
 
 def measure_decoder(networks: BenchmarkNetworks, repeats: Repeats, peak_flops: float) -> Results:
-    """Measure the decoding of one block after the first block.
+    """Measure the decoding of one block. The first block is not timed, because it has fewer pixel frames.
 
     Args:
         peak_flops: FLOP/s of a large matrix product.

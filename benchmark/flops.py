@@ -1,6 +1,7 @@
 """Floating-point operations of the DiT's passes, counted by torch on the meta device, where nothing is computed.
 
-A multiplication in a matrix product or convolution counts as two operations, all else as none. Counts are of one clip.
+Only matrix products and convolutions count: each multiplication with its addition is two operations. Counts are for
+one clip.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,16 +19,23 @@ _META = torch.device("meta")
 
 
 class PassFlops:
-    """Counts the passes of one network over blocks of one size, next to some frames of context."""
+    """Counts the operations of one network's passes over blocks of one size.
+
+    Attributes:
+        denoise, write: functions from the number of context frames to the count of this pass over one block.
+        bidirectional: function from the number of frames to the count of one pass of diffusers' own network.
+    """
 
     def __init__(
         self, config: Mapping[str, Any], size: tuple[int, int], block_frames: int, context_frames: int, text_length: int
     ):
         """
         Args:
-            config: the network's.
+            config: arguments of the network.
             size: height and width of the latents.
+            block_frames: frames of a block.
             context_frames: frames of a full context.
+            text_length: number of text tokens.
         """
         with _META:
             self.net = CausalWanModel.from_config(config)
@@ -39,7 +47,7 @@ class PassFlops:
         self.bidirectional = cache(self._bidirectional)
 
     def write_then_denoise(self, context: int) -> int:
-        """Return the count of a pass that writes one block and denoises the next."""
+        """Return the count of a pass that writes one block next to `context` frames and denoises the next block."""
         return self.write(context) + self.denoise(min(context + self.block_frames, self.context_frames))
 
     def _denoise(self, context: int) -> int:
@@ -51,7 +59,7 @@ class PassFlops:
         return self._count(lambda cache, text: self.net.write_block(x, timestep, text, cache, context), context)
 
     def _bidirectional(self, frames: int) -> int:
-        """Return the count of diffusers' own network over a clip; it projects the text in every pass."""
+        """Return the count of one pass of diffusers' own network, which projects the text in every pass."""
         with _META:
             net = WanTransformer3DModel.from_config(self.config)
             x = torch.empty(1, self.config["in_channels"], frames, *self.size)

@@ -13,10 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 @contextlib.contextmanager
 def host_syncs(device: torch.device) -> Iterator[list[str]]:
-    """Yield a list that holds the names of all host syncs in the body, after the body has run.
+    """Yield a list that is complete after the body has run: one entry per host sync in the body.
 
-    On CUDA, the syncs are reported by the driver. On other devices, the list holds the calls that would sync on a GPU:
-    reading a value, a shape that depends on values, a blocking copy between devices, and conversion to Python or NumPy.
+    On CUDA, torch reports the syncs. On other devices, the list holds the calls that would sync on a GPU: reading a
+    value, a shape that depends on values, a blocking copy between devices, and conversion to Python or NumPy.
     """
     found: list[str] = []
     if device.type != "cuda":
@@ -31,7 +31,7 @@ def host_syncs(device: torch.device) -> Iterator[list[str]]:
             yield found
         finally:
             torch.cuda.set_sync_debug_mode(before)
-    # The first use in a process also warns that the detection is a prototype; that warning is no sync.
+    # The first use in a process also warns that the detection is a prototype; this warning does not report a sync.
     found += [str(warning.message) for warning in caught if "called a synchronizing" in str(warning.message)]
 
 
@@ -50,7 +50,7 @@ class _SyncDispatchMode(TorchDispatchMode):
 
 
 class _ReadFunctionMode(TorchFunctionMode):
-    """Records reads of CPU tensors, which run no operation that `_SyncDispatchMode` could see."""
+    """Records reads of CPU tensors, because these run no operation that `_SyncDispatchMode` could record."""
 
     def __init__(self, found: list[str]):
         super().__init__()

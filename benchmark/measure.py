@@ -19,7 +19,7 @@ from pipeline.parallel.profile import Recorder
 
 @dataclass(frozen=True)
 class Measurement:
-    """Median, smallest and largest value of repeated measurements."""
+    """Median (`median`), smallest (`low`) and largest (`high`) value of repeated measurements."""
 
     median: float
     low: float
@@ -33,7 +33,7 @@ class Measurement:
 
 
 Results = dict[str, Measurement | float | None]
-"""Results of one benchmark by name. None: cannot be measured here."""
+"""Results of one benchmark by name. None: not measured in this case."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Repeats:
 
 
 def durations(work: Callable[[], object], device: torch.device, repeats: Repeats) -> list[float]:
-    """Run `work` and return the seconds of each timed run on the device."""
+    """Run `work` repeatedly and return the seconds of each timed run on the device."""
     recorder = Recorder(device)
     for _ in range(repeats.total):
         with recorder("work"):
@@ -71,7 +71,7 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def counted_flops(work: Callable[[], object]) -> int:
-    """Run `work` and return its floating-point operations, as torch counts them."""
+    """Run `work` and return its number of floating-point operations, as torch counts them."""
     # FlopCounterMode does not count the CPU's fused attention kernel, nor the operations of compiled code.
     with sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as mode:
         work()
@@ -89,7 +89,10 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the peak memory since the reset in bytes: allocated by torch on a GPU, else resident in the process."""
+    """Return the peak memory since `reset_peak_memory`, in bytes.
+
+    On a GPU, it is the memory that torch allocated. Otherwise, it is the resident memory of the process.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     with contextlib.suppress(OSError, StopIteration):

@@ -1,4 +1,4 @@
-"""Networks to measure: those of a configuration, or networks of published size with random weights."""
+"""Networks to measure: networks of a configuration, or networks of published sizes with random weights."""
 
 from collections.abc import Sequence
 
@@ -37,7 +37,7 @@ class BenchmarkNetworks:
         """
         Args:
             random: key of presets.TRANSFORMERS: use networks of this size with random weights. Empty: load the weights
-                that the configuration names.
+                of the configuration.
         """
         self.config, self.device, self.random = config, device, random
         self.dtype = DTYPES[config.model.dtype]
@@ -74,7 +74,7 @@ class BenchmarkNetworks:
         return TextToVideo(self.config, net, embeddings, self.vae())
 
     def random_embeddings(self, net: CausalWanModel) -> EmbeddingCache:
-        """Return a cache that gives every prompt a random embedding, which needs no text encoder."""
+        """Return a cache that gives every prompt a random embedding, without a text encoder."""
         return EmbeddingCache(RandomTextEncoder(self.config.model.text_length, net.config.text_dim))
 
     def check(self) -> None:
@@ -112,5 +112,5 @@ class RandomTextEncoder(TextEncoder):
         self.dim = dim
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
-        """Return random embeddings [B, text length, text_dim]."""
+        """Return random embeddings [B, L, text_dim]."""
         return torch.randn(len(prompts), self.length, self.dim)

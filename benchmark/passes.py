@@ -18,7 +18,7 @@ def measure_passes(networks: BenchmarkNetworks, names: Sequence[str], repeats: R
     """Measure passes of one block next to a full window of random keys and values, executed by a `Rollout`.
 
     Args:
-        names: from PASSES. `flops` and `share_of_peak` are those of the first one.
+        names: from PASSES. The results `flops` and `share_of_peak` are for the first of them.
         peak_flops: FLOP/s of a large matrix product.
     """
     config, device = networks.config, networks.device
@@ -68,5 +68,5 @@ def fill_cache(cache: KVCache, num_layers: int) -> None:
     """Fill the window of a new cache with random keys and values."""
     cache.commit(cache.context_frames)
     for layer in range(num_layers):
-        for context in cache.read(layer):  # views, because a window that is filled once is contiguous
+        for context in cache.read(layer):  # views, because the slots of a window filled once are contiguous
             context.normal_()

@@ -1,4 +1,4 @@
-"""Runs a function in a new process, so that its peak memory can be measured alone. Imports nothing heavy."""
+"""Runs a function in a new process, so that its peak memory can be measured alone. Imports no slow modules."""
 
 import multiprocessing
 import signal
@@ -13,7 +13,7 @@ def run_in_process(work: Callable[..., Any], *arguments: object) -> Any:
     """Return the result of `work(*arguments)` in a new process.
 
     Raises:
-        UserError: from `work`, or if the process was killed.
+        UserError: if `work` raises it, or if the process ends without a result.
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)

@@ -1,4 +1,4 @@
-"""The report of a benchmark run: JSON, Markdown tables, and ratios to an earlier run."""
+"""The report of a benchmark run: results as JSON and Markdown tables, and their ratios to an earlier run."""
 
 import dataclasses
 import platform
@@ -52,7 +52,7 @@ COLUMNS = {
     "host_syncs": Column("host syncs", 1, ".0f"),
 }
 Row = dict[str, Any]
-"""One case in JSON: `what` (its kind), `settings`, and `figures` (its results by name)."""
+"""A case in JSON, with the keys `what` (its kind), `settings` and `figures` (its results by name)."""
 
 
 def describe_machine(device: torch.device) -> dict[str, str]:
@@ -68,12 +68,12 @@ def describe_machine(device: torch.device) -> dict[str, str]:
 
 
 def to_json(results: Results) -> dict[str, Any]:
-    """Return results as JSON values: a measurement becomes a mapping."""
+    """Return results as JSON values; a measurement becomes a mapping."""
     return {name: dataclasses.asdict(r) if isinstance(r, Measurement) else r for name, r in results.items()}
 
 
 def add_speedups(rows: Sequence[Row]) -> None:
-    """Add `times_baseline`, the speed relative to the baseline with the same settings, to each rollout."""
+    """Add the result `times_baseline`, the speed relative to the baseline with the same settings, to each rollout."""
     for baseline in (row for row in rows if row["what"] == "baseline" and row["figures"]):
         for rollout in (row for row in rows if row["what"] == "rollout" and row["figures"]):
             if baseline["settings"].items() <= rollout["settings"].items():
@@ -82,7 +82,7 @@ def add_speedups(rows: Sequence[Row]) -> None:
 
 
 def markdown_report(document: Mapping[str, Any]) -> str:
-    """Return a Markdown table for each kind of case; rollouts and baselines share one.
+    """Return the Markdown report: the machine, then one table per kind of case; rollouts and baselines share a table.
 
     Args:
         document: `machine`, `matmul_peak` (FLOP/s by dtype) and `results` (rows), as in the JSON file.
@@ -99,7 +99,7 @@ def markdown_report(document: Mapping[str, Any]) -> str:
 
 
 def results_table(rows: Sequence[Row]) -> list[str]:
-    """Return the settings that all rows share, and a Markdown table of the other settings and the results."""
+    """Return the settings that all rows share, and a Markdown table of the other settings and the results, as lines."""
     names = list(dict.fromkeys(name for row in rows for name in row["settings"]))
     values = {name: {row["settings"][name] for row in rows if name in row["settings"]} for name in names}
     varied = [name for name in names if len(values[name]) > 1]
@@ -124,7 +124,12 @@ def format_result(name: str, result: Any) -> str:
 
 
 def comparison_table(rows: Sequence[Row], earlier: Sequence[Row], name: str) -> str:
-    """Return a Markdown table of the ratio of each result to the same row of an earlier run, the file `name`."""
+    """Return a Markdown table with the ratio of each result to that of the same case in an earlier run.
+
+    Args:
+        earlier: rows of the earlier run.
+        name: file of the earlier run, for the title.
+    """
 
     def row_key(row: Row) -> tuple[str, str]:
         return row["what"], str(sorted(row["settings"].items()))
@@ -149,7 +154,7 @@ def read_rows(path: Path) -> list[Row]:
     """Return the rows of an earlier run.
 
     Raises:
-        UserError: if the file is missing or another kind of file.
+        UserError: if the file is missing or is not a result file.
     """
     content = read_json(path, "result file of scripts/benchmark.py")
     try:

@@ -26,7 +26,7 @@ class RolloutBenchmark:
         """
         Args:
             on_op: called after each op.
-            baseline: run the network without a cache, see benchmark/baseline.py.
+            baseline: run diffusers' network without a cache instead; see benchmark/baseline.py.
         """
         self.pipeline, self.on_op = pipeline, on_op
         self.config, self.device = pipeline.config, pipeline.net.device
@@ -35,7 +35,7 @@ class RolloutBenchmark:
         self.baseline = baseline_network(pipeline) if baseline else None
 
     def prepare(self) -> Rollout:
-        """Return a new rollout, as inference builds it."""
+        """Return a new rollout, built as in inference; for the baseline, with its denoiser and its cache."""
         rollout = self.pipeline.rollout([PROMPT], [0], on_op=self.on_op)
         if self.baseline is not None:
             embeddings = self.pipeline.embeddings.of([PROMPT]).to(self.device, self.pipeline.net.dtype)
@@ -45,12 +45,12 @@ class RolloutBenchmark:
         return rollout
 
     def run(self, rollout: Rollout) -> None:
-        """Execute all ops."""
+        """Execute all ops of a rollout from `prepare`."""
         for _ in rollout.run(self.ops, self.caches):
             pass
 
     def record(self) -> list[Span]:
-        """Run a rollout; return the spans of its passes and, last, the span of the whole rollout."""
+        """Run a rollout and return the spans of its passes, followed by the span of the whole rollout."""
         rollout, recorder = self.prepare(), Recorder(self.device)
         rollout.denoiser = RecordedDenoiser(rollout.denoiser, rollout.layout, recorder)
         with recorder("rollout"):
@@ -58,7 +58,7 @@ class RolloutBenchmark:
         return recorder.spans()
 
     def generate_video(self) -> tuple[float, float]:
-        """Generate a video file; return the seconds until its first frames are written, and the total seconds."""
+        """Generate a video file; return the seconds until its first block is encoded, and the total seconds."""
         with tempfile.TemporaryDirectory() as folder:
             job = VideoJob(Prompt(0, PROMPT, "video"), 0, VideoFiles(Path(folder), "video"))
             start, first = time.perf_counter(), None
@@ -77,19 +77,19 @@ class RolloutBenchmark:
         size, text_length = latent_size(config.video), config.model.text_length
         count = PassFlops(self.pipeline.net.config, size, block_frames, limit, text_length)
 
-        def of(op: Op) -> int:
+        def op_flops(op: Op) -> int:
             context = min(op.block * block_frames, limit)
             if isinstance(op, WriteThenDenoise):
-                return of(op.write) + of(op.denoise)
+                return op_flops(op.write) + op_flops(op.denoise)
             if self.baseline is not None:
                 return 0 if isinstance(op, WriteContext) else count.bidirectional(context + block_frames)
             return count.write(context) if isinstance(op, WriteContext) else count.denoise(context)
 
-        return sum(of(op.denoise if isinstance(op, DenoiseAndWrite) else op) for op in self.ops)
+        return sum(op_flops(op.denoise if isinstance(op, DenoiseAndWrite) else op) for op in self.ops)
 
 
 def measure_rollout(benchmark: RolloutBenchmark, repeats: Repeats, peak_flops: float) -> Results:
-    """Measure passes and rollouts, and whole videos except for the baseline.
+    """Measure passes and rollouts and, unless the benchmark is the baseline, whole videos.
 
     Args:
         peak_flops: FLOP/s of a large matrix product.
@@ -129,13 +129,13 @@ def _num_pixel_frames(benchmark: RolloutBenchmark) -> int:
 
 
 def _time_results(benchmark: RolloutBenchmark, rollouts: Sequence[list[Span]]) -> Results:
-    """Return seconds per pass, block and pixel frame, and frames per second of rollouts."""
+    """Return seconds per pass, block and pixel frame, and pixel frames per second, of rollouts."""
     config = benchmark.config
     block_frames, num_frames = config.rollout.block_frames, config.video.num_output_frames
     num_blocks, pixel_frames = num_frames // block_frames, _num_pixel_frames(benchmark)
     context, _ = context_frames(config.rollout, num_frames)
-    # Steady state: the window is full for the block, and for the block before, which a joint pass writes. The last
-    # block is left out because its context is never written.
+    # Steady state: the window is full for the block and for the block before it, which a joint pass writes. The last
+    # block does not count, because its context is never written.
     full = [block for block in range(num_blocks - 1) if block * block_frames > context]
     passes = [span for spans in rollouts for span in spans if span.name in WORK]
     steady = [span for span in passes if span.block in full] or passes
@@ -158,7 +158,7 @@ def _time_results(benchmark: RolloutBenchmark, rollouts: Sequence[list[Span]]) -
 
 
 def _video_results(benchmark: RolloutBenchmark, videos: Sequence[tuple[float, float]]) -> Results:
-    """Return frames per second and the seconds to the first frame, of whole videos."""
+    """Return pixel frames per second of whole videos, and the seconds to their first frame."""
     if not videos:
         return {}
     return {

@@ -21,12 +21,12 @@ from model.compilation import compile_failure
 def run_case(
     case: Case, networks: BenchmarkNetworks, repeats: Repeats, peak_flops: float, passes: Sequence[str], iterations: int
 ) -> Results:
-    """Return the results of a case; none, with a note on stderr, if memory is short or compilation fails.
+    """Return the results of a case. If memory runs out or compilation fails, print a note and return no results.
 
     Args:
         peak_flops: FLOP/s of a large matrix product.
-        passes: passes to measure, for kind `pass`.
-        iterations: timed iterations, for kind `training`.
+        passes: from PASSES; only for a case of kind `pass`.
+        iterations: timed iterations; only for a case of kind `training`.
     """
     torch.compiler.reset()  # torch stops compiling a function after a few variants
     try:

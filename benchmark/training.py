@@ -21,15 +21,17 @@ from utils.process_group import process_group
 
 
 def measure_training(config: Config, iterations: int, peak_flops: float) -> Results:
-    """Measure training in a process of its own, so that the peak memory is that of training alone.
+    """Measure training in a separate process, so that the peak memory is that of training alone.
 
     Args:
         iterations: number of timed iterations.
         peak_flops: FLOP/s of a large matrix product.
 
     Returns:
-        `critic_iteration` and `generator_iteration` (which updates both networks) in seconds, `iterations_per_second`
-        over all iterations, `critic_memory` and `peak_memory` in bytes, before and after the first generator update.
+        `critic_iteration` and `generator_iteration`: seconds; an iteration with the generator updates both networks.
+        `iterations_per_second`: over all timed iterations.
+        `critic_memory` and `peak_memory`: peak bytes before the first update of the generator, and of the whole run.
+        `flops` and `share_of_peak`: those of an iteration with the generator.
     """
     results = run_in_process(_train, config, iterations)
     flops, seconds = results["flops"], results["generator_iteration"]
@@ -55,7 +57,7 @@ def _train(config: Config, iterations: int) -> Results:
             trainer.step()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            if number >= every:  # by now, each network has been updated, and compiled if the configuration says so
+            if number >= every:  # by now, each network has been updated and, if configured, compiled
                 times[updates_generator].append(time.perf_counter() - start)
             trainer.iteration += 1
         memory = peak_memory(device)

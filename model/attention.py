@@ -1,4 +1,4 @@
-"""Self-attention over a clip (full, block-causal), or of one block next to a KV cache.
+"""Self-attention: over a whole clip (full or block-causal), or of one block next to a KV cache.
 
 Queries, keys and values are [B, N, heads, head_dim] in every function here.
 """
@@ -15,12 +15,12 @@ from model.kv_cache import KVCache
 
 @dataclass(frozen=True)
 class BlockCausalMask:
-    """Which frames attend to which when a whole clip goes through the network at once.
+    """Mask over frames for one pass over a whole clip.
 
     A block attends to itself, the sink, and as many earlier frames as a `KVCache` of the same size holds.
 
-    With `teacher_forcing`, the input is the clip twice in a row, clean and noisy. Both halves have the same positions.
-    A noisy block attends to the clean blocks before it instead of the noisy ones.
+    With `teacher_forcing`, the input is the clean clip followed by the noisy clip, at the same positions. A noisy block
+    attends to the earlier clean blocks instead of the earlier noisy blocks.
     """
 
     blocks: tuple[int, ...]  # frames of each block
@@ -30,11 +30,11 @@ class BlockCausalMask:
 
     @property
     def copies(self) -> int:
-        """Number of times that the clip stands in the input."""
+        """Number of copies of the clip in the input."""
         return 2 if self.teacher_forcing else 1
 
     def visible(self) -> list[tuple[int, int, list[tuple[int, int]]]]:
-        """Return (first frame, end frame, visible frame ranges) of every block."""
+        """Return (first frame, end frame, visible frame ranges) of every block; the end of each range is exclusive."""
         result = []
         start = 0
         for frames in self.blocks:
@@ -51,13 +51,13 @@ class BlockCausalMask:
 
 
 class SelfAttention(Protocol):
-    """Attention in layer number `layer`."""
+    """Self-attention of the layer with index `layer`."""
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, backend: Any) -> Tensor:
-    """Return unmasked attention by one of diffusers' backends (None: the default one), in the dtype of q."""
+    """Return unmasked attention in the dtype of q, computed by one of diffusers' backends (None: the default)."""
     return dispatch_attention_fn(q, k, v, backend=backend).type_as(q)
 
 
@@ -72,9 +72,10 @@ class FullAttention:
 
 
 class BlockCausalAttention:
-    """A clip under a `BlockCausalMask`, computed block by block.
+    """Every block of a clip attends to the frames that a `BlockCausalMask` makes visible.
 
-    Slices replace the mask, so that every backend works and no hidden pair of tokens is computed.
+    Each block attends to slices of the keys and values instead of using a mask. So every backend works, and masked
+    pairs of tokens are not computed.
     """
 
     def __init__(self, backend: Any, mask: BlockCausalMask, tokens_per_frame: int):
@@ -102,21 +103,21 @@ class CachedAttention:
     ):
         """
         Args:
-            first_frame: absolute index of the block's first frame. A cache that has moved past this frame is read as it
-                was before the block.
+            first_frame: absolute index of the block's first frame. The block attends to the context before this frame,
+                also if the cache already holds later frames.
             append: append the block's keys and values; the caller commits them after the last layer.
-            copy_context: copy the context of all layers now, for a checkpointed layer: it reads the context again in
-                the backward pass, when the cache may have moved on.
+            copy_context: copy the context of all layers now. A checkpointed layer needs the copy: it reads the context
+                again in the backward pass, possibly after further appends.
         """
         self.backend, self.cache, self.append = backend, cache, append
         self.before = min(first_frame, cache.num_frames)
-        self.copies: list[list[Tensor]] | None = None
+        self.copied_context: list[list[Tensor]] | None = None
         if copy_context:
-            self.copies = [[x.clone() for x in cache.read(n, self.before)] for n in range(cache.num_layers)]
+            self.copied_context = [[x.clone() for x in cache.read(n, self.before)] for n in range(cache.num_layers)]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if self.copies is not None:
-            past_k, past_v = self.copies[layer]
+        if self.copied_context is not None:
+            past_k, past_v = self.copied_context[layer]
             keys, values = torch.cat([past_k, k], dim=1), torch.cat([past_v, v], dim=1)
         else:
             keys, values = self.cache.read_with_block(layer, k, v, self.before)
@@ -144,6 +145,6 @@ class WriteThenDenoiseAttention:
         return torch.cat([written, self.second_block(layer, q[:, tokens:], k[:, tokens:], v[:, tokens:])], dim=1)
 
     def second_block(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attend as the second block only, after the first one has been appended in this layer."""
+        """Return the attention of the second block alone; the first block must have been appended in this layer."""
         keys, values = self.cache.read_with_block(layer, k, v, uncommitted=self.written_frames)
         return attend(q, keys, values, self.backend)

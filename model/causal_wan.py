@@ -48,7 +48,7 @@ class TextContext:
 
 @dataclass(frozen=True)
 class Tokens:
-    """A clip's tokens between two layers, with what every layer needs besides the text."""
+    """Tokens of a clip between two layers, with the conditioning that every layer reads, except for the text."""
 
     hidden: Tensor  # [B, N, D]
     time: Tensor  # timestep embedding [B, f, D]; f = 1 for one timestep per clip, F for one per frame
@@ -57,7 +57,7 @@ class Tokens:
     grid: tuple[int, int, int]  # frames, rows, columns
 
     def frames(self, start: int, end: int) -> "Tokens":
-        """Return the tokens of some frames; needs one timestep per frame."""
+        """Return the tokens of frames start to end - 1; requires one timestep per frame."""
         per_frame = self.grid[1] * self.grid[2]
         span, tokens = slice(start, end), slice(start * per_frame, end * per_frame)
         rope = self.rope[0][tokens], self.rope[1][tokens]
@@ -68,9 +68,9 @@ class Tokens:
 class CausalWanModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
     """Wan2.1's text-to-video DiT (arXiv 2503.20314, section 4.2) with full, block-causal or cached self-attention.
 
-    All methods predict the flow noise - x0. Their common arguments:
+    The passes predict the flow noise - x0. Their common arguments:
 
-        x: [B, C, F, h, w], any dtype; converted to the network's.
+        x: noisy latents [B, C, F, h, w], any dtype; converted to the network's.
         timestep: 1000 sigma, [B] for one per clip or [B, F] for one per frame.
         text: prompt embeddings [B, L, text_dim], or the result of `encode_text`.
         first_frame: absolute index of x's first frame in the video, without an upper limit.
@@ -103,16 +103,16 @@ class CausalWanModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
         rope_max_seq_len: int = 1024,
         pos_embed_seq_len: int | None = None,
     ):
-        """The arguments are those of `WanTransformer3DModel`; `rope_max_seq_len` is accepted but not used.
+        """The arguments are those of `WanTransformer3DModel`; `rope_max_seq_len` and `pos_embed_seq_len` are ignored.
 
         Raises:
-            ValueError: for image-to-video sizes, patches of several frames, or another norm of queries and keys.
+            ValueError: for image-to-video sizes, patches of several frames, or a different norm of queries and keys.
         """
         super().__init__()
         if image_dim is not None or added_kv_proj_dim is not None:
-            raise ValueError("this is an image-to-video checkpoint; the causal DiT takes text-to-video ones")
+            raise ValueError("these are the sizes of an image-to-video network; choose a text-to-video network")
         if patch_size[0] != 1 or qk_norm != "rms_norm_across_heads":
-            raise ValueError("the causal DiT needs patches of one frame and RMS norm across heads")
+            raise ValueError("the causal DiT requires patches of one frame and RMS norm across heads")
         dim = num_attention_heads * attention_head_dim
         self.patch_embedding = nn.Conv3d(in_channels, dim, kernel_size=patch_size, stride=patch_size)
         self.condition_embedder = WanTimeTextImageEmbedding(
@@ -128,14 +128,14 @@ class CausalWanModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """Load a network as diffusers does, with its weights in aligned memory so that results have the same bits."""
+        """Load a network as diffusers does, then move its weights to aligned memory; see `align_weights_`."""
         loaded = super().from_pretrained(*args, **kwargs)
         align_weights_(loaded[0] if isinstance(loaded, tuple) else loaded)  # a tuple with output_loading_info=True
         return loaded
 
     @property
     def layers(self) -> list[CausalWanLayer]:
-        """The transformer layers. diffusers calls them blocks, a word that means frames here."""
+        """The transformer layers. diffusers names them `blocks`; in this repository, a block is a group of frames."""
         return cast("list[CausalWanLayer]", list(self.blocks))
 
     # ---- the four passes ----
@@ -149,14 +149,17 @@ class CausalWanModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
         first_frame: int = 0,
         causal: BlockCausalMask | None = None,
     ) -> Tensor:
-        """Predict the flow of a whole clip; the class describes the arguments.
+        """Predict the flow of a whole clip. The class describes the common arguments.
 
         Args:
-            causal: block-causal attention; x is [clean; noisy] along its frames under a mask with teacher forcing.
-                Default: every token attends to all tokens.
+            causal: mask for block-causal attention. With teacher forcing, x is the clean clip followed by the noisy
+                clip along F. None: every token attends to all tokens.
 
         Returns:
             The flow [B, C, F, h, w] in the network's dtype.
+
+        Raises:
+            ValueError: if h or w is not a multiple of the patch size. All passes raise it.
         """
         text = self._text_context(text)
         tokens = self._embed(x, timestep, first_frame, 1 if causal is None else causal.copies)
@@ -174,10 +177,15 @@ class CausalWanModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
         first_frame: int = 0,
         append: bool = False,
     ) -> Tensor:
-        """Predict the flow [B, C, F, h, w] of one block next to the cache's context; the class describes the arguments.
+        """Predict the flow [B, C, F, h, w] of one block next to the cache's context.
+
+        The class describes the common arguments.
 
         Args:
             append: also append the block's keys and values to the cache.
+
+        Raises:
+            ValueError: if `append` is set while autograd and gradient checkpointing are on.
         """
         checkpointing = self.gradient_checkpointing and torch.is_grad_enabled()
         if append:
@@ -194,9 +202,13 @@ class CausalWanModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
     def write_block(
         self, x: Tensor, timestep: Tensor, text: Tensor | TextContext, cache: KVCache, first_frame: int = 0
     ) -> None:
-        """Append the keys and values of one block to the cache; the class describes the arguments.
+        """Append the keys and values of one block to the cache. The class describes the common arguments.
 
-        The pass leaves out all that only a prediction needs: the head, and the last layer but for its keys and values.
+        The pass ends with the keys and values of the last layer, because only a prediction needs the rest of that layer
+        and the head.
+
+        Raises:
+            ValueError: if autograd and gradient checkpointing are on.
         """
         self._refuse_checkpointing()
         text = self._text_context(text)
@@ -216,7 +228,7 @@ class CausalWanModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
         cache: KVCache,
         first_frame: int = 0,
     ) -> Tensor:
-        """Do `write_block` of one block and `denoise_block` of the next one in one pass, without autograd.
+        """Run `write_block` on one block and `denoise_block` on the next block in one pass, without autograd.
 
         Args:
             context: the block to write, [B, C, F, h, w].
@@ -224,6 +236,12 @@ class CausalWanModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
             x: the block to denoise.
             timestep: [B, F], one per frame.
             first_frame: absolute index of the first frame of `context`.
+
+        Returns:
+            The flow [B, C, F, h, w] of x.
+
+        Raises:
+            ValueError: if autograd is on.
         """
         if torch.is_grad_enabled():
             raise ValueError("a pass over two blocks appends to the cache; run it under torch.no_grad()")
@@ -238,7 +256,7 @@ class CausalWanModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
         cache.commit(written)
         return self._head(tokens)
 
-    # ---- their pieces ----
+    # ---- parts of the passes ----
 
     def encode_text(self, embeddings: Tensor) -> TextContext:
         """Return the cross-attention keys and values of prompt embeddings [B, L, text_dim]."""
@@ -249,21 +267,23 @@ class CausalWanModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
     def embed_timestep(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
         """Return embedding [B, f, D] and modulation [B, f, 6, D] of timesteps [B] (f = 1) or [B, f]."""
         embedder = self.condition_embedder
-        per_clip = timestep if timestep.ndim == 2 else timestep[:, None]
-        sinusoid = embedder.timesteps_proj(per_clip.flatten())
+        timestep = timestep if timestep.ndim == 2 else timestep[:, None]
+        sinusoid = embedder.timesteps_proj(timestep.flatten())
         weight = embedder.time_embedder.linear_1.weight
-        time = embedder.time_embedder(sinusoid.to(weight.dtype)).to(self.dtype).unflatten(0, per_clip.shape)
+        time = embedder.time_embedder(sinusoid.to(weight.dtype)).to(self.dtype).unflatten(0, timestep.shape)
         return time, embedder.time_proj(embedder.act_fn(time)).unflatten(2, (6, -1))
 
     def _text_context(self, text: Tensor | TextContext) -> TextContext:
         return self.encode_text(text) if isinstance(text, Tensor) else text
 
     def _embed(self, x: Tensor, timestep: Tensor, first_frame: int, copies: int = 1) -> Tokens:
-        """Return x as tokens; with `copies`, x is so many clips in a row that have the same positions."""
+        """Embed x as tokens; x is `copies` clips in a row, which all get the same positions."""
         frames, height, width = x.shape[2:]
         _, patch_h, patch_w = self.config.patch_size
         if height % patch_h or width % patch_w:
-            raise ValueError(f"latents of {height}x{width} do not divide into patches of {patch_h}x{patch_w}")
+            raise ValueError(
+                f"latents of {height}x{width} do not divide into patches of {patch_h}x{patch_w}; change the size"
+            )
         grid = (frames, height // patch_h, width // patch_w)
         hidden = self.patch_embedding(x.to(self.dtype)).flatten(2).transpose(1, 2).contiguous()
         time, modulation = self.embed_timestep(timestep)
@@ -276,7 +296,7 @@ class CausalWanModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
     def _run_layers(
         self, tokens: Tokens, text: TextContext, attention: SelfAttention, start: int = 0, end: int | None = None
     ) -> Tokens:
-        """Run layers start to end - 1; default: all of them."""
+        """Run layers start to end - 1. Default: all layers."""
         checkpointing = self.gradient_checkpointing and torch.is_grad_enabled()
         hidden, layers = tokens.hidden, self.layers
         for index in range(start, len(layers) if end is None else end):
@@ -286,12 +306,12 @@ class CausalWanModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
         return replace(tokens, hidden=hidden)
 
     def _append_last_layer(self, tokens: Tokens, cache: KVCache) -> None:
-        """Append the last layer's keys and values; nothing else of this layer is needed to write a block."""
+        """Append the last layer's keys and values without running the rest of this layer."""
         last = len(self.layers) - 1
         cache.append(last, *self.layers[last].kv(tokens.hidden, tokens.modulation, tokens.rope))
 
     def _head(self, tokens: Tokens) -> Tensor:
-        """Return the flow [B, C, F, h, w] of the last layer's output."""
+        """Project the last layer's output to the flow [B, C, F, h, w]."""
         frames, rows, columns = tokens.grid
         _, patch_h, patch_w = self.config.patch_size
         shift, scale = (self.scale_shift_table + tokens.time.unsqueeze(2)).chunk(2, dim=2)  # [B, f, 1, D] each
@@ -354,10 +374,13 @@ class CausalWanModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
         )
 
     def compile_layers(self, fall_back: bool = True) -> None:
-        """Compile every layer but its self-attention, because the cache's length changes from block to block.
+        """Compile every layer except its self-attention, because the context's length changes from block to block.
 
         Args:
-            fall_back: if compilation fails, print a note once and run uncompiled; false raises the error.
+            fall_back: true: if compilation fails, print a note once and run uncompiled. false: raise the error.
+
+        Raises:
+            TorchDynamoException: at the first pass, if compilation fails and `fall_back` is false.
         """
         compiler = FallbackCompiler() if fall_back else torch.compile
         for layer in self.layers:

@@ -9,7 +9,7 @@ from torch._dynamo.exc import TorchDynamoException
 
 
 class FallbackCompiler:
-    """Compiles several functions; after the first failure, all of them run uncompiled and a note is printed once."""
+    """Compiles functions. After the first failure, it prints one note, and all its functions run uncompiled."""
 
     def __init__(self) -> None:
         self._failed = False

@@ -1,4 +1,4 @@
-"""Conversion of a transformer's weights between the layouts of diffusers, Wan, and HiAR and Self-Forcing."""
+"""Conversion of a transformer's weights between three layouts: diffusers', Wan's, and that of HiAR and Self-Forcing."""
 
 from pathlib import Path
 from typing import Any, get_args
@@ -24,7 +24,7 @@ _SUFFIXES = {
 
 
 def weights_suffix(path: Path) -> str:
-    """Return the suffix of a weight file, or an empty string for a folder, whose name may be wan-1.3b."""
+    """Return the suffix of a weight file, or an empty string for a folder; the dot in wan-1.3b starts no suffix."""
     return "" if path.suffix[1:2].isdigit() else path.suffix
 
 
@@ -40,12 +40,14 @@ def convert_checkpoint(
 
     Args:
         source: checkpoint file, weights folder or model folder.
-        use_ema: read the moving average of a checkpoint that holds both.
+        output: file or folder; its suffix must fit the layout.
+        layout: from LAYOUTS.
+        use_ema: read the EMA weights of a checkpoint that holds both.
         dtype: from EXPORT_DTYPES; `keep` keeps the stored dtype.
-        num_heads: attention heads for the configuration in an output folder, if heads do not have 128 channels.
+        num_heads: number of attention heads, if heads do not have 128 channels. Only for an output folder.
 
     Raises:
-        UserError: for unreadable input, or an output format that cannot hold the layout.
+        UserError: if the input is unreadable, or the suffix of `output` does not fit the layout.
     """
     suffix = weights_suffix(output)
     if suffix not in _SUFFIXES[layout]:
@@ -71,7 +73,7 @@ def convert_checkpoint(
 
 
 def _folder_config(source: Path, state: State, num_heads: int | None) -> dict[str, Any]:
-    """Return the configuration of the source folder, or one that is inferred from the shapes of the weights."""
+    """Return the configuration in the source folder, or else infer it from the shapes of the weights."""
     for file in (source / "config.json", source / "transformer" / "config.json"):
         if file.is_file():
             config = read_json(file, "configuration of a transformer")

@@ -1,4 +1,4 @@
-"""Denoiser of a rollout: the causal DiT with its text, from noisy latents [B, F, C, h, w] and a sigma to x0."""
+"""Denoiser of a rollout: predicts x0 from noisy latents [B, F, C, h, w] and a sigma with the causal DiT."""
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ class Denoiser:
     def write_then_denoise(
         self, context: Tensor, context_sigma: float, x: Tensor, sigma: float, first_frame: int, cache: KVCache
     ) -> Tensor:
-        """Do `write_context` of one block and `denoise` of the next one in one pass.
+        """Run `write_context` on one block and `denoise` on the next block in one pass; return the x0 of x.
 
         Args:
             first_frame: absolute index of the context block's first frame.
@@ -68,9 +68,9 @@ def clip_flow(
 
     Args:
         x: clips at level sigma, [B, F, C, h, w].
-        sigma: one level for all, or [B]; with `causal` also [B, F].
+        sigma: one level for all, or one per clip [B]. With `causal` also one per frame [B, F].
         text: embeddings [B, L, text_dim], or the result of the network's `encode_text`.
-        causal: the block-causal attention mask; None means bidirectional attention.
+        causal: mask for block-causal attention. None: bidirectional attention.
     """
     if isinstance(sigma, Tensor):
         timestep = 1000 * sigma

@@ -47,16 +47,16 @@ MODEL_FILES = ["*.json", "*.safetensors", "*.pth", "*.model", "*.txt", "LICENSE*
 
 
 def fetch_weights(download: Download, root: Path) -> Path:
-    """Download to `root / download.destination` unless the file exists, and return this path.
+    """Download to `root / download.destination` and return this path. An existing file is not downloaded again.
 
     Raises:
-        UserError: without network, or if the repository or the file does not exist.
+        UserError: if the network fails, or the repository or the file does not exist.
     """
     page, target = f"https://huggingface.co/{download.repo}", root / download.destination
     if download.file is not None and target.exists():
         return target
     try:
-        # The revision is requested first: otherwise huggingface_hub returns an incomplete folder without network.
+        # Request the revision first: without network, snapshot_download would return an incomplete folder.
         repo = HfApi().model_info(download.repo)
         if download.file is None:
             writable_folder(target)
@@ -64,7 +64,7 @@ def fetch_weights(download: Download, root: Path) -> Path:
             return target
         names = fnmatch.filter((file.rfilename for file in repo.siblings or ()), download.file)
         if not names:
-            raise UserError(f"{page} has no file {download.file}; look on its page")
+            raise UserError(f"{page} has no file {download.file}; look for its new name on that page")
         # hf_hub_download keeps the path inside the repository, so a single file is moved afterwards.
         staging = writable_folder(target.parent / f".{target.name}.download")
         os.replace(hf_hub_download(download.repo, names[0], revision=repo.sha, local_dir=staging), target)

@@ -1,4 +1,4 @@
-"""Cache of prompt embeddings: the latest ones in memory and, with a folder, all of them on disk."""
+"""Cache of prompt embeddings: the most recently used in memory and, if a folder is given, all on disk."""
 
 import hashlib
 import sys
@@ -21,7 +21,7 @@ from utils.prompts import clean_prompt
 class EmbeddingCache:
     """Returns embeddings of prompts and encodes only those that are neither in memory nor on disk.
 
-    Embeddings are kept on the CPU, without the zeros behind the prompt's end.
+    Embeddings are kept on the CPU, without the padding behind the prompt's end.
     """
 
     def __init__(self, encoder: TextEncoder, folder: str = "", name: str = "", capacity: int | None = 1000):
@@ -29,7 +29,7 @@ class EmbeddingCache:
         Args:
             folder: where embeddings are kept on disk; empty to keep them in memory only.
             name: identifies the encoder's weights and dtype among the files in `folder`.
-            capacity: number of embeddings to keep in memory; the least recently used go first. None keeps all.
+            capacity: number of embeddings to keep in memory; the least recently used are dropped. None keeps all.
         """
         self.encoder = encoder
         self.folder = writable_folder(folder) if folder else None
@@ -46,10 +46,13 @@ class EmbeddingCache:
         folder: str = "",
         capacity: int | None = 1000,
     ) -> "EmbeddingCache":
-        """Open the text encoder of a model directory behind a cache.
+        """Return a cache for the text encoder of a model directory.
 
-        With a folder, the encoder's weights are loaded when the first embedding is missing. Its files are identified by
-        their content, so that a copy of the model on another machine finds the same embeddings.
+        If a folder is given, the encoder's weights are loaded only when an embedding is missing. File names depend on
+        the content of the encoder's files, so a copy of the model on another machine finds the same embeddings.
+
+        Raises:
+            UserError: if the text encoder cannot be loaded, or the folder is not writable.
         """
         encoder = TextEncoder.load(directory, dtype, length, lazy=bool(folder))
         name = f"{fingerprint(directory.path, TEXT_ENCODER_FILES)} {dtype}" if folder else ""
@@ -57,19 +60,19 @@ class EmbeddingCache:
 
     def get(self, prompts: Sequence[str]) -> Tensor:
         """Return embeddings [B, length, text_dim] on the CPU, in the encoder's dtype."""
-        found = {key: self._get(key, prompt) for key, prompt in _by_key(prompts).items()}
-        rows = [found[clean_prompt(prompt)] for prompt in prompts]
+        embeddings = {key: self._get(key, prompt) for key, prompt in _by_key(prompts).items()}
+        rows = [embeddings[clean_prompt(prompt)] for prompt in prompts]
         return torch.stack([F.pad(row, (0, 0, 0, self.encoder.length - len(row))) for row in rows])
 
     def prepare(self, prompts: Sequence[str]) -> None:
-        """Put the embeddings of these prompts into memory."""
+        """Read or encode the embeddings of these prompts, so that later calls of `get` find them in memory."""
         for key, prompt in _by_key(prompts).items():
             self._get(key, prompt)
 
     def missing(self, prompts: Sequence[str]) -> list[str]:
         """Return the prompts, each once, that `get` would have to encode."""
-        found = _by_key(prompts).items()
-        return [prompt for key, prompt in found if key not in self._memory and self._read(key) is None]
+        keyed = _by_key(prompts).items()
+        return [prompt for key, prompt in keyed if key not in self._memory and self._read(key) is None]
 
     def store(self, prompts: Sequence[str]) -> None:
         """Encode the prompts that the folder lacks and write them there; keep nothing in memory."""
@@ -90,7 +93,7 @@ class EmbeddingCache:
             if self.folder is not None and not self.encoder.loaded:
                 print(
                     f"note: {self.folder} lacks embeddings, so the text encoder is loaded; "
-                    "scripts/encode_prompts.py encodes prompts ahead",
+                    "to encode prompts in advance, run scripts/encode_prompts.py",
                     file=sys.stderr,
                 )
             embedding = self._encode(key, prompt)
@@ -126,5 +129,5 @@ class EmbeddingCache:
 
 
 def _by_key(prompts: Sequence[str]) -> dict[str, str]:
-    """Return cleaned prompts, each once, with the prompt that they came from: cleaning twice could change one again."""
+    """Map each cleaned prompt to an original. The encoder cleans the original: cleaning twice could change it again."""
     return {clean_prompt(prompt): prompt for prompt in prompts}

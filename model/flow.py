@@ -1,4 +1,4 @@
-"""Flow matching: noise levels, adding noise, and x0 of a predicted flow.
+"""Flow matching: noise levels, the noising of x0, and the x0 that a predicted flow implies.
 
 x = (1 - sigma) x0 + sigma noise, and the network predicts flow = noise - x0 (Lipman et al., arXiv 2210.02747).
 """
@@ -9,11 +9,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-Sigma = TypeVar("Sigma", float, Tensor)  # one or many
+Sigma = TypeVar("Sigma", float, Tensor)
 
 
 def shift_sigma(u: Sigma, shift: float) -> Sigma:
-    """Shift a sigma u in [0, 1] of an even grid towards noise (Esser et al., arXiv 2403.03206, equation 23)."""
+    """Return the unshifted sigma u in [0, 1], shifted towards noise (Esser et al., arXiv 2403.03206, equation 23)."""
     return shift * u / (1 + (shift - 1) * u)
 
 
@@ -22,7 +22,8 @@ def step_sigmas(denoising_step_list: Sequence[float], warp: bool, shift: float) 
 
     Args:
         denoising_step_list: falling timesteps (1000 sigma) as in public YAML files; a trailing 0 is ignored.
-        warp: the list holds values 1000 u of an even grid, which are shifted; false uses its timesteps unchanged.
+        warp: true: the list holds 1000 u for unshifted sigmas u, which are then shifted. false: its timesteps are used
+            unchanged.
         shift: see `shift_sigma`.
     """
     positions = [value / 1000 for value in denoising_step_list if value > 0]
@@ -35,7 +36,7 @@ def solver_sigmas(num_steps: int, shift: float) -> list[float]:
 
 
 def add_noise(x0: Tensor, noise: Tensor, sigma: float | Tensor) -> Tensor:
-    """Return x0 at noise level sigma; a tensor of sigmas must broadcast."""
+    """Return (1 - sigma) x0 + sigma noise; a tensor of sigmas must broadcast to x0."""
     return (1 - sigma) * x0 + sigma * noise
 
 

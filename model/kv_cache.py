@@ -1,7 +1,7 @@
 """KV cache: the keys and values of earlier blocks in every layer.
 
-Keys are stored after the rotary embedding, with their absolute frame index, and attention does not depend on the order
-of keys. A full window is therefore a ring: the newest frames overwrite the oldest, and nothing is moved.
+Keys are stored already rotated by their absolute frame index, and attention does not depend on the order of keys. A
+full window is therefore a ring: the newest frames overwrite the oldest, and nothing is moved.
 """
 
 from collections.abc import Iterator
@@ -34,7 +34,7 @@ class KVCache:
     ):
         """
         Args:
-            context_frames: latent frames of context, the sink included: the window without the current block.
+            context_frames: most frames of context, the sink included: the window without the current block.
             block_frames: frames of the longest block.
             sink_frames: frames at the start of the video that are never evicted.
             history_frames: older frames to keep, so that the context of earlier blocks can be read again.
@@ -53,13 +53,8 @@ class KVCache:
         self._v = torch.empty(shape, dtype=dtype, device=device)
 
     @property
-    def held_frames(self) -> int:
-        """Frames of context that a read returns."""
-        return min(self.num_frames, self.context_frames)
-
-    @property
     def ring_frames(self) -> int:
-        """Slots of the ring."""
+        """Number of slots in the ring."""
         return self.context_frames - self.sink_frames + self.history_frames
 
     @property
@@ -71,24 +66,27 @@ class KVCache:
         """Return keys and values [B, tokens, heads, head_dim] of the context; views if its slots are contiguous.
 
         Args:
-            before: return the context of the block that starts at this frame. Default: of the next block.
+            before: first frame of the block that reads its context. Default: the next block.
 
         Raises:
-            ValueError: if that context is no longer held, or not yet.
+            ValueError: if a frame of this context is evicted or not yet appended.
         """
         return self._read(layer, self.num_frames if before is None else before, self.num_frames)
 
     def read_with_block(
         self, layer: int, k: Tensor, v: Tensor, before: int | None = None, uncommitted: int = 0
     ) -> tuple[Tensor, Tensor]:
-        """Return the context as `read` does, with a block's own k, v [B, tokens, heads, head_dim] after it.
+        """Return the context as `read` does, followed by a block's own k and v [B, tokens, heads, head_dim].
 
-        The context stays unchanged. Without autograd, the block is put into scratch slots and the result is a view if
-        possible; otherwise it is a new tensor.
+        The context stays unchanged. Without autograd, the block goes into scratch slots if possible, and the result is
+        a view. Otherwise the result is a new tensor.
 
         Args:
             before: as in `read`.
-            uncommitted: frames that this layer has appended and that are not yet committed; they count as context.
+            uncommitted: number of frames that this layer has appended since the last commit; they count as context.
+
+        Raises:
+            ValueError: as in `read`.
         """
         newest = self.num_frames + uncommitted
         end = newest if before is None else before
@@ -105,8 +103,8 @@ class KVCache:
 
     @torch.no_grad()
     def append(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Write a block's k, v [B, tokens, heads, head_dim] of one layer; call `commit` after the last layer."""
-        assert not self.frozen, "a frozen cache takes no further blocks"
+        """Store a block's k and v [B, tokens, heads, head_dim] of one layer; call `commit` after the last layer."""
+        assert not self.frozen, "append to a frozen cache"
         for slot, frame, count in self._placement(k.shape[1] // self.tokens_per_frame):
             target = slice(slot * self.tokens_per_frame, (slot + count) * self.tokens_per_frame)
             source = slice(frame * self.tokens_per_frame, (frame + count) * self.tokens_per_frame)
@@ -114,7 +112,7 @@ class KVCache:
             self._v[layer, :, target] = v[:, source]
 
     def commit(self, num_frames: int) -> None:
-        """Make `num_frames` frames that every layer has appended part of the context."""
+        """Add `num_frames` frames to the context, after every layer has appended them."""
         self.num_frames += num_frames
 
     def freeze(self) -> None:
@@ -140,7 +138,7 @@ class KVCache:
         )
 
     def _slots(self, end: int, newest: int) -> list[tuple[int, int]]:
-        """Return runs (first slot, end slot) of the context before frame `end`, of `newest` frames appended so far."""
+        """Return runs (first slot, end slot) of the context before frame `end`; `newest` frames are appended so far."""
         sink = min(self.sink_frames, end)
         start = max(self.sink_frames, end - (self.context_frames - self.sink_frames))
         if end > newest or start < min(end, newest - self.ring_frames):
@@ -162,9 +160,9 @@ class KVCache:
         return runs
 
     def _placement(self, num_frames: int) -> Iterator[tuple[int, int, int]]:
-        """Yield runs (first slot, first of the new frames, frames) for the next `num_frames` frames.
+        """Yield runs (first slot, index of the first new frame, number of frames) for the next `num_frames` frames.
 
-        Frames that later frames of the same block would overwrite are left out.
+        Frames that later frames of the same block would overwrite are skipped.
         """
         ring = self.ring_frames
         end = self.num_frames + num_frames

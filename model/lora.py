@@ -12,9 +12,9 @@ from utils.errors import UserError
 def fuse_lora(net: CausalWanModel, path: str, scale: float = 1.0) -> None:
     """Add `scale` times the low-rank updates in a safetensors file to the weights of `net`.
 
-    Layers may have the names of diffusers (`transformer.blocks.0.attn1.to_q.lora_A.weight`, with or without the prefix)
-    or of Wan (`diffusion_model.blocks.0.self_attn.q.lora_A.weight`, with or without the prefix; `lora_down`;
-    `lora_unet_...`).
+    Layers may have diffusers' names (`transformer.blocks.0.attn1.to_q.lora_A.weight`) or Wan's
+    (`diffusion_model.blocks.0.self_attn.q.lora_A.weight`), both with or without the prefix. Wan's names may also be
+    `...lora_down...` and `lora_unet_...`.
 
     Raises:
         UserError: if the file is missing or broken, holds NaN, or does not fit the network.

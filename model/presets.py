@@ -43,16 +43,21 @@ Net = TypeVar("Net", bound=nn.Module)
 def random_network(
     net_class: Callable[..., Net], sizes: dict[str, Any], dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> Net:
-    """Return a network of these sizes with small random weights, created in `dtype`; for measuring speed."""
+    """Return a network with small random weights, in evaluation mode, for measurements of speed.
+
+    Args:
+        sizes: arguments of `net_class`.
+        dtype: of the weights; the network's `_keep_in_fp32_modules` stay in float32.
+    """
     with torch.device("meta"):
         net = net_class(**sizes)
     fp32 = getattr(net, "_keep_in_fp32_modules", None) or []
-    made: dict[nn.Parameter, nn.Parameter] = {}  # shared parameters stay shared
+    replacements: dict[nn.Parameter, nn.Parameter] = {}  # shared parameters stay shared
     for name, parameter in list(net.named_parameters(remove_duplicate=False)):
-        if parameter not in made:
+        if parameter not in replacements:
             kept = any(part in fp32 for part in name.split("."))
             value = torch.empty(parameter.shape, dtype=torch.float32 if kept else dtype, device=device)
-            made[parameter] = nn.Parameter(value.normal_(std=0.02), requires_grad=False)
+            replacements[parameter] = nn.Parameter(value.normal_(std=0.02), requires_grad=False)
         module, _, leaf = name.rpartition(".")
-        setattr(net.get_submodule(module), leaf, made[parameter])
+        setattr(net.get_submodule(module), leaf, replacements[parameter])
     return net.eval()

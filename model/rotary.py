@@ -9,13 +9,14 @@ Rope = tuple[Tensor, Tensor]  # cosines and sines, float32 [N, 1, head_dim / 2] 
 def rotary_table(
     head_dim: int, first_frame: int, grid: tuple[int, int, int], device: torch.device, theta: float = 10000.0
 ) -> Rope:
-    """Return cosines and sines of the token positions in `grid` (frames, rows, columns).
+    """Return cosines and sines, float32 [N, 1, head_dim / 2] each, for the N tokens of a grid.
 
-    Wan2.1 splits the pairs of channels over time, height and width. Angles are computed in float64 for any position, so
-    the video has no last frame.
+    Wan2.1 splits the pairs of channels over time, height and width. Angles are computed in float64, so frame indices
+    have no upper limit.
 
     Args:
         first_frame: absolute index of the grid's first frame.
+        grid: numbers of frames, rows and columns.
     """
     spatial = 2 * (head_dim // 6)
     exact = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64

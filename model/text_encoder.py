@@ -1,4 +1,4 @@
-"""The text encoder: prompts to UMT5 embeddings, as Wan2.1 uses them."""
+"""The text encoder: computes UMT5 embeddings of prompts as Wan2.1 does."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -12,20 +12,21 @@ from utils.prompts import clean_prompt
 
 
 class TextEncoder:
-    """UMT5 on cleaned prompts, padded to a fixed number of tokens with zero embeddings behind the prompt's end.
+    """Encodes cleaned prompts with UMT5 and pads the embeddings with zeros to a fixed number of tokens.
 
-    Cross-attention attends to all positions, the zero ones too: the public weights were trained so.
+    Cross-attention attends to the padding too, as in the training of the public weights.
     """
 
     def __init__(self, encoder: nn.Module | None, tokenizer: Any, length: int = 512):
         """
         Args:
             encoder: transformers' `UMT5EncoderModel`; None for subclasses that compute embeddings in another way.
+            tokenizer: transformers' tokenizer of the encoder.
             length: number of tokens; longer prompts are cut.
         """
         self.length = length
-        self._open: Callable[[], tuple[Any, Any]] = lambda: (encoder, tokenizer)
-        self._opened: tuple[nn.Module, Any] | None = None
+        self._load: Callable[[], tuple[Any, Any]] = lambda: (encoder, tokenizer)
+        self._networks: tuple[nn.Module, Any] | None = None
         self._device: torch.device | None = None
 
     @classmethod
@@ -36,9 +37,12 @@ class TextEncoder:
 
         Args:
             lazy: load the weights with the first prompt.
+
+        Raises:
+            UserError: if the weights or the tokenizer cannot be loaded.
         """
         text_encoder = cls(None, None, length)
-        text_encoder._open = lambda: directory.load_text_encoder(dtype)
+        text_encoder._load = lambda: directory.load_text_encoder(dtype)
         if not lazy:
             text_encoder.networks()
         return text_encoder
@@ -46,7 +50,7 @@ class TextEncoder:
     @property
     def loaded(self) -> bool:
         """Whether the weights are in memory."""
-        return self._opened is not None
+        return self._networks is not None
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Tensor:
@@ -59,19 +63,19 @@ class TextEncoder:
     def to(self, device: torch.device | str) -> "TextEncoder":
         """Move the weights, now or when they are loaded."""
         self._device = torch.device(device)
-        if self._opened is not None:
-            self._opened[0].to(device)
+        if self._networks is not None:
+            self._networks[0].to(device)
         return self
 
     def networks(self) -> tuple[nn.Module, Any]:
         """Return the encoder and its tokenizer; load them if necessary."""
-        if self._opened is None:
-            encoder, tokenizer = self._open()
+        if self._networks is None:
+            encoder, tokenizer = self._load()
             encoder.eval().requires_grad_(False)
             if self._device is not None:
                 encoder.to(self._device)
-            self._opened = encoder, tokenizer
-        return self._opened
+            self._networks = encoder, tokenizer
+        return self._networks
 
     def _encode(self, prompt: str) -> Tensor:
         """Return the embedding [length, text_dim] of a cleaned prompt."""

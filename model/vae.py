@@ -1,8 +1,8 @@
-"""The Wan VAE: encodes pixels to normalised latents; decodes whole videos, streams, or one differentiable pass.
+"""The Wan VAE, diffusers' `AutoencoderKLWan`: for inference on whole videos and streams, and for training on clips.
 
-It is diffusers' `AutoencoderKLWan`. Everywhere else in this repository, latents are normalised per channel with the
-VAE's published mean and standard deviation. Latents are [B, F, C, h, w], pixels [B, T, 3, H, W] in [-1, 1]. F latent
-frames decode to T = 4 (F - 1) + 1 pixel frames.
+`WanVAE` encodes to and decodes from latents that are normalised per channel by the VAE's published mean and standard
+deviation; the rest of this repository uses only these. Latents are [B, F, C, h, w], pixels [B, T, 3, H, W] in [-1, 1].
+F latent frames decode to T = 4 (F - 1) + 1 pixel frames. `encode_clip` and `decode_clip` use raw latents.
 """
 
 from functools import cache, partial
@@ -64,7 +64,7 @@ class WanVAE:
                 f"the VAE cannot encode {num_frames} frames of {height}x{width}: frames must be "
                 f"{self.temporal_stride}n+1, height and width multiples of {self.spatial_stride}"
             )
-        mean = self.net.encode(self._own(pixels).transpose(1, 2)).latent_dist.mode()
+        mean = self.net.encode(self._cast(pixels).transpose(1, 2)).latent_dist.mode()
         return normalise(self.net, mean.float()).transpose(1, 2)
 
     @torch.no_grad()
@@ -76,15 +76,15 @@ class WanVAE:
         """Return a decoder for one video's latents, piece by piece and in order."""
         return StreamingDecoder(self)
 
-    def _own(self, x: Tensor) -> Tensor:
+    def _cast(self, x: Tensor) -> Tensor:
         return x.to(self.net.device, self.net.dtype)
 
 
 class StreamingDecoder:
     """Decodes one video block by block in constant memory, with the same result as decoding it whole.
 
-    Wan's decoder is causal in time and keeps the last two frames of every convolution's input. diffusers keeps that
-    state on the network during one `decode`. Here it belongs to the stream, so that one network can decode several
+    Wan's decoder is causal in time and keeps the last two frames of every convolution's input. diffusers keeps these
+    frames on the network during one `decode`. Here each stream keeps its own, so that one network can decode several
     videos alternately.
     """
 
@@ -96,11 +96,11 @@ class StreamingDecoder:
     def push(self, latents: Tensor) -> Tensor:
         """Decode the next latents [B, F, C, h, w] and return their pixels [B, T, 3, H, W] in [-1, 1], float32.
 
-        The video's first latent frame decodes to one pixel frame, every later one to `temporal_stride`.
+        The video's first latent frame decodes to one pixel frame, each later one to `temporal_stride` pixel frames.
         """
         vae = self._vae.net
         z = denormalise(vae, latents.float().transpose(1, 2))
-        z = vae.post_quant_conv(self._vae._own(z))
+        z = vae.post_quant_conv(self._vae._cast(z))
         pieces = []
         for frame in z.split(1, dim=2):
             first = self._features is None
@@ -113,13 +113,13 @@ class StreamingDecoder:
 
 
 def normalise(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
-    """Normalise raw latents [B, C, F, h, w] to zero mean and unit variance per channel, by the published statistics."""
+    """Normalise raw latents [B, C, F, h, w] per channel by the published mean and standard deviation."""
     mean, std = _statistics(vae, latents)
     return (latents - mean) / std
 
 
 def denormalise(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
-    """Undo `normalise`."""
+    """Return raw latents from normalised latents [B, C, F, h, w]; the inverse of `normalise`."""
     mean, std = _statistics(vae, latents)
     return latents * std + mean
 
@@ -140,12 +140,12 @@ def _from_patches(vae: AutoencoderKLWan, x: Tensor) -> Tensor:
 
 # ---- one differentiable pass over a whole clip, for training ----
 # diffusers runs the networks chunk by chunk through a feature cache; without the cache it skips temporal resampling.
-# Over a whole clip, the same function is a plain causal convolution, but for the first frame: temporal resampling
-# leaves it unchanged. Tests compare both versions.
+# Over a whole clip, temporal resampling is one causal convolution that leaves the first frame unchanged. Tests compare
+# both versions.
 
 
 def encode_clip(vae: AutoencoderKLWan, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the posterior's mean and log-variance, raw [B, C, F, h, w], of pixels [B, 3, T, H, W] with T = 4n+1."""
+    """Return the posterior's mean and log-variance, [B, C, F, h, w] each, of pixels [B, 3, T, H, W] with T = 4n+1."""
     x = patchify(pixels, vae.config.patch_size) if vae.config.patch_size is not None else pixels
     encoder = vae.encoder
     x = encoder.conv_in(x)
@@ -194,8 +194,8 @@ def use_channels_last_(net: nn.Module) -> None:
 def use_fast_cpu_kernels_(net: nn.Module) -> None:
     """Replace slow CPU kernels in diffusers' VAE with faster equivalents.
 
-    PyTorch's kernel for a 3D convolution of a single clip is about five times slower than oneDNN's, which it uses for
-    several clips. Its norm over a dimension other than the last, part of RMS normalisation, is slow as well.
+    For a batch of one clip, PyTorch's own 3D convolution is about five times slower than oneDNN's, which PyTorch uses
+    for larger batches. RMS normalisation is slow too, because its norm is not over the last dimension.
     """
     for module in net.modules():
         if isinstance(module, nn.Conv3d):

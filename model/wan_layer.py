@@ -44,10 +44,11 @@ class CausalWanLayer(nn.Module):
         """Return the layer's output [B, N, D].
 
         Args:
-            index: number of this layer, for the self-attention.
+            index: index of this layer, passed to the self-attention.
             hidden: [B, N, D].
             modulation: [B, f, 6, D] with f = 1 or F.
-            text_k, text_v: [B, L, heads, head_dim].
+            rope: cosines and sines of the N positions.
+            text_k, text_v: the layer's cross-attention keys and values [B, L, heads, head_dim].
         """
         q, k, v = self.qkv(hidden, modulation, rope)
         return self.after_attention(hidden, self_attention(index, q, k, v), modulation, text_k, text_v)
@@ -62,7 +63,7 @@ class CausalWanLayer(nn.Module):
         return rotate(q, *rope), rotate(k, *rope), v
 
     def kv(self, hidden: Tensor, modulation: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
-        """Return only k and v of `qkv`: all that a context write needs from the last layer."""
+        """Return only the k and v of `qkv`. A context write needs nothing else from the last layer."""
         normed = self._self_attention_input(hidden, modulation)
         attn = self.attn1
         k = attn.norm_k(attn.to_k(normed)).unflatten(2, (attn.heads, -1))
@@ -71,7 +72,7 @@ class CausalWanLayer(nn.Module):
     def after_attention(
         self, hidden: Tensor, attended: Tensor, modulation: Tensor, text_k: Tensor, text_v: Tensor
     ) -> Tensor:
-        """Return the layer's output, given self-attention's output [B, N, heads, head_dim]."""
+        """Return the layer's output [B, N, D] from its input and self-attention's output [B, N, heads, head_dim]."""
         gate = self._modulation_row(modulation, 2)
         hidden = gated_sum(hidden, output_projection(self.attn1, attended), gate)
 
@@ -101,7 +102,7 @@ class CausalWanLayer(nn.Module):
 
 
 def modulate(normed: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Return normed (1 + scale) + shift; normed is [B, N, D], shift and scale are [B, f, 1, D] for f equal runs."""
+    """Return normed (1 + scale) + shift, [B, N, D]; shift and scale are [B, f, 1, D], one row per N / f tokens."""
     batch, tokens, dim = normed.shape
     return (normed.view(batch, shift.shape[1], -1, dim) * (1 + scale) + shift).view(batch, tokens, dim)
 

@@ -1,4 +1,4 @@
-"""Checks of files that load without an error and then spoil every result: damaged values, sizes and classes."""
+"""Checks of model files that load without an error but give wrong results: damaged values, sizes and classes."""
 
 import math
 import zipfile
@@ -15,7 +15,7 @@ _COPY = "copy or download the file again"
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Return whether a tensor holds neither NaN nor infinity. On a GPU, the host waits for the answer."""
+    """Return whether a tensor holds neither NaN nor infinity. On a GPU, the host waits for the result."""
     if not tensor.numel():
         return True
     if tensor.itemsize == 1:  # float8 has no extrema
@@ -57,10 +57,10 @@ def check_zip(path: Path) -> None:
 
 
 def check_class(config: Mapping[str, Any], expected: str, file: Path) -> None:
-    """Check the class that a config.json names under `_class_name`, if any.
+    """Check the key `_class_name` of a config.json, if there is one.
 
     Raises:
-        UserError: if it is not `expected`.
+        UserError: if the class is not `expected`.
     """
     found = config.get("_class_name", expected)
     if found != expected:
@@ -71,7 +71,7 @@ def check_heads(config: Mapping[str, Any], file: Path) -> None:
     """Check the heads in the configuration of a transformer, under diffusers' names.
 
     Raises:
-        UserError: if their number or size is not positive, or their size is odd, which rotary embedding cannot use.
+        UserError: if their number or size is not positive, or their size is odd; rotary embedding needs even sizes.
     """
     for name in ("num_attention_heads", "attention_head_dim"):
         _check_positive(name, config.get(name, 1), file)
@@ -80,10 +80,10 @@ def check_heads(config: Mapping[str, Any], file: Path) -> None:
 
 
 def head_dim(width: Any, num_heads: Any, file: Path) -> int:
-    """Return the channels of a head in a network of this width.
+    """Return the number of channels per head in a network with this width.
 
     Raises:
-        UserError: if the heads do not divide the width.
+        UserError: if the number of heads does not divide the width.
     """
     _check_positive("dim", width, file)
     _check_positive("num_heads", num_heads, file)
@@ -122,10 +122,10 @@ def check_latent_statistics(config: Mapping[str, Any], source: Path) -> None:
 
 
 def check_tokenizer_class(config: Mapping[str, Any], expected: Collection[str], folder: Path) -> None:
-    """Check the class in a tokenizer_config.json, if it names one; the suffix Fast makes no difference.
+    """Check the key `tokenizer_class` of a tokenizer_config.json, if there is one. The suffix Fast is ignored.
 
     Raises:
-        UserError: if it is none of `expected`.
+        UserError: if the class is not in `expected`.
     """
     found = config.get("tokenizer_class")
     if found is not None and str(found).removesuffix("Fast") not in {name.removesuffix("Fast") for name in expected}:

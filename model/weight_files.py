@@ -1,6 +1,6 @@
-"""Files of weights: reads public checkpoints of every known layout, and writes our own.
+"""Weight files: reads public checkpoints of every known layout, and writes our own.
 
-Nothing is downloaded, and no file can run code: pickles are read as plain tensors or refused.
+Nothing is downloaded, and no file can run code: pickles may hold only tensors and plain values.
 """
 
 import pickle
@@ -16,13 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from model.weight_checks import check_weights, check_zip
-from model.weight_names import DIT_NAMES, State, listed, rename, without_wrappers
+from model.weight_names import DIT_NAMES, State, join_names, rename, without_wrappers
 from utils.errors import UserError
 from utils.files import atomic_path, read_json, writable_folder, write_json
 
 TRANSFORMER_FILE = "diffusion_pytorch_model.safetensors"
-HOW_TO_DOWNLOAD = "see python scripts/download_weights.py --list"
-# Everything that torch.load and safetensors raised when they were fed mutilated files.
+HOW_TO_DOWNLOAD = "find the download with: python scripts/download_weights.py --list"
+# All errors that torch.load and safetensors raised for corrupt files in tests.
 _UNREADABLE = (
     *(RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, EOFError, OSError),
     *(pickle.UnpicklingError, struct.error, zipfile.BadZipFile, SafetensorError),
@@ -32,12 +32,12 @@ _UNREADABLE = (
 def read_checkpoint(path: str | Path, use_ema: bool = False) -> State:
     """Return a transformer's weights from a file or folder, under diffusers' names, on the CPU and as stored.
 
-    Known layouts are the checkpoints of HiAR, Self-Forcing and CausVid (a dict with `generator`, `generator_ema` or
-    `model`), bare state dicts in Wan's or diffusers' names, `.safetensors` and torch files, and folders with one such
-    file or with shards and their index. Tensors are memory-mapped if the format allows it.
+    A file is in safetensors' or torch's format. It holds a state dict under Wan's or diffusers' names, or, as in HiAR,
+    Self-Forcing and CausVid, a dict with such a state dict under `generator`, `generator_ema` or `model`. A folder
+    holds one such file, or shards with their index. Tensors are memory-mapped if the format allows it.
 
     Args:
-        path: the file or folder; of a whole model folder, its transformer is read.
+        path: the file or folder. If it is a model folder, its transformer is read.
         use_ema: read `generator_ema`, the moving average of the trained weights, instead of `generator`.
 
     Raises:
@@ -51,7 +51,7 @@ def read_checkpoint(path: str | Path, use_ema: bool = False) -> State:
 
 
 def read_state(path: Path, use_ema: bool = False) -> State:
-    """Return the state dict in a file or folder under its own names. Arguments and errors as `read_checkpoint`."""
+    """Return the state dict in a file or folder under its own names. Arguments and errors as in `read_checkpoint`."""
     content = _read(path)
     if _is_state(content) and not use_ema:
         return content
@@ -59,15 +59,15 @@ def read_state(path: Path, use_ema: bool = False) -> State:
     state = next((content[key] for key in keys if key in content), None)
     if _is_state(state):
         return dict(state)
-    held = "one unnamed set of weights" if _is_state(content) else listed(map(str, content), 9) or "nothing"
+    held = "one unnamed set of weights" if _is_state(content) else join_names(map(str, content), 9) or "nothing"
     advice = "add --use_ema" if "generator_ema" in content else "choose another file"
     if use_ema:
         advice = "leave out --use_ema"
-    raise UserError(f"{path} has no {' or '.join(keys)} weights, it holds {held}; {advice}")
+    raise UserError(f"{path} has no {' or '.join(keys)} weights but holds {held}; {advice}")
 
 
 def save_weights(path: Path, content: dict[str, Any]) -> None:
-    """Write weights atomically, as safetensors or with torch.save according to the suffix."""
+    """Write weights atomically: as safetensors if `path` has this suffix, else with torch.save."""
     writable_folder(path.parent)
     with atomic_path(path) as file:
         if path.suffix == ".safetensors":
@@ -78,7 +78,7 @@ def save_weights(path: Path, content: dict[str, Any]) -> None:
 
 
 def save_transformer(folder: Path, state: dict[str, Tensor], config: dict[str, Any]) -> None:
-    """Write a transformer's weights and config.json in diffusers' layout.
+    """Write a transformer's weights (diffusers' names) and its config.json in diffusers' layout.
 
     Raises:
         UserError: if a weight is not a finite number.
@@ -92,7 +92,7 @@ def read_model_json(path: Path) -> dict[str, Any]:
     """Return a JSON object of a model folder, such as a config.json.
 
     Raises:
-        UserError: if the file is missing or holds something else.
+        UserError: if the file is missing or holds no JSON object.
     """
     try:
         content = read_json(path, "model file")
@@ -123,7 +123,7 @@ def _read(path: Path) -> dict[str, Any]:
     files = files or [file for file in sorted(path.iterdir()) if file.suffix in (".pt", ".pth", ".bin")]
     if len(files) == 1:
         return _read_file(files[0])
-    held = f"several weights files ({listed(file.name for file in files)})" if files else "no *.safetensors or *.pt"
+    held = f"several weights files ({join_names(file.name for file in files)})" if files else "no *.safetensors or *.pt"
     raise UserError(f"folder {path} holds {held}; name the folder or file with the weights")
 
 
@@ -143,8 +143,8 @@ def _read_file(path: Path) -> dict[str, Any]:
     except _UNREADABLE as error:
         if code := re.search(r"GLOBAL (\S+)", str(error)):
             raise UserError(
-                f"{path} is refused: reading it could run code ({code[1]}); only plain tensors are read, "
-                "so get a file with nothing but weights, best as .safetensors"
+                f"{path} is refused: reading it could run code ({code[1]}); use a file that holds only weights, "
+                "preferably .safetensors"
             ) from None
         raise UserError(f"{path} is cut off or not a checkpoint; copy or download it again") from None
     if not isinstance(content, dict):

@@ -1,4 +1,4 @@
-"""Names of weights: tables between public naming schemes, and translation of state dicts.
+"""Names of weights: tables that map public naming schemes to each other, and the renaming of state dicts.
 
 In this repository, state dicts of a Wan transformer have the names of diffusers' `WanTransformer3DModel`. Wan's own
 code, and the models trained with it (CausVid, Self-Forcing, HiAR), name the same tensors differently.
@@ -14,8 +14,8 @@ State = dict[str, Tensor]
 Layout = Literal["diffusers", "native", "generator"]
 
 # Wan's own names -> diffusers' names. `#` stands for the index of the layer; a trailing .weight or .bias stays. The
-# norms are easily mixed up: Wan numbers them in order of creation, diffusers in order of use. No name on the right is
-# also a different name on the left, so translating twice changes nothing.
+# norms are easily confused: Wan numbers them in order of creation, diffusers in order of use. No diffusers name is also
+# Wan's name of another tensor, so translating twice changes nothing.
 DIT_NAMES = {
     "patch_embedding": "patch_embedding",
     "text_embedding.0": "condition_embedder.text_embedder.linear_1",
@@ -59,8 +59,8 @@ UMT5_NAMES = {
     "norm": "encoder.final_layer_norm",
 }
 
-# Parts that wrappers (FSDP, activation checkpointing, torch.compile, DDP, ComfyUI) put before or into names. No name in
-# the tables above contains any of them.
+# Parts that wrappers (FSDP, activation checkpointing, torch.compile, DDP, ComfyUI) add to names. No name in the tables
+# above contains any of them.
 WRAPPERS = {
     *("model", "module", "generator", "generator_ema", "diffusion_model"),
     *("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod", "_forward_module"),
@@ -70,12 +70,12 @@ _LAYER = re.compile(r"\bblocks?\.(\d+)\b")
 
 
 def rename(state: Mapping[str, Tensor], names: Mapping[str, str]) -> State:
-    """Translate a state dict's names by a table such as `DIT_NAMES`; names that the table lacks stay."""
+    """Translate a state dict's names by a table such as `DIT_NAMES`; names that are not in the table stay."""
     return {_rename(name, names): tensor for name, tensor in state.items()}
 
 
 def inverse(names: Mapping[str, str]) -> dict[str, str]:
-    """Return a table of names for the opposite direction."""
+    """Return the table of names for the opposite direction."""
     return {new: old for old, new in names.items()}
 
 
@@ -85,12 +85,12 @@ def without_wrappers(name: str) -> str:
 
 
 def num_layers(names: Iterable[str]) -> int:
-    """Return the number of different layers that the names mention."""
+    """Return the number of different layer indices in the names."""
     return len({layer[1] for name in names if (layer := _LAYER.search(name))})
 
 
 def export_state(state: Mapping[str, Tensor], layout: Layout) -> dict[str, Any]:
-    """Return our transformer's state dict under the names that other code reads.
+    """Return our transformer's state dict in a public layout.
 
     Args:
         layout: `diffusers` keeps the names; `native` gives Wan's own; `generator` gives the format that HiAR,
@@ -102,8 +102,8 @@ def export_state(state: Mapping[str, Tensor], layout: Layout) -> dict[str, Any]:
     return native if layout == "native" else {"generator": {f"model.{name}": t for name, t in native.items()}}
 
 
-def listed(names: Iterable[str], limit: int = 3) -> str:
-    """Return the first names, separated by commas, for messages."""
+def join_names(names: Iterable[str], limit: int = 3) -> str:
+    """Return the first `limit` names, separated by commas, for messages."""
     names = list(names)
     return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
 

@@ -26,7 +26,7 @@ from model.weight_checks import (
     head_dim,
 )
 from model.weight_files import HOW_TO_DOWNLOAD, read_checkpoint, read_model_json, read_state
-from model.weight_names import UMT5_NAMES, State, listed, num_layers, rename
+from model.weight_names import UMT5_NAMES, State, join_names, num_layers, rename
 from utils.errors import UserError
 
 Net = TypeVar("Net", bound=nn.Module)
@@ -45,7 +45,7 @@ TEXT_ENCODER_FILES = (
     *(NATIVE_TEXT_ENCODER, f"{NATIVE_TOKENIZER}/*.json", f"{NATIVE_TOKENIZER}/*.model"),
 )
 
-# Keys of Wan's own config.json -> diffusers' keys, and values of keys that it leaves out.
+# Keys of Wan's own config.json -> diffusers' keys, and the values of keys that this file lacks.
 NATIVE_CONFIG = {
     "dim": "dim",
     "num_heads": "num_attention_heads",
@@ -71,8 +71,8 @@ _WIDTH = "patch_embedding.bias"  # [D]
 def load_into(net: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
     """Load all weights of `net` from `state`, or change nothing.
 
-    Values are cast to the network's dtypes. A network on the meta device takes over the tensors of `state` where no
-    cast and no copy to aligned memory is needed.
+    Values are cast to the network's dtypes. A network on the meta device shares the tensors of `state` that are already
+    of the right dtype and aligned.
 
     Args:
         source: origin of the weights, for error messages.
@@ -87,11 +87,11 @@ def load_into(net: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
         "of another shape": [n for n, tensor in expected.items() if n in state and state[n].shape != tensor.shape],
     }
     if any(problems.values()):
-        found = "; ".join(f"{len(names)} {kind} ({listed(names)})" for kind, names in problems.items() if names)
+        found = "; ".join(f"{len(names)} {kind} ({join_names(names)})" for kind, names in problems.items() if names)
         theirs, ours = _size(state), _size(expected)
         sizes = f": it has {theirs}, the network {ours}" if theirs != ours else ""
         raise UserError(
-            f"{source} does not fit the network{sizes}; take weights of the same architecture. Names: {found}"
+            f"{source} does not fit the network{sizes}; use weights of the same architecture. Names: {found}"
         )
     on_meta = any(tensor.is_meta for tensor in expected.values())
     check_weights(state, source)
@@ -103,10 +103,10 @@ def load_into(net: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
 
 
 def aligned(tensor: Tensor) -> Tensor:
-    """Return a CPU tensor whose memory starts at a multiple of 64 bytes; other tensors are returned as they are.
+    """Return a CPU tensor in memory that starts at a multiple of 64 bytes; tensors on other devices are unchanged.
 
-    Tensors mapped from a file start anywhere. On some CPUs, MKL and oneDNN choose another kernel for such matrices and
-    round the last bits differently, so the same weights would give other videos before and after saving.
+    Tensors mapped from a file can start at any address. On some CPUs, MKL and oneDNN then choose another kernel that
+    rounds the last bits differently. The same weights would give different videos before and after saving.
     """
     if tensor.device.type != "cpu" or tensor.data_ptr() % 64 == 0:
         return tensor
@@ -120,18 +120,21 @@ def align_weights_(net: nn.Module) -> None:
 
 
 def build_from_state(
-    make: Callable[[], Net], state: State, source: Path | str, dtype: torch.dtype | None, fp32: Collection[str] = ()
+    build: Callable[[], Net], state: State, source: Path | str, dtype: torch.dtype | None, fp32: Collection[str] = ()
 ) -> Net:
     """Build a network without allocating its weights and load `state` into it; return it in evaluation mode.
 
     Args:
-        make: builds the network.
+        build: builds the network.
         source: origin of the weights, for error messages.
         dtype: of the weights; None: as stored.
-        fp32: names of modules whose weights are float32 whatever the dtype.
+        fp32: names of modules with float32 weights, whatever the dtype.
+
+    Raises:
+        UserError: as in `load_into`.
     """
     with no_init_weights(), init_empty_weights():
-        net = make()
+        net = build()
     for name, parameter in net.named_parameters():
         in_fp32 = dtype and not set(fp32).isdisjoint(name.split("."))
         stored = state.get(name, parameter).dtype
@@ -148,10 +151,11 @@ def infer_transformer_config(state: State, num_heads: int | None = None) -> dict
     """Infer the constructor arguments of a Wan transformer from its state dict (diffusers' names).
 
     Args:
-        num_heads: shapes do not determine it; None assumes heads of 128 channels, as in every published Wan2.1.
+        num_heads: number of attention heads, which the shapes do not determine. None: heads of 128 channels, as in
+            every published Wan2.1.
 
     Raises:
-        UserError: if the weights are no Wan transformer's, or the width does not divide into such heads.
+        UserError: if these are not the weights of a Wan transformer, or the width does not divide into the heads.
     """
     try:
         dim, in_channels, *patch = state["patch_embedding.weight"].shape
@@ -178,7 +182,7 @@ def infer_umt5_config(state: State) -> UMT5Config:
     """Infer the configuration of a UMT5 encoder from its state dict (transformers' names).
 
     Raises:
-        UserError: if the weights are no UMT5 encoder's.
+        UserError: if these are not the weights of a UMT5 encoder.
     """
     attention = "encoder.block.0.layer.0.SelfAttention"
     try:
@@ -206,10 +210,10 @@ def _size(state: Mapping[str, Tensor]) -> str:
 
 @dataclass(frozen=True)
 class ModelDirectory:
-    """A whole model on disk: transformer, text encoder with tokenizer, and VAE. `ModelDirectory.open` returns it.
+    """A whole model on disk: transformer, text encoder with tokenizer, and VAE. Use `ModelDirectory.open` to create it.
 
-    All loaders take the dtype of the weights (None: as stored) and raise `UserError` as `read_checkpoint` and
-    `load_into` do.
+    The argument `dtype` of each loader is that of the weights; None: as stored. The loaders raise `UserError` as
+    `read_checkpoint` and `load_into` do.
     """
 
     path: Path
@@ -264,11 +268,11 @@ class ModelDirectory:
 
         Args:
             net_class: a diffusers model class with the arguments and names of `WanTransformer3DModel`. As in diffusers,
-                its `_keep_in_fp32_modules` stay in float32 whatever the dtype.
-            subfolder: of a folder in diffusers' layout.
-            weights: a checkpoint to load instead of the folder's own weights; a folder with a config.json has its own
-                size.
-            use_ema: load the checkpoint's moving average; see `read_checkpoint`.
+                its `_keep_in_fp32_modules` stay in float32, whatever the dtype.
+            subfolder: subfolder of the transformer in diffusers' layout.
+            weights: a checkpoint to load instead of the folder's own weights. If it is a folder with a config.json,
+                this file gives the sizes.
+            use_ema: load the checkpoint's EMA weights; see `read_checkpoint`.
         """
         own = Path(weights) / "config.json" if weights else None
         if own is not None and own.is_file():
@@ -279,11 +283,11 @@ class ModelDirectory:
         source = Path(weights or (self.path / subfolder if self.layout == "diffusers" else self.path))
         state = read_checkpoint(source, use_ema)
         fp32 = getattr(net_class, "_keep_in_fp32_modules", None) or ()
-        make = partial(net_class.from_config, config)  # type: ignore[attr-defined]
-        return build_from_state(make, state, source, dtype, fp32)
+        build = partial(net_class.from_config, config)  # type: ignore[attr-defined]
+        return build_from_state(build, state, source, dtype, fp32)
 
     def load_text_encoder(self, dtype: torch.dtype | None = None) -> tuple[UMT5EncoderModel, PreTrainedTokenizerBase]:
-        """Load the text encoder, and the tokenizer of the class that its tokenizer_config.json names."""
+        """Load the text encoder and its tokenizer; tokenizer_config.json names the tokenizer's class."""
         if self.layout == "diffusers":
             source, tokens = self.path / "text_encoder", self.path / "tokenizer"
             sizes = read_model_json(source / "config.json")
@@ -319,7 +323,7 @@ class ModelDirectory:
             check_tokenizer_class(read_model_json(file), expected, folder)
 
     def load_vae(self, dtype: torch.dtype | None = None) -> AutoencoderKLWan:
-        """Load the video VAE. Wan's own file has no configuration: it is Wan2.1's, of the width found in the shapes."""
+        """Load the VAE. Wan's own file has no configuration; its sizes are Wan2.1's, with the width of the weights."""
         if self.layout == "diffusers":
             source = self.path / "vae"
             state, config = read_state(source), read_model_json(source / "config.json")

@@ -61,18 +61,18 @@ class RolloutConfig:
     """timestep_first (HiAR) runs one step over all blocks before the next step. block_first (Self-Forcing) runs all
     steps of one block before the next block."""
     leading_blocks: int = 0
-    """Number of leading blocks that timestep_first denoises block-first. All steps of later blocks see them clean."""
+    """Number of leading blocks that timestep_first denoises block-first. They are clean context for later blocks."""
     leading_steps: int = 0
     """Number of leading steps that timestep_first runs block by block, before it runs the other steps."""
     context: Literal["output", "input", "clean"] = "output"
     """Noise level of the context under timestep_first: the level after the step (output, HiAR), the level before the
     step (input), or zero (clean)."""
     order: Literal["step_major", "diagonal"] = "step_major"
-    """Order of the same passes under timestep_first. diagonal finishes blocks early and needs constant memory. Both
-    orders give the same latents."""
+    """Order of the passes under timestep_first. diagonal finishes blocks early and uses constant memory. Both orders
+    give the same latents."""
     fuse_context: bool = True
-    """Write the context of one block and denoise the next block in one pass. This takes fewer passes; the latents are
-    equal up to rounding."""
+    """Write the context of one block and denoise the next block in one pass. This needs fewer passes and gives equal
+    latents up to rounding."""
     block_frames: int = 3
     """Latent frames per block."""
     denoising_step_list: list[float] = field(default_factory=lambda: [1000.0, 750.0, 500.0, 250.0])
@@ -82,7 +82,7 @@ class RolloutConfig:
     timestep_shift: float = 5.0
     """Shift s of the noise levels: sigma = s u / (1 + (s - 1) u), where u is the unshifted level."""
     use_ode_trajectory: bool = False
-    """Between steps, take a deterministic Euler step along the flow. false adds fresh noise to the predicted x0."""
+    """true takes an Euler step along the flow between steps (deterministic). false adds fresh noise to predicted x0."""
     window: int = 21
     """Latent frames in the attention window, including the current block and the sink. 0: the whole video."""
     sink: int = 0
@@ -101,7 +101,7 @@ class TeacherConfig:
     """The bidirectional teacher, and how it generates videos."""
 
     base: str = ""
-    """Model directory of the teacher, if its size differs from `model.base`. Empty: model.base."""
+    """Model directory of the teacher, if its size differs from `model.base`. Empty: `model.base`."""
     path: str = ""
     """Weights of the teacher: a folder or a checkpoint file. Empty: the transformer of its base."""
     guidance_scale: float = 6.0
@@ -147,7 +147,7 @@ class TrainConfig:
     """A training run: the objective, the optimizer and the training loop."""
 
     objective: ObjectiveName = ""
-    """What the run trains. Empty: this configuration is for inference only."""
+    """Objective of the run. Empty: this configuration is for inference only."""
     network: str = ""
     """Preset of model/presets.py for a network that starts from random weights."""
     init: str = ""
@@ -179,25 +179,25 @@ class TrainConfig:
     stop_grad_norm: float = 1.0e4
     """Gradient norm above which the run stops before the update. .inf: never."""
     stop_loss_growth: float = 1000.0
-    """The run stops at a loss above this multiple of the median of the last 100 iterations. .inf: never."""
+    """The run stops if a loss exceeds this multiple of its median over the last 100 iterations. .inf: never."""
     ema_decay: float = 0.999
     """Decay of the exponential moving average (EMA) of the weights. It is smaller early in a run with ema_start 0."""
     ema_start: int = 0
-    """First iteration of the average. Until then, the EMA weights equal the trained weights."""
+    """First iteration of the EMA. Before it, the EMA weights equal the trained weights."""
     text_dropout: float = 0.1
     """Fraction of the clips that are trained without their caption, for classifier-free guidance."""
     timestep_shift: float = 5.0
-    """Shift of the noise levels that are trained."""
+    """Shift of the noise levels that are drawn in training."""
     forcing: Literal["none", "diffusion", "teacher"] = "none"
     """Flow matching: none trains a bidirectional network with one noise level per clip. diffusion and teacher train a
-    causal network with one level per block; earlier blocks are noisy (diffusion forcing) or clean (teacher forcing)."""
+    causal network with one level per block. Earlier blocks are noisy (diffusion forcing) or clean (teacher forcing)."""
     first_frame_weight: float = 1.0
-    """Flow matching: weight of the first latent frame in the loss. It holds one pixel frame instead of four."""
+    """Flow matching: weight of the first latent frame in the loss. This frame decodes to one pixel frame, not four."""
     kl_weight: float = 1e-6
     """Weight of the VAE's KL loss."""
     clip_frames: list[int] = field(default_factory=list)
-    """Lengths of training clips in pixel frames (4n+1), for the VAE and for flow matching. Each iteration draws one.
-    Empty, flow matching only: whole clips."""
+    """Lengths of training clips in pixel frames (4n+1), for the VAE and for flow matching. Each iteration draws one
+    length. Empty (flow matching only): whole clips."""
     decoder_only: bool = False
     """Train only the VAE's decoder. Existing latents stay valid because the encoder does not change."""
     compile: bool = False
@@ -205,7 +205,7 @@ class TrainConfig:
     activation_checkpointing: bool = False
     """Recompute the activations inside each layer in the backward pass instead of storing them."""
     dtype: DType = "float32"
-    """Type of the computation. Weights, gradients and averages are float32."""
+    """Type of the computation. Weights, gradients and EMA weights are float32."""
     sharding: Literal["replicate", "shard", "hybrid"] = "replicate"
     """replicate: each rank holds all weights. shard: the weights are split over all ranks (FSDP2). hybrid: they are
     split within each machine and replicated across machines."""
@@ -248,8 +248,8 @@ class DistillConfig:
     min_exit_step: int = 0
     """Smallest exit step. The exit step is drawn uniformly from this step to the last step."""
     max_rollout_frames: int = 21
-    """Longest rollout in latent frames. The length is drawn uniformly from data.num_frames to this; the losses use its
-    last data.num_frames frames."""
+    """Longest rollout in latent frames. The length is drawn uniformly from data.num_frames to this number. The losses
+    use the last data.num_frames frames."""
     block_backward: bool = True
     """Run the backward pass block by block, with the activations of one block in memory. false: all blocks at once."""
     forward_kl_weight: float = 0.1
@@ -258,7 +258,7 @@ class DistillConfig:
     """Attention of the generator in the forward KL loss: one bidirectional pass (HiAR's paper), one block-causal pass,
     or a rollout."""
     forward_kl_form: Literal["x0", "flow", "endpoint"] = "x0"
-    """Compared quantity of the forward KL loss: x0, the flow, or the end point of the Euler step."""
+    """Quantity that the forward KL loss compares: x0, the flow, or the end point of the Euler step."""
     forward_kl_steps: int = 1
     """Number of leading steps with a forward KL loss."""
 
@@ -268,7 +268,7 @@ class RuntimeConfig:
     """Device and seed."""
 
     device: str = "auto"
-    """auto selects CUDA, else Apple's GPU, else the CPU. Or a device name: cuda, cuda:1, mps, cpu."""
+    """auto selects CUDA, else Apple's GPU, else the CPU. A name selects one device: cuda, cuda:1, mps, cpu."""
     seed: int = 0
     """Seed of all random numbers."""
 
@@ -294,17 +294,17 @@ class Config:
 def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
     """Load a YAML file on top of the defaults, then apply the overrides.
 
-    The key `inherit: other.yaml` names a file, relative to this one, that is loaded first. `path` may also be the
-    metadata (.json) beside a generated video; its configuration is loaded.
+    The key `inherit: other.yaml` names a file that is loaded first; its path is relative to the inheriting file.
 
     Args:
+        path: YAML file, or the metadata (.json) beside a generated video, which contains its configuration.
         overrides: `section.key=value` arguments; `section.key=` sets an empty string.
 
     Raises:
-        UserError: for a missing or malformed file, an unknown key, a wrong type or an invalid value. It names the key.
+        UserError: for an unreadable file, an unknown key, a wrong type or an invalid value. The message names the key.
     """
     if not os.path.isfile(path):
-        raise UserError(f"no config file {path}; see configs/ for those that exist")
+        raise UserError(f"no config file {path}; choose a file in configs/")
     metadata = read_metadata(path)
     files = read_yaml_layers(path) if metadata is None else [OmegaConf.create(metadata["config"])]
     return _merge([OmegaConf.structured(Config), *files], overrides, path)
@@ -314,13 +314,13 @@ def override_config(config: Config, overrides: Sequence[str]) -> Config:
     """Return a copy of a configuration with `section.key=value` overrides applied.
 
     Raises:
-        UserError: for an unknown key, a wrong type or an invalid value. It names the key.
+        UserError: for an unknown key, a wrong type or an invalid value. The message names the key.
     """
     return _merge([OmegaConf.structured(config)], overrides, "the configuration")
 
 
 def _merge(layers: list[Any], overrides: Sequence[str], source: str) -> Config:
-    """Merge the layers, of which later ones win, and the overrides. Errors name `source`."""
+    """Merge the layers and then the overrides; later values win. Error messages name `source`."""
     changes = parse_overrides(overrides)
     for layer in layers:
         refuse_functions(layer, source)
@@ -340,7 +340,7 @@ def read_metadata(path: str) -> dict[str, Any] | None:
     """Return the metadata of a video from its .json file; None if `path` does not end in .json.
 
     Raises:
-        UserError: if the file is no metadata of a video.
+        UserError: if the file is missing or is not the metadata of a video.
     """
     if not path.endswith(".json"):
         return None
@@ -355,7 +355,7 @@ def num_micro_batches(train: TrainConfig, num_ranks: int) -> int:
     """Return the number of micro-batches of `batch_size` clips per iteration, over all ranks.
 
     Raises:
-        UserError: if the ranks cannot have equally many micro-batches.
+        UserError: if the micro-batches cannot be divided equally among the ranks.
     """
     total = train.total_batch_size or train.batch_size * num_ranks
     if total % (train.batch_size * num_ranks):

@@ -1,4 +1,4 @@
-"""Checks of a configuration that types cannot express: ranges, and keys that depend on each other."""
+"""Checks of a configuration beyond types: ranges, and keys that depend on each other."""
 
 import itertools
 import math
@@ -30,7 +30,7 @@ def check_config(config: "Config") -> None:
     """Check the ranges of all values, and the keys that depend on each other.
 
     Raises:
-        UserError: for the first invalid value. It names the key and the valid values.
+        UserError: for the first invalid value. The message names the key and the valid values.
     """
     for keys, is_valid, description in (
         (_POSITIVE, lambda value: 0 < value < math.inf, "positive"),
@@ -73,11 +73,11 @@ def _check_rollout(rollout: "RolloutConfig") -> None:
             f"rollout.denoising_step_list must fall from at most 1000 towards 0, not {rollout.denoising_step_list}"
         )
     if rollout.leading_steps > len(timesteps):
-        raise UserError(f"rollout.leading_steps is {rollout.leading_steps}, but there are only {len(timesteps)} steps")
+        raise UserError(f"rollout.leading_steps must be at most {len(timesteps)} steps, not {rollout.leading_steps}")
     if rollout.window and rollout.window < rollout.block_frames + rollout.sink:
         raise UserError(
-            f"rollout.window {rollout.window} must hold a block ({rollout.block_frames}) and the sink "
-            f"({rollout.sink}), or be 0 for the whole video"
+            f"rollout.window must be at least a block ({rollout.block_frames} frames) plus the sink "
+            f"({rollout.sink} frames), or 0 for the whole video, not {rollout.window}"
         )
 
 
@@ -106,11 +106,11 @@ def _check_distill(config: "Config") -> None:
         raise UserError(f"distill.forward_kl_steps must be 1 to {num_steps}, not {distill.forward_kl_steps}")
     if not 0 < distill.min_timestep < distill.max_timestep <= 1000:
         raise UserError(
-            "distill.min_timestep must be above 0 and below distill.max_timestep, which must be at most 1000; not "
+            "distill.min_timestep and distill.max_timestep must rise from above 0 to at most 1000, not "
             f"{distill.min_timestep} and {distill.max_timestep}"
         )
     if config.train.objective == "score_distillation" and distill.max_rollout_frames < config.data.num_frames:
         raise UserError(
-            f"distill.max_rollout_frames {distill.max_rollout_frames} must be at least "
-            f"data.num_frames {config.data.num_frames}"
+            f"distill.max_rollout_frames must be at least data.num_frames={config.data.num_frames}, not "
+            f"{distill.max_rollout_frames}"
         )

@@ -1,4 +1,4 @@
-"""Readers of configuration files and of command-line overrides."""
+"""Readers of YAML configuration files and of command-line overrides."""
 
 import os
 import re
@@ -12,18 +12,21 @@ from utils.errors import UserError
 
 
 def read_yaml_layers(path: str, children: tuple[str, ...] = ()) -> list[DictConfig]:
-    """Return the files that `path` inherits from, oldest first, then `path` itself; `children` inherit from it.
+    """Return the contents of all files that `path` inherits from, in the order of merging, then that of `path`.
+
+    Args:
+        children: files that inherit from `path`, to detect a circle.
 
     Raises:
-        UserError: for a missing or malformed file, a circle of `inherit`, or a `refuse_functions` error.
+        UserError: for a missing or malformed file, a circle of `inherit`, or as in `refuse_functions`.
     """
     path = os.path.normpath(path)
     if path in children:
-        raise UserError(f"{children[-1]} inherits from {path}, which inherits from it")
+        raise UserError(f"{children[-1]} inherits from {path} in a circle; remove one of the `inherit` keys")
     try:
         loaded = OmegaConf.load(path)
     except OSError:
-        raise UserError(f"{children[-1]} inherits from {path}, which cannot be read") from None
+        raise UserError(f"{path} cannot be read; correct the key `inherit` in {children[-1]}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(loaded, DictConfig):
@@ -39,7 +42,7 @@ def parse_overrides(overrides: Sequence[str]) -> DictConfig:
     """Return the values of `section.key=value` arguments; `section.key=` is an empty string.
 
     Raises:
-        UserError: for another word, a value that is no YAML, or a `refuse_functions` error.
+        UserError: for an argument of another form, a value that is not valid YAML, or as in `refuse_functions`.
     """
     for word in overrides:
         if "=" not in word or word.startswith("-"):
@@ -55,7 +58,7 @@ def parse_overrides(overrides: Sequence[str]) -> DictConfig:
 
 
 def restore_off(values: Any) -> Any:
-    """Restore `wandb: off`, because YAML reads an unquoted off as false."""
+    """Set `train.wandb` back to "off", because YAML reads an unquoted off as false."""
     train = OmegaConf.select(values, "train")
     if isinstance(train, DictConfig) and train.get("wandb") is False:
         train.wandb = "off"
@@ -65,11 +68,11 @@ def restore_off(values: Any) -> Any:
 def refuse_functions(values: DictConfig, source: str) -> None:
     """Check that no value calls a function of OmegaConf, such as `${oc.env:NAME}`.
 
-    A configuration is stored beside videos and checkpoints, printed and sent to W&B. A file from somebody else could
-    thus copy a password from the environment into all of them. References such as `${video.fps}` are allowed.
+    A configuration is stored beside videos and checkpoints, printed and sent to W&B. An untrusted configuration file
+    could thus copy a password from the environment to all these places. References such as `${video.fps}` are allowed.
 
     Raises:
-        UserError: naming the first such key and `source`.
+        UserError: for the first such value. The message names its key and `source`.
     """
     for key, text in _strings(OmegaConf.to_container(values, resolve=False)):
         if _calls_function(text):
@@ -93,7 +96,7 @@ def _strings(content: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _calls_function(text: str) -> bool:
-    """Return whether a colon stands inside `${...}`; the grammar of OmegaConf has it only in calls."""
+    """Return whether there is a colon inside `${...}`; in OmegaConf's grammar, only calls contain one."""
     depth = 0
     for token in re.findall(r"\$\{|[}:]", text):
         if token == ":" and depth:

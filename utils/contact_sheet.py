@@ -37,10 +37,10 @@ class Strip:
 
 
 class ContactSheetSampler:
-    """Select the frames of a contact sheet while a video is streamed. Memory does not grow with its length.
+    """Selects the frames of a contact sheet while a video is streamed. Memory does not grow with the video's length.
 
     The selected frames are evenly spaced and include the first and the last. If the length is unknown, up to twice
-    `columns` frames are held, and every second one is dropped when there are more. The spacing is then less even.
+    `columns` frames are kept; when there are more, every second one is dropped. The spacing is then less even.
     """
 
     def __init__(self, num_frames: int | None = None, columns: int = 8, fps: float = 16.0) -> None:
@@ -75,7 +75,7 @@ class ContactSheetSampler:
             self._last = pixels[-1].copy()
 
     def strip(self, caption: str) -> Strip:
-        """Return the selection from the frames so far.
+        """Return the row of the frames so far.
 
         Raises:
             ValueError: if there are no frames.
@@ -94,7 +94,10 @@ class ContactSheetSampler:
 
 
 def read_strip(path: Path, columns: int = 8) -> Strip:
-    """Read a video file's row; its caption is the prompt in the video's metadata, or else the file's name.
+    """Return the row of a video file. Its caption is the prompt in the video's metadata, or else the file's name.
+
+    Args:
+        columns: frames to select, at least 2.
 
     Raises:
         UserError: if the video or its metadata cannot be read.
@@ -110,7 +113,7 @@ def draw_contact_sheet(
 ) -> Image.Image:
     """Draw one row per video: a caption, evenly spaced frames, and their times.
 
-    Frames smaller than 128 pixels are enlarged without smoothing; frames larger than 320 pixels are reduced.
+    Frames are scaled as in `thumbnail`.
 
     Args:
         rows: for each video a `Strip`, or (caption, all frames [T, H, W, 3]).

@@ -9,7 +9,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device `name` and make a GPU the current device.
+    """Return the device `name`; if it is a CUDA GPU, make it the current device.
 
     Args:
         name: a torch device, or `auto`: CUDA, else Apple's GPU, else the CPU. Under torchrun, `cuda` is the GPU of
@@ -32,10 +32,10 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_own_device(name: str) -> torch.device:
-    """Return a device like `pick_device`, but a GPU is used by one process only, as NCCL requires.
+    """Return a device as `pick_device` does, but never share a GPU between processes, because NCCL does not allow it.
 
     Raises:
-        UserError: also if torchrun started more processes on this machine than there are GPUs. All of them raise it.
+        UserError: for an unknown device, or if this machine has fewer GPUs than processes. All processes raise it.
     """
     name = _best_device() if name == "auto" else name
     processes, gpus = local_world_size(), torch.cuda.device_count() if name == "cuda" else 0

@@ -1,6 +1,6 @@
 """Rank and world size, from torchrun's environment variables. A process without torchrun is rank 0 of 1.
 
-Imports no torch, so that commands can use it before heavy imports.
+This module does not import torch, so that commands can use it before slow imports.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Errors of the commands: a user's mistake becomes one clear line and a non-zero exit code, without a traceback."""
+"""Errors of the commands: a user's mistake ends a command with one line and a non-zero exit code, not a traceback."""
 
 import contextlib
 import errno
@@ -22,7 +22,7 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
     """Wrap a script's `main` so that expected failures print one line on stderr and exit with a non-zero code.
 
     Exit codes: 2 for a `UserError`, 1 for a full or unwritable disk, 130 for Ctrl-C. Any other exception is a bug and
-    keeps its traceback. Under torchrun the launcher repeats the error at the end of its report.
+    keeps its traceback. torchrun repeats the error at the end of its own report.
     """
 
     @functools.wraps(main)
@@ -51,11 +51,11 @@ def _report(message: str, code: int, delay: int = 0) -> int:
 
 
 def report_to_torchrun(text: str, delay: int = 0) -> None:
-    """Store an error in the file that torchrun reads. torchrun prints the earliest error at the end of its report.
+    """Write an error to the file that torchrun reads. torchrun prints the earliest error at the end of its report.
 
     Args:
-        delay: seconds to add to the time of the error. When a rank fails, the others lose their connection to it or are
-            stopped. With a delay, their errors come after the error that caused them.
+        delay: seconds to add to the time of the error. If a rank fails, the other ranks lose their connection or are
+            stopped. With a delay, these secondary errors come later than their cause.
     """
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not path:

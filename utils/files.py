@@ -1,4 +1,4 @@
-"""Atomic writes, JSON files, folder locks and fingerprints. An atomic write creates a complete file or none."""
+"""Atomic writes, JSON files, folder locks and fingerprints. An atomic write leaves a complete file or no file."""
 
 import contextlib
 import errno
@@ -20,10 +20,10 @@ os.umask(_UMASK)
 
 
 def partial_path(path: Path) -> Path:
-    """Return a new temporary name beside `path`: the process ID and ten random digits.
+    """Return a new hidden path beside `path`: its name has the process ID and ten random digits.
 
-    Nobody can guess the name and plant a symbolic link there, through which another file would be overwritten. The name
-    keeps the suffix, because some writers choose their format by the suffix.
+    Nobody can guess the name and place a symbolic link there, which would overwrite another file. The suffix is kept,
+    because some writers choose their format by the suffix.
     """
     return path.with_name(f".{path.stem}.{os.getpid()}{secrets.randbelow(10**10):010}.partial{path.suffix}")
 
@@ -43,7 +43,7 @@ def open_own_file(path: Path, mode: str) -> IO[Any]:
 
 
 def _share(path: Path) -> None:
-    """Give `path` the usual permissions of new files; safetensors creates files that only their owner can read."""
+    """Give all files of `path` the usual permissions of new files; safetensors makes files private to their owner."""
     for file in path.rglob("*") if path.is_dir() else (path,):
         if file.is_file() and not file.is_symlink():
             file.chmod(file.stat().st_mode | (0o666 & ~_UMASK))
@@ -51,7 +51,11 @@ def _share(path: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path for a file or folder. Rename it to `path` if the body succeeds, else delete it."""
+    """Yield a temporary path for a file or folder; rename it to `path` if the body succeeds, else delete it.
+
+    Raises:
+        OSError: if nothing was written to the temporary path, or it cannot be renamed.
+    """
     path = Path(path)
     temporary = partial_path(path)
     try:
@@ -92,10 +96,10 @@ def writable_folder(path: str | os.PathLike[str]) -> Path:
 
 @contextlib.contextmanager
 def lock_folder(folder: Path, activity: str) -> Iterator[None]:
-    """Lock `folder` for this process inside the `with` block. The lock also ends with the process.
+    """Lock `folder` for this process inside the `with` block. The lock also ends when the process ends.
 
     Args:
-        activity: what holds the lock, for the error message, such as "training in".
+        activity: verb and preposition for the error message, such as "training in".
 
     Raises:
         UserError: if another process holds the lock, or `.lock` is a symbolic link.
@@ -104,16 +108,18 @@ def lock_folder(folder: Path, activity: str) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"another process is {activity} {folder}; wait for it or end it") from None
+            raise UserError(
+                f"another process is {activity} {folder}; wait until that process ends, or stop it"
+            ) from None
         except OSError:  # the file system has no locks
             pass
         yield
 
 
 def fingerprint(folder: Path, patterns: Iterable[str]) -> str:
-    """Return a hash of the files in a folder that match `patterns`; it does not depend on the folder's path.
+    """Return a hash of the files in a folder that match `patterns`, independent of the folder's path.
 
-    Hashes names, sizes, and the first and last 64 KiB of each file, which is fast for large weights.
+    The hash covers names, sizes, and the first and last 64 KiB of each file, so it is fast for large weights.
     """
     digest, end = hashlib.sha256(), 1 << 16
     for path in sorted(path for pattern in patterns for path in folder.glob(pattern)):
@@ -131,7 +137,7 @@ def read_json(path: str | os.PathLike[str], kind: str = "JSON file") -> Any:
     """Return the content of a JSON file.
 
     Args:
-        kind: what the file should be, for the error message.
+        kind: noun for the file in error messages, such as "prompt list".
 
     Raises:
         UserError: if the file is missing, unreadable or not valid JSON.

@@ -18,8 +18,8 @@ from utils.distributed import world_size
 def process_group(device: torch.device) -> Iterator[None]:
     """Initialize the default process group inside the `with` block: NCCL for GPUs, gloo for CPUs.
 
-    Without torchrun, the group has one process and needs no port, so that one process runs the same code as many. An
-    existing group is used unchanged.
+    Without torchrun, the group has one process and uses no port, so one process runs the same code as several. An
+    existing group is kept.
     """
     if dist.is_initialized():
         yield
@@ -40,9 +40,9 @@ def process_group(device: torch.device) -> Iterator[None]:
 
 
 def die_with_launcher() -> None:
-    """Let Linux kill this process when its launcher ends, even if the launcher was killed.
+    """Make Linux kill this process when its launcher ends, even if the launcher is killed.
 
-    torchrun starts each process in a session of its own. Without this, processes of a killed launcher would continue
+    torchrun starts each process in its own session. Without this call, processes of a killed launcher would continue
     beside a new run of the same command.
     """
     if sys.platform == "linux":
@@ -51,7 +51,7 @@ def die_with_launcher() -> None:
 
 
 def sum_over_ranks(tensors: Sequence[Tensor]) -> None:
-    """Replace each tensor in place by its sum over all ranks, bit-identical on each; uses one all-reduce."""
+    """Replace each tensor in place by its sum over all ranks, in one all-reduce; all ranks get the same bits."""
     if world_size() == 1:
         return
     flat = torch.cat([tensor.flatten() for tensor in tensors])

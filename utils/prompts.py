@@ -1,4 +1,4 @@
-"""Prompt files, and file names for the videos of their prompts."""
+"""Prompt files, and the file names of the videos."""
 
 import hashlib
 import html
@@ -26,7 +26,7 @@ class Prompt:
     Attributes:
         index: number of the prompt in its file, from 0. Blank lines are not counted.
         text: text to encode: the extended prompt if there is one, else the line.
-        name: the line, from which the output files are named.
+        name: the line itself; it names the output files.
     """
 
     index: int
@@ -38,8 +38,8 @@ def read_prompts(path: str | os.PathLike[str], extended_path: str | os.PathLike[
     """Read a UTF-8 prompt file with one prompt per line. Blank lines are skipped.
 
     Args:
-        path: prompts, from which the output files are named.
-        extended_path: longer versions of the same prompts in the same order. They replace the text, not the name.
+        path: prompts, which also name the output files.
+        extended_path: longer versions of the same prompts in the same order. They replace `text`, not `name`.
 
     Raises:
         UserError: if a file cannot be read, is not UTF-8 or has no prompts, or if the files have different counts.
@@ -58,7 +58,7 @@ def clean_prompt(text: str) -> str:
     """Clean a prompt as Wan2.1 does before tokenising (`basic_clean` and `whitespace_clean` in its tokenizers.py).
 
     Repairs broken encodings (ftfy), unescapes HTML entities twice (web captions are often escaped twice), and
-    collapses whitespace. The public weights were trained on prompts that were cleaned like this.
+    collapses whitespace. The public weights were trained on prompts that were cleaned in this way.
     """
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return re.sub(r"\s+", " ", text).strip()
@@ -67,16 +67,16 @@ def clean_prompt(text: str) -> str:
 def file_stem(prompt: Prompt, sample: int, save_with_index: bool = False) -> str:
     """Return the file name, without suffix, of one sample: `{prompt[:100]}-{sample}`, or `{index}-{sample}`.
 
-    A prompt that is a safe file name is used unchanged. In any other prompt, unsafe characters are replaced (path
-    separators, reserved and control characters, leading dots and dashes), long text is cut, and eight digits of a hash
-    of the prompt are appended. The name has at most 200 bytes of UTF-8. Equal prompts have equal names: use
-    `unique_stems` for the prompts of one run.
+    A prompt that is a safe file name is used unchanged. In any other prompt, unsafe characters (path separators,
+    reserved and control characters, leading dots and dashes) are replaced or removed, and long text is cut. Then eight
+    digits of a hash of the prompt are appended. The name has at most 200 bytes of UTF-8. Equal prompts have equal
+    names: use `unique_stems` for the prompts of one run.
     """
     return f"{prompt.index if save_with_index else _safe(prompt.name)}-{sample}"
 
 
 def unique_stems(prompts: Sequence[Prompt], num_samples: int, save_with_index: bool = False) -> list[list[str]]:
-    """Return names for a whole prompt file, `stems[prompt.index][sample]`, distinct even if case is ignored.
+    """Return the file names of a whole prompt file as `stems[prompt.index][sample]`, distinct even if case is ignored.
 
     If an earlier prompt has the same name, " (2)", " (3)", ... is appended. A name depends only on earlier prompts, so
     more samples, more ranks or appended lines never rename an existing video. Each rank must pass all prompts of the
@@ -123,5 +123,5 @@ def _safe(name: str) -> str:
 
 
 def _key(name: str) -> str:
-    """Return a key that is equal for names that some file system treats as the same file."""
+    """Return a key that is equal for two names if some file system treats them as the same file."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())

@@ -1,6 +1,6 @@
-"""Random numbers that depend only on a key, so that order, batch size, ranks, device and resuming never change them.
+"""Random numbers that depend only on a key, not on the order of draws, batch size, ranks, device or resuming.
 
-They are drawn on the CPU (law 2, docs/method.md).
+All are drawn on the CPU (law 2, docs/method.md).
 """
 
 import hashlib
@@ -22,8 +22,8 @@ def keyed_generator(*key: int | str) -> torch.Generator:
 
 
 def keyed_noise(seed: int, sample: int, block: int, step: int, shape: tuple[int, ...]) -> Tensor:
-    """Return the standard normal noise of a block at the input of a step, float32 on the CPU.
+    """Return the standard normal noise, float32 on the CPU, that is added to a block at the input of a step.
 
-    Step 0 is the noise from which the block starts.
+    The noise of step 0 is the block's initial latents.
     """
     return torch.randn(shape, generator=keyed_generator("noise", seed, sample, block, step))

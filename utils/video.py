@@ -1,4 +1,4 @@
-"""Video and image files: write mp4 files while frames arrive, and read videos and images.
+"""Video and image files: a writer of mp4 files for streamed frames, and readers of videos and images.
 
 Frames are uint8 RGB arrays [T, H, W, 3].
 """
@@ -23,7 +23,7 @@ from PIL import Image, ImageOps
 from utils.errors import DISK_ERRORS, UserError
 from utils.files import atomic_path
 
-_QUEUED_FRAMES = 16  # the encoder may lag this far behind, so that it works while the next block is generated
+_QUEUED_FRAMES = 16  # frames that may wait for the encoder, so that it works while the next block is generated
 _BT709 = 1  # FFmpeg's number for BT.709 matrix, primaries and transfer
 _LIMITED_RANGE = 1
 _ROTATIONS = {90: "transpose=cclock", -90: "transpose=clock", 180: "hflip,vflip", -180: "hflip,vflip"}
@@ -36,8 +36,8 @@ def to_uint8(frames: np.ndarray | torch.Tensor) -> np.ndarray:
     """Convert frames to uint8 [T, H, W, 3].
 
     Args:
-        frames: uint8 [T, H, W, 3], which is returned unchanged, or a float tensor [T, 3, H, W] in [-1, 1]. Values
-            outside are clamped; NaN becomes black, so that a diverged model still yields a video.
+        frames: uint8 [T, H, W, 3], returned unchanged, or a float tensor [T, 3, H, W] in [-1, 1]. Values outside this
+            range are clamped; NaN becomes black, so that a diverged model still gives a video.
 
     Raises:
         ValueError: for any other type or shape.
@@ -54,11 +54,11 @@ def to_uint8(frames: np.ndarray | torch.Tensor) -> np.ndarray:
 
 
 class VideoWriter:
-    """Write a video while it is generated: `with VideoWriter("cat.mp4", fps=16) as video: video.write(frames)`.
+    """Writes a video while it is generated: `with VideoWriter("cat.mp4", fps=16) as video: video.write(frames)`.
 
-    Frames go into the hidden file `partial` beside the final file. It is a fragmented mp4: players can show it while it
-    grows, and after a crash, up to about the last second. At the end of the `with` block it is converted into an
-    ordinary mp4 (H.264, yuv420p, index first) and renamed. An exception or Ctrl-C in the block deletes it.
+    Frames go into the hidden file `partial` beside the final file. It is a fragmented mp4, so players can show it while
+    it grows; after a crash, it lacks at most about the last second. At the end of the `with` block it is converted into
+    an ordinary mp4 (H.264, yuv420p, index first) and renamed. An exception or Ctrl-C in the block deletes it.
 
     The bytes depend only on the frames and the FFmpeg version: x264 runs in one thread, and no date is stored.
 
@@ -96,17 +96,17 @@ class VideoWriter:
     def write(self, frames: np.ndarray | torch.Tensor) -> None:
         """Append frames: uint8 [T, H, W, 3], or a float tensor [T, 3, H, W] in [-1, 1].
 
-        Waits while the encoder lags behind, so memory stays bounded.
+        Waits if too many frames are queued for the encoder, so memory stays bounded.
 
         Raises:
-            OSError: if the disk is full or not writable; its filename is the video's.
+            OSError: if the disk is full or not writable; its `filename` is that of the video.
             UserError: if a side is odd, or the encoder fails for another reason.
             ValueError: if the frames have another type or size than before.
         """
         pixels = to_uint8(frames)
         if len(pixels) == 0:
             return
-        with _errors_name(self.path):
+        with _ffmpeg_errors(self.path):
             if self._encoder is None:
                 self._size = pixels.shape[1:3]
                 self._encoder = self._start(*self._size)
@@ -120,7 +120,7 @@ class VideoWriter:
         if exception[0] is not None:
             self._cleanup.__exit__(*exception)
             return
-        with self._cleanup, _errors_name(self.path):  # renames the file or, on an error, deletes it
+        with self._cleanup, _ffmpeg_errors(self.path):  # renames the file or, on an error, deletes it
             self._finish()
 
     def keep_unfinished(self, path: Path) -> Path | None:
@@ -153,8 +153,8 @@ class VideoWriter:
             num_frames = _remux(self.partial, finished)
             if num_frames != self.num_frames:
                 raise UserError(
-                    f"cannot write {self.path}: {num_frames} of its {self.num_frames} frames reached the disk; check "
-                    "that it is not full"
+                    f"cannot write {self.path}: only {num_frames} of its {self.num_frames} frames are on disk; check "
+                    "that the disk is not full"
                 )
 
 
@@ -190,7 +190,7 @@ class _Encoder:
         self._lock = threading.Lock()  # a monitor thread may finish the file while frames are sent
 
     def send(self, pixels: np.ndarray) -> None:
-        """Queue a frame [H, W, 3]. Raises errors of earlier frames."""
+        """Queue a frame, uint8 [H, W, 3]. Raises the errors of frames that were queued earlier."""
         frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
         frame.pts, frame.time_base = self._num_frames, self._time_base
         self._num_frames += 1
@@ -222,7 +222,7 @@ class _Encoder:
 
 
 def _frame_rate(fps: float | Fraction) -> Fraction:
-    return Fraction(fps).limit_denominator(1001000)  # as FFmpeg's -framerate
+    return Fraction(fps).limit_denominator(1001000)  # as FFmpeg does for its option -framerate
 
 
 def _remux(fragmented: Path, target: Path) -> int:
@@ -243,7 +243,7 @@ def _remux(fragmented: Path, target: Path) -> int:
 
 
 @contextlib.contextmanager
-def _errors_name(path: Path) -> Iterator[None]:
+def _ffmpeg_errors(path: Path) -> Iterator[None]:
     """Turn FFmpeg's errors into one-line errors that name `path`: OSError for a full disk, else UserError."""
     try:
         yield
@@ -259,10 +259,10 @@ def _errors_name(path: Path) -> Iterator[None]:
 
 
 class VideoReader:
-    """Read a video frame by frame, upright and at a constant frame rate. Memory does not grow with its length.
+    """Reads a video frame by frame, upright and at a constant frame rate. Memory does not grow with the video's length.
 
-    Inside a `with` block, the frames, uint8 [H, W, 3], can be iterated once. Entering and iterating raise `UserError`
-    if the file is missing or has no video that can be decoded.
+    Inside a `with` block, the frames, uint8 [H, W, 3], can be iterated once. Entering the block raises `UserError` if
+    the file is missing or has no video that can be decoded.
 
     Attributes:
         path: any file that FFmpeg can decode, including the growing file of a `VideoWriter`.
@@ -321,7 +321,7 @@ def read_video(
 
 
 def _decode(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.VideoFrame]:
-    """Yield the frames of a stream. Skip broken packets, and end where the file is cut off."""
+    """Yield the frames of a stream; skip broken packets, and end where the file is cut off."""
     packets = container.demux(stream)
     while True:
         try:
@@ -346,9 +346,8 @@ def _resample(container: av.container.InputContainer, stream: av.VideoStream, ra
             nodes = [graph.add(*text.split("=", 1)) for text in filters if text]
             graph.link_nodes(graph.add_buffer(template=stream), *nodes, graph.add("buffersink")).configure()
         graph.vpush(frame)  # None: end of the stream
-        with contextlib.suppress(
-            av.error.BlockingIOError, av.error.EOFError
-        ):  # no frame is ready, or there are no more
+        # BlockingIOError: no frame is ready. EOFError: there are no more frames.
+        with contextlib.suppress(av.error.BlockingIOError, av.error.EOFError):
             while True:
                 yield graph.vpull().to_ndarray()
 
@@ -357,10 +356,10 @@ def _resample(container: av.container.InputContainer, stream: av.VideoStream, ra
 
 
 def read_image(path: str | os.PathLike[str]) -> np.ndarray:
-    """Read an image as uint8 [H, W, 3]: upright by its EXIF tag, transparency on white, 16 bits reduced to 8.
+    """Return an image as uint8 [H, W, 3]: upright by its EXIF tag, transparency on white, 16 bits reduced to 8.
 
     Raises:
-        UserError: if the file is missing or broken, or holds floats, whose range is unknown.
+        UserError: if the file is missing, broken or holds floats of unknown range.
     """
     _require_file(Path(path), "image")
     try:
@@ -382,7 +381,7 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
 
 
 def fit(frames: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resize frames [T, H, W, 3] to cover height x width pixels, then crop the centre. The aspect ratio is kept."""
+    """Resize frames [T, H, W, 3] to cover height x width pixels, then crop the centre; keeps the aspect ratio."""
     images = [Image.fromarray(frame) for frame in to_uint8(frames)]
     fitted = [ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS) for image in images]
     return np.stack([np.asarray(image) for image in fitted]) if fitted else np.empty((0, height, width, 3), np.uint8)

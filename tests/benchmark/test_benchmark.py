@@ -1,6 +1,6 @@
-"""scripts/benchmark.py and benchmark/: the results are what docs/benchmarks.md says, measured on a tiny model.
+"""scripts/benchmark.py and benchmark/: the results agree with their definitions in docs/benchmarks.md, on a tiny model.
 
-Operations equal torch's count. The rollout never makes the host wait for the device, and a wait would be noticed. The
+Operations equal torch's count. The rollout never makes the host wait for the device, and a wait would be counted. The
 baseline has the same weights and the same first block. A video takes as long as one more video in inference.py.
 """
 
@@ -42,7 +42,7 @@ TWO_STEPS = "rollout.denoising_step_list=[1000,500]"
 
 @pytest.fixture(scope="module")
 def config_file(tmp_path_factory):
-    """A tiny model's configuration: 5 blocks, of which the last two see a full window."""
+    """Configuration of a tiny model: 5 blocks; the last two have a full window."""
     folder = tmp_path_factory.mktemp("benchmark")
     video = {"height": 32, "width": 32, "num_output_frames": 15}
     return write_config(folder / "tiny.yaml", write_model(folder / "model"), video=video, rollout={"window": 9})
@@ -55,7 +55,7 @@ def pipeline(config_file) -> TextToVideo:
 
 @pytest.fixture
 def make_benchmark(config_file, pipeline):
-    """make_benchmark(word, ..., baseline=False): a rollout benchmark of the shared networks with these overrides."""
+    """make_benchmark(word, ..., baseline=False): return a rollout benchmark of the shared networks with overrides."""
 
     def make(*words: str, baseline: bool = False) -> RolloutBenchmark:
         config = load_config(str(config_file), words)
@@ -68,13 +68,13 @@ def make_benchmark(config_file, pipeline):
 
 @pytest.fixture
 def fast_peak(monkeypatch):
-    """A peak speed that needs no measurement."""
+    """Replace the measurement of the peak speed by a constant."""
     monkeypatch.setattr(script, "matmul_peak", lambda *_: 1e12)
 
 
 @pytest.fixture
 def run_script(call, config_file, tmp_path):
-    """run_script(word, ...): run the script on the tiny model; returns its output and its JSON."""
+    """run_script(word, ...): run the script on the tiny model; return its output and its JSON."""
 
     def run(*words: str) -> tuple[str, dict]:
         output = tmp_path / "new.json"
@@ -200,7 +200,7 @@ def cases(config_file, monkeypatch, *words: str) -> list[Case]:
     return list(make_cases(preset, args.what, vars(args), args.overrides, args.iterations))
 
 
-def test_options_multiply_and_equal_cases_are_measured_once(config_file, monkeypatch):
+def test_all_combinations_of_options_are_measured_once(config_file, monkeypatch):
     words = ["--schedule", "timestep_first", "block_first", "--order", "step_major", "diagonal", "--fuse", "on", "off"]
     found = cases(config_file, monkeypatch, *words, "--window", "6", "9", "rollout.sink=3")
     rollouts = [case for case in found if case.kind == "rollout"]
@@ -238,7 +238,7 @@ def test_a_backend_is_set_for_one_network(make_net):
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("words", "message"),
     [
         (["--size", "64"], "--size 64: give HEIGHTxWIDTH"),
         (["--size", "32x40"], "--width 40 is not a multiple of 16"),
@@ -253,11 +253,11 @@ def test_a_backend_is_set_for_one_network(make_net):
         (["typo.key=1"], "typo"),
     ],
 )
-def test_mistakes_are_one_line_before_anything_is_measured(call, config_file, tmp_path, words, says):
+def test_a_mistake_gives_one_line_before_any_measurement(call, config_file, tmp_path, words, message):
     output = tmp_path / "new.json"
     code, out, err = call(script, "--config_path", config_file, "--output", output, *words)
-    last = err.splitlines()[-1]  # diffusers warns of its own
-    assert code == 2 and last.startswith("error: ") and says in last and "Traceback" not in err
+    last = err.splitlines()[-1]  # diffusers may print warnings before it
+    assert code == 2 and last.startswith("error: ") and message in last and "Traceback" not in err
     assert out == "" and not output.exists()
 
 

@@ -1,4 +1,4 @@
-"""benchmark/flops.py: the operations of every pass, counted on the meta device, are those of a real pass."""
+"""benchmark/flops.py: the count of every pass on the meta device equals the count of a real pass."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""benchmark/measure.py and host_syncs.py: times, memory, operations and syncs are what they claim to be."""
+"""benchmark/measure.py and host_syncs.py: times, memory, operations and syncs are measured correctly."""
 
 import time
 import warnings
@@ -58,7 +58,7 @@ def test_computation_is_no_sync():
 
 
 def test_the_warning_about_the_detection_itself_is_no_sync(monkeypatch):
-    """The texts are torch's. The first one appears at the first `set_sync_debug_mode` of a process."""
+    """The warnings have torch's texts. The first one appears at the first `set_sync_debug_mode` of a process."""
 
     def set_mode(mode):
         if mode == "warn":
@@ -107,7 +107,7 @@ def test_attention_and_compiled_code_are_counted_on_a_cpu():
     assert counted_flops(attention) == 2 * 2 * 2 * 16 * 16 * 8
 
 
-def test_the_peak_comes_from_a_product_that_takes_long_enough(monkeypatch):
+def test_the_peak_is_measured_with_a_product_that_takes_long_enough(monkeypatch):
     taken = iter([[0.001] * 5, [0.01] * 5, [0.2, 0.3, 0.4, 0.5, 9.0]])
     monkeypatch.setattr(measure, "durations", lambda *_: next(taken))
     assert matmul_peak(CPU, torch.float32) == 2 * 1024**3 / 0.4

@@ -32,7 +32,7 @@ def masks(draw) -> BlockCausalMask:
 
 
 def frame_mask(causal: BlockCausalMask) -> Tensor:
-    """The mask's definition, one pair of frames at a time: booleans [F, F], query by key."""
+    """Return the mask by its definition, one pair of frames at a time: booleans [F, F], query by key."""
     block_of = [b for b, frames in enumerate(causal.blocks) for _ in range(frames)]
     starts = [0, *itertools.accumulate(causal.blocks)]
     mask = torch.zeros(len(block_of), len(block_of), dtype=torch.bool)
@@ -66,6 +66,7 @@ def blocks_of(causal: BlockCausalMask):
 
 
 def cache_for(net, causal: BlockCausalMask):
+    """Return an empty cache with the same context as the mask."""
     frames = sum(causal.blocks)
     context = frames if causal.context_frames is None else causal.context_frames
     return net.new_cache(1, 2, 4, context, 3, causal.sink_frames)
@@ -162,7 +163,7 @@ def test_a_write_stores_the_same_with_and_without_a_prediction(net, text):
 
 @pytest.mark.parametrize("frames", [0, 2, 4, 6])
 def test_write_then_denoise_equals_two_passes(net, text, frames):
-    """Also when the window is not full before the write, or not after it."""
+    """The window may be full before the write, only after it, or not even then."""
     context, x = clip(2, seed=1), clip(2, seed=2)
     caches = [filled_cache(net, text, frames) for _ in range(2)]
     with torch.no_grad():

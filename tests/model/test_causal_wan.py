@@ -1,8 +1,8 @@
 """model/causal_wan.py: the causal Wan DiT.
 
 Claims: law 5 (in bidirectional mode it equals diffusers' WanTransformer3DModel); one timestep per frame; positions
-without a limit; gradients, with and without checkpointing, also when the cache moves on; files, LoRA, torch.compile;
-the published sizes. Laws: docs/method.md.
+without a limit; equal gradients with and without checkpointing, also after further appends to the cache; files, LoRA,
+torch.compile; the published sizes. Laws: docs/method.md.
 """
 
 import pytest
@@ -87,7 +87,7 @@ def test_equal_timesteps_per_frame_equal_one_per_clip(net):
 
 
 def test_a_frame_is_modulated_by_its_own_timestep(net, text):
-    """Three frames that do not attend to each other: together with different timesteps, or each alone."""
+    """Three frames that do not attend to each other give the same flow in one pass and in a pass each."""
     x, timesteps = clip(3), torch.tensor([[100.0, 500.0, 900.0]])
     together = net(x, timesteps, text, causal=BlockCausalMask((1, 1, 1), context_frames=0))
     for frame in range(3):
@@ -121,7 +121,7 @@ def test_only_the_distance_to_the_context_matters(net, text):
 
 
 def test_positions_far_away_are_exact():
-    """In float32, angles of frame 10^6 would be off by whole turns of the fast channels."""
+    """In float32, the angles of the fast channels would be wrong at frame 10^6."""
     cos, _ = rotary_table(16, 1_000_000, (1, 1, 1), torch.device("cpu"))
     assert cos[0, 0, 0].item() == pytest.approx(torch.tensor(1e6, dtype=torch.float64).cos().item(), abs=1e-6)
 
@@ -132,7 +132,7 @@ def test_positions_far_away_are_exact():
 def gradients(net, mode: str) -> tuple[Tensor, list[Tensor]]:
     """Return the gradients of the input and of all parameters.
 
-    In mode "cached", two blocks are appended between the forward and the backward pass, so that the cache moves on.
+    In mode "cached", two blocks are appended to the cache between the forward and the backward pass.
     """
     net.zero_grad()
     x = clip(2 if mode == "cached" else 4).requires_grad_()
@@ -173,7 +173,7 @@ def test_no_gradient_crosses_blocks(make_net):
     torch.testing.assert_close(whole.grad[:, :, 4:], cached_x, atol=1e-6, rtol=1e-3)
 
 
-def test_passes_that_append_refuse_autograd_where_it_would_append_twice(make_net):
+def test_passes_that_append_refuse_autograd_with_checkpointing(make_net):
     net = make_net(num_layers=1)
     net.gradient_checkpointing = True
     block, cache = (clip(1), torch.tensor([500.0]), PROMPT), net.new_cache(1, 4, 6, 2, 1)

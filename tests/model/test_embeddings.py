@@ -1,8 +1,8 @@
 """model/embeddings.py: the cache of prompt embeddings.
 
-Claims: cached embeddings have the bits of fresh ones; memory is bounded and drops the least recently used; files on
-disk hold no padding, serve copies of the model, are not mixed up with those of other encoders, and are replaced when
-broken; the encoder is loaded only when needed.
+Claims: cached embeddings have the bits of fresh ones. Memory is bounded and drops the least recently used. Files on
+disk hold no padding, are found from copies of the model but not from other encoders, and are replaced if broken. The
+encoder is loaded only if an embedding is missing.
 """
 
 import json
@@ -58,7 +58,7 @@ def test_each_prompt_is_encoded_once(encoder):
     assert encoder.encoded == ["a bird"]
 
 
-def test_the_least_recently_used_goes_first(encoder):
+def test_the_least_recently_used_embedding_is_dropped_first(encoder):
     cache = EmbeddingCache(encoder, capacity=2)
     for prompt in ("a", "b", "a", "c"):
         cache.get([prompt])
@@ -67,7 +67,7 @@ def test_the_least_recently_used_goes_first(encoder):
 
 
 def test_a_prompt_is_cleaned_once(encoder):
-    """Cleaning unescapes HTML twice; a second cleaning would change such a prompt again."""
+    """Cleaning unescapes HTML twice; a second cleaning would change this prompt again."""
     prompt = "< &amp;amp;amp;amp; b"  # ftfy repairs no text with a bracket
     assert clean_prompt(clean_prompt(prompt)) != clean_prompt(prompt)
     assert bits(EmbeddingCache(encoder).get([prompt])) == bits(encoder.encode([prompt]))
@@ -92,8 +92,8 @@ def test_the_disk_holds_the_same_bits_without_padding(umt5, tmp_path):
     assert open_cache("another encoder").missing(["a cat"]) == open_cache(length=13).missing(["a cat"]) == ["a cat"]
 
 
-def test_file_names_stay(umt5, tmp_path):
-    """Existing folders must stay valid."""
+def test_file_names_are_stable(umt5, tmp_path):
+    """Folders that earlier versions wrote must stay valid."""
     EmbeddingCache(CountingEncoder(umt5), str(tmp_path), "tiny").store(["a cat"])
     assert [file.name for file in tmp_path.iterdir()] == ["e45f4d01223ab5fe9d99491d8efdf2e0.safetensors"]
 
@@ -131,15 +131,15 @@ def folder(umt5, tmp_path) -> Path:
     return tmp_path / "model"
 
 
-def has_to_load(folder: Path, dtype: torch.dtype = torch.float32) -> bool:
-    """Return whether the cache next to `folder` lacked the embedding of a prompt; afterwards it holds it."""
+def loads_encoder(folder: Path, dtype: torch.dtype = torch.float32) -> bool:
+    """Get an embedding through the cache next to `folder`; return whether this loaded the text encoder."""
     cache = EmbeddingCache.load(ModelDirectory.open(folder), dtype, LENGTH, str(folder.parent / "cache"))
     cache.get(["a cat"])
     return cache.encoder.loaded
 
 
 def test_a_copy_of_the_model_elsewhere_finds_the_embeddings(folder, monkeypatch):
-    assert has_to_load(folder)
+    assert loads_encoder(folder)
     copy = folder.parent / "mounted-elsewhere"
     shutil.copytree(folder, copy, copy_function=shutil.copy)  # other modification times
     (copy / "README.md").write_text("unrelated")
@@ -147,27 +147,27 @@ def test_a_copy_of_the_model_elsewhere_finds_the_embeddings(folder, monkeypatch)
     (copy / "tokenizer/README.md").write_text("unrelated")
     (copy / "transformer").mkdir()
     monkeypatch.chdir(copy.parent)
-    assert not has_to_load(copy)
+    assert not loads_encoder(copy)
     shutil.rmtree(folder)
-    assert not has_to_load(copy)
+    assert not loads_encoder(copy)
 
 
 def test_another_encoder_tokenizer_or_dtype_does_not_find_them(folder):
-    """All of the same size: the last byte of the weights differs, or a setting."""
-    assert has_to_load(folder) and not has_to_load(folder)
-    assert has_to_load(folder, torch.bfloat16)
+    """The dtype, the last byte of the weights or one tokenizer setting differs; all sizes are equal."""
+    assert loads_encoder(folder) and not loads_encoder(folder)
+    assert loads_encoder(folder, torch.bfloat16)
     weights = folder / "text_encoder/model.safetensors"
     original = weights.read_bytes()
     weights.write_bytes(original[:-1] + bytes([original[-1] ^ 1]))
-    assert has_to_load(folder)
+    assert loads_encoder(folder)
     weights.write_bytes(original)
-    assert not has_to_load(folder)
+    assert not loads_encoder(folder)
     settings = folder / "tokenizer/tokenizer_config.json"
     settings.write_text(json.dumps(json.loads(settings.read_text()) | {"extra": 1}))
-    assert has_to_load(folder)
+    assert loads_encoder(folder)
 
 
-def test_a_note_says_once_that_embeddings_are_missing(folder, capsys):
+def test_missing_embeddings_are_reported_once(folder, capsys):
     directory, cache = ModelDirectory.open(folder), str(folder.parent / "cache")
 
     def notes(prompts: list[str], cache: str, store: bool = False) -> str:

@@ -1,6 +1,6 @@
-"""model/flow.py: formulas of noise sigmas.
+"""model/flow.py: sigmas and the formulas of flow matching.
 
-Claims: `flow_to_x0` undoes `add_noise`; the closed form of shifted sigmas equals the table of 1000 timesteps that Wan
+Claims: `flow_to_x0` inverts `add_noise`; the closed form of shifted sigmas equals the table of 1000 timesteps that Wan
 and Self-Forcing use; the sigmas of the published configurations; guidance. Formulas: docs/method.md.
 """
 
@@ -49,7 +49,7 @@ def test_x0_is_float32_even_if_the_flow_is_not():
 
 @pytest.fixture(scope="module")
 def table() -> torch.Tensor:
-    """The timesteps of Self-Forcing's FlowMatchScheduler: 1000 even sigmas from 1 down, with shift 5."""
+    """The timesteps of Self-Forcing's FlowMatchScheduler: 1000 even sigmas falling from 1, with shift 5."""
     sigmas = torch.linspace(1.0, 0.0, 1001)[:-1]
     return 1000 * 5 * sigmas / (1 + 4 * sigmas)
 

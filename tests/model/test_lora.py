@@ -1,4 +1,4 @@
-"""model/lora.py: LoRA files in all public names add scale * B A to the weights; files that do not fit are refused."""
+"""model/lora.py: LoRA files under all public names add scale * B A to the weights; other files are refused."""
 
 import pytest
 import torch

@@ -27,7 +27,7 @@ def test_embeddings_behind_the_end_are_zero(encoder, prompt, tokens):
 
 
 def test_padding_is_masked(umt5, encoder):
-    """The embedding equals that of the tokens alone."""
+    """The embedding equals that of the prompt's tokens without padding."""
     tokens = ByT5Tokenizer()(["a cat"], return_tensors="pt")
     expected = umt5(tokens.input_ids).last_hidden_state
     torch.testing.assert_close(encoder.encode(["a cat"])[:, :6], expected, atol=1e-5, rtol=1e-5)

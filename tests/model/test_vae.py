@@ -1,8 +1,8 @@
-"""model/vae.py: the Wan VAE, whole, streamed, and in one differentiable pass.
+"""model/vae.py: the Wan VAE on whole videos, on streams, and in one differentiable pass.
 
-Claims: `encode_clip` and `decode_clip` equal diffusers' chunked encode and decode, and give every parameter a gradient;
-decoding block by block equals decoding whole, bit for bit, and streams are independent; encoding normalises latents and
-decoding denormalises them; sizes that cannot be encoded are refused.
+Claims: `encode_clip` and `decode_clip` equal diffusers' chunked encode and decode, and give every parameter a gradient.
+Decoding block by block equals decoding at once, bit for bit, and streams are independent. Encoding normalises latents
+and decoding denormalises them. Sizes that cannot be encoded are refused.
 """
 
 from typing import Any
@@ -27,7 +27,7 @@ PLAIN: dict[str, Any] = dict(
     latents_std=STD,
 )
 VARIANTS: dict[str, dict[str, Any]] = {
-    # Two stages in space that both halve time as well; and Wan's own layout, where the first one does not.
+    # "plain": both stages halve time as well as space. "three stages": Wan's layout; the first stage halves only space.
     "plain": PLAIN | dict(scale_factor_spatial=4),
     "three stages": PLAIN
     | dict(dim_mult=[1, 1, 2, 2], temperal_downsample=[False, True, True], scale_factor_spatial=8, attn_scales=[]),
@@ -120,7 +120,7 @@ def test_streaming_equals_decoding_whole(vae):
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_decoding_equals_diffusers_decode_of_denormalised_latents(variant, batch):
-    """Compared with a network that has diffusers' own convolutions and norms."""
+    """The reference network runs diffusers' own convolutions and norms."""
     latents = randn(batch, 3, 4, 2, 2)
     mean, std = statistics(latents)
     with torch.no_grad():
@@ -131,7 +131,7 @@ def test_decoding_equals_diffusers_decode_of_denormalised_latents(variant, batch
 
 
 def test_a_later_push_copies_nothing_from_the_host(plain, monkeypatch):
-    """On a GPU such a copy would make the host wait for all queued work."""
+    """On a GPU, a copy from the host would make the host wait for all queued work."""
     stream, piece = plain.stream(), randn(1, 1, 4, 2, 3)
     stream.push(piece)
 
@@ -166,7 +166,7 @@ def test_streams_are_independent(plain):
 
 
 def test_a_later_frame_depends_on_an_earlier_one(plain):
-    """Otherwise the tests of streaming would prove nothing."""
+    """Without this dependence, the tests of streaming would prove nothing."""
     latents = randn(1, 2, 4, 2, 3)
     changed = torch.cat([-latents[:, :1], latents[:, 1:]], dim=1)
     assert not torch.allclose(plain.decode(latents)[:, 1:], plain.decode(changed)[:, 1:], atol=1e-3)

@@ -1,4 +1,4 @@
-"""model/weight_files.py: every layout of a checkpoint gives the same names and values; other files are refused."""
+"""model/weight_files.py: checkpoints of all layouts are read to the same names and values; other files are refused."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from utils.errors import UserError
 
 
 def wrap(state: State, pattern: str) -> State:
-    """Rename weights by a pattern: {} is the whole name, {head} and {tail} are its parts around the layer index."""
+    """Rename weights by a pattern: {} is the name, {head} its part up to the layer index, {tail} the part after it."""
     if "{head}" not in pattern:
         return {pattern.format(name): tensor for name, tensor in state.items()}
     wrapped = {}

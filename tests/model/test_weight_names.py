@@ -45,7 +45,7 @@ def test_generator_layout(state, native):
 
 
 def wan_text_encoder(state: State, ids: Tensor, heads: int, num_layers: int) -> Tensor:
-    """Return the output [B, L, D] of Wan's UMT5 encoder for token ids [B, L], from weights under Wan's names.
+    """Return the output [B, L, D] of Wan's UMT5 encoder for token ids [B, L] and weights under Wan's names.
 
     As in the T5 papers: pre-norm, and unscaled attention with a position bias per layer.
     """
@@ -60,7 +60,7 @@ def wan_text_encoder(state: State, ids: Tensor, heads: int, num_layers: int) -> 
         return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
     def bucket(distance: int, half: int = 16, furthest: int = 128) -> int:
-        """Return the bucket of a distance: half are for later keys; half of each are exact, the others logarithmic."""
+        """Return the bucket of a distance. Half of all buckets are for later keys; half of these are exact."""
         exact, far = half // 2, abs(distance)
         log = exact + int(math.log(max(far, 1) / exact) / math.log(furthest / exact) * (half - exact))
         return (half if distance > 0 else 0) + (far if far < exact else min(log, half - 1))

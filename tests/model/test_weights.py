@@ -1,4 +1,4 @@
-"""model/weights.py: weights go into networks completely or not at all; model folders of both layouts are read."""
+"""model/weights.py: weights are loaded completely or not at all; model folders of both layouts are read."""
 
 import json
 import shutil
@@ -50,7 +50,7 @@ def test_load_into_keeps_the_dtype(state, dtype):
     assert addresses == [parameter.data_ptr() for parameter in net.parameters()]
 
 
-def test_a_network_on_the_meta_device_takes_over_the_tensors(state):
+def test_a_network_on_the_meta_device_shares_the_tensors(state):
     with init_empty_weights():
         net = WanTransformer3DModel(**CONFIG)
     load_into(net, state, "test")
@@ -61,7 +61,7 @@ def test_a_network_on_the_meta_device_takes_over_the_tensors(state):
 
 @pytest.mark.parametrize("name", ["model.pt", "old.pt", "model.safetensors"])
 def test_loaded_weights_start_at_multiples_of_64_bytes(tmp_path, state, name):
-    """On some CPUs unaligned matrices give other last bits, so mapped tensors are copied to aligned memory."""
+    """On some CPUs, unaligned matrices give different last bits, so mapped tensors are copied to aligned memory."""
     file = tmp_path / name
     if file.suffix == ".safetensors":
         save_file(state, file, metadata={"comment": "shifts the data by a few bytes"})

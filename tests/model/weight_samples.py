@@ -42,7 +42,7 @@ def tiny_vae() -> AutoencoderKLWan:
 
 
 def randomized(net: Any) -> Any:
-    """Fill all weights with different values: norms and biases start alike, which would hide swapped names."""
+    """Fill all weights with different values. The equal initial norms and biases would hide swapped names."""
     for parameter in net.parameters():
         nn.init.normal_(parameter, std=0.5)
     return net.eval()

@@ -555,7 +555,7 @@ BAD = [
     bad("section for a key", "rollout=5", says="RolloutConfig"),
     bad("broken override", "rollout.denoising_step_list=[1000", says="rollout.denoising_step_list"),
     bad("no override", "timestep_first", says="overrides are section.key=value"),
-    bad("small window", "--window", "2", says="rollout.window 2 must hold a block"),
+    bad("small window", "--window", "2", says="rollout.window must be at least a block"),
     bad("no config", "--config_path", "{}/none.yaml", says="no config file"),
     bad("broken config", "--config_path", "{}/b.yaml", says="not valid YAML", prepare=text("b.yaml", "model: [")),
     bad(

@@ -1,7 +1,7 @@
-"""utils/config.py and utils/config_checks.py: `load_config` returns exactly what was stated, and rejects mistakes.
+"""utils/config.py and utils/config_checks.py: `load_config` returns exactly the given values, and rejects mistakes.
 
-Every YAML file of the repository loads. Values come from overrides, then files, then defaults. Every mistake is one
-line that names the key. A printed configuration loads as the same configuration, and so does the metadata of a video.
+Every YAML file of the repository loads. Overrides win over files, and files over defaults. Every mistake gives one line
+that names the key. A printed configuration loads as the same configuration, and so does the metadata of a video.
 """
 
 import json
@@ -150,7 +150,7 @@ def test_the_config_docs_are_current():
         ("train: {grad_clip: -1}", "train.grad_clip"),
     ],
 )
-def test_a_mistake_is_one_line_that_names_the_key(tmp_path, text, words):
+def test_a_mistake_gives_one_line_that_names_the_key(tmp_path, text, words):
     with pytest.raises(UserError, match=words) as error:
         load_config(write(tmp_path, text))
     assert "\n" not in str(error.value)
@@ -185,7 +185,7 @@ def test_missing_and_binary_files_are_rejected(tmp_path):
         "=3",
     ],
 )
-def test_malformed_overrides_are_one_line(empty, word):
+def test_a_malformed_override_gives_one_line(empty, word):
     with pytest.raises(UserError) as error:
         load_config(empty, [word])
     assert "\n" not in str(error.value)
@@ -291,9 +291,9 @@ def test_a_file_overrides_the_file_that_it_inherits_from(tmp_path):
 
 @pytest.mark.parametrize(
     ("parent", "message"),
-    [("child.yaml", "which inherits from it"), ("none.yaml", "cannot be read"), ("3", "cannot be read")],
+    [("child.yaml", "in a circle"), ("none.yaml", "cannot be read"), ("3", "cannot be read")],
 )
-def test_inheritance_errors(tmp_path, parent, message):
+def test_inheritance_mistakes_are_rejected(tmp_path, parent, message):
     (tmp_path / "child.yaml").write_text(f"inherit: {parent}\n")
     with pytest.raises(UserError, match=message):
         load_config(str(tmp_path / "child.yaml"))
@@ -303,7 +303,7 @@ def test_inheritance_errors(tmp_path, parent, message):
 
 
 def numbers(kind: type) -> list[str]:
-    """Return the keys of this type."""
+    """Return the configuration keys of type `kind`, as section.key."""
     sections = {section.name: section.default_factory for section in fields(Config)}
     return [f"{name}.{key.name}" for name, make in sections.items() for key in fields(make) if key.type is kind]
 

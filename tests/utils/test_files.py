@@ -1,4 +1,4 @@
-"""utils/files.py and utils/errors.py: files are complete or absent, and expected failures are one line."""
+"""utils/files.py and utils/errors.py: files are complete or absent, and an expected failure prints one line."""
 
 import errno
 import os
@@ -36,7 +36,7 @@ def run(error: BaseException | None) -> int:
 # ---- atomic_path ----
 
 
-def test_the_final_name_appears_at_the_end_with_all_its_content(tmp_path):
+def test_the_final_file_appears_only_when_complete(tmp_path):
     path = tmp_path / "a.json"
     with atomic_path(path) as temporary:
         temporary.write_text("half")
@@ -46,7 +46,7 @@ def test_the_final_name_appears_at_the_end_with_all_its_content(tmp_path):
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
-def test_a_failure_keeps_the_older_file_and_leaves_no_other(tmp_path, error):
+def test_a_failure_keeps_the_older_file_and_leaves_no_temporary_file(tmp_path, error):
     path = tmp_path / "a.json"
     path.write_text("older")
     with pytest.raises(error), atomic_path(path) as temporary:
@@ -61,16 +61,13 @@ def test_a_body_that_writes_nothing_is_an_error(tmp_path):
     assert names(tmp_path) == []
 
 
-def test_nesting_on_the_temporary_name_works(tmp_path):
+def test_atomic_writes_can_be_nested(tmp_path):
     with atomic_path(tmp_path / "a.mp4") as outer:
         outer.write_text("first")
         with atomic_path(outer) as inner:
             inner.write_text("second")
             assert inner != outer
     assert names(tmp_path) == ["a.mp4"] and (tmp_path / "a.mp4").read_text() == "second"
-
-
-# ---- writable_folder ----
 
 
 def test_files_get_the_usual_permissions(tmp_path):
@@ -83,6 +80,9 @@ def test_files_get_the_usual_permissions(tmp_path):
         (path / "inner").mkdir(parents=True)
         save_file({"x": torch.zeros(1)}, path / "inner" / "file")
     assert (tmp_path / "file").stat().st_mode == (tmp_path / "folder/inner/file").stat().st_mode == usual
+
+
+# ---- writable_folder ----
 
 
 def test_writable_folder_creates_folders_and_leaves_them_empty(tmp_path):
@@ -118,7 +118,7 @@ def test_a_read_only_folder_is_a_user_error(tmp_path):
         (SystemExit(7), 7, ""),
     ],
 )
-def test_expected_failures_are_one_line_and_an_exit_code(capsys, error, code, line):
+def test_an_expected_failure_prints_one_line_and_sets_the_exit_code(capsys, error, code, line):
     assert run(error) == code
     assert capsys.readouterr() == ("", line and line + "\n")
 
@@ -140,6 +140,9 @@ def test_command_keeps_the_name_and_prints_no_traceback():
         [sys.executable, "-c", code], cwd=Path(__file__).resolve().parents[2], capture_output=True, text=True
     )
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: a is wrong: do b\n")
+
+
+# ---- locks and fingerprints ----
 
 
 def test_a_folder_can_be_locked_once(tmp_path):

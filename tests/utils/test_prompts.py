@@ -1,4 +1,4 @@
-"""utils/prompts.py: prompt files are read strictly, and every prompt gets a safe and distinct file name."""
+"""utils/prompts.py: invalid prompt files are rejected, and every prompt gets a safe and distinct file name."""
 
 import pytest
 
@@ -93,7 +93,7 @@ def test_shortened_and_changed_prompts_stay_distinct():
     assert len(set(names)) == len(names)
 
 
-def test_all_names_of_a_run_are_distinct_even_without_case():
+def test_all_names_of_a_run_are_distinct_even_if_case_is_ignored():
     colliding = file_stem(prompts("a/b")[0], 0).removesuffix("-0")  # a prompt that equals the safe name of another
     names = ["a cat", "a cat", "A Cat", "a cat (2)", "a/b", colliding, "caf\u00e9", "cafe\u0301", *UNSAFE.values()] * 2
     stems = unique_stems(prompts(*names), num_samples=3)

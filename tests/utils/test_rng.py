@@ -1,6 +1,6 @@
 """utils/rng.py: noise is a pure function of (seed, sample, block, step), drawn on the CPU (law 2, docs/method.md).
 
-Earlier random numbers do not change it, and drawing it changes no other random number. Each part of the key matters.
+Earlier draws do not change it, and drawing it does not change torch's global generator. Each part of the key matters.
 Golden values ensure that a seed gives the same video in all versions.
 """
 

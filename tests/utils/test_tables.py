@@ -1,4 +1,4 @@
-"""utils/tables.py: Markdown tables line up."""
+"""utils/tables.py: the columns of Markdown tables are aligned."""
 
 from utils.tables import markdown_table
 

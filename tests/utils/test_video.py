@@ -1,4 +1,4 @@
-"""utils/video.py: videos keep their frames, appear only when complete, and fail with one line that names them."""
+"""utils/video.py: videos keep their frames, files appear only when complete, and errors are one line with the path."""
 
 import contextlib
 import errno
@@ -207,8 +207,8 @@ def test_a_failing_encoder_is_one_line_that_names_the_video(out, monkeypatch):
     assert "\n" not in str(caught.value) and list(out.iterdir()) == []
 
 
-def test_lost_frames_are_noticed(out, monkeypatch):
-    """An encoder that silently loses frames must not leave a short video."""
+def test_lost_frames_are_an_error(out, monkeypatch):
+    """An encoder that silently loses frames must not leave a video that is too short."""
     encode = video_module._Encoder._encode
     monkeypatch.setattr(video_module._Encoder, "_encode", lambda self, frame: frame.pts < 3 and encode(self, frame))
     with pytest.raises(UserError, match="3 of its 9 frames"), VideoWriter(out / "a.mp4") as video:
@@ -273,7 +273,7 @@ def test_frames_are_decoded_on_demand(out, monkeypatch):
 
 
 def test_rotated_videos_are_read_upright(out):
-    """A phone stores how to turn the picture in the track's header (tkhd)."""
+    """Phones store the rotation in the track's header (tkhd)."""
     frames = clip(3, 32, 48)
     with VideoWriter(out / "a.mp4") as video:
         video.write(frames)
