@@ -1,4 +1,4 @@
-"""Generate videos of one prompt, or of a file of prompts.
+"""Generate videos from one prompt, or from a file of prompts.
 
 python inference.py --config_path configs/shapes.yaml --output_folder outputs/ --prompt "a red circle moving right fast"
 
@@ -6,7 +6,7 @@ python inference.py --config_path configs/hiar.yaml --checkpoint_path ckpts/hiar
     --output_folder outputs/ --num_output_frames 81 --use_ema
 
 Existing videos are skipped, so the same command resumes an interrupted run. Under torchrun the ranks share the videos.
-The JSON file beside a video reproduces it: python inference.py --config_path X.json --output_folder again/
+The metadata of a video reproduces it: python inference.py --config_path X.json --output_folder again/
 docs/config.md lists all configuration keys.
 """
 
@@ -23,8 +23,8 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[shared_arguments()]
     )
     parser.add_argument("--output_folder", metavar="FOLDER", help="folder for the videos")
-    parser.add_argument("--batch_size", type=int, default=1, help="videos made together; changes them by rounding only")
-    parser.add_argument("--order", choices=["step_major", "diagonal"], help="same videos; diagonal streams blocks")
+    parser.add_argument("--batch_size", type=int, default=1, help="videos to generate at once; changes rounding only")
+    parser.add_argument("--order", choices=["step_major", "diagonal"], help="same videos; diagonal writes blocks early")
     args = parser.parse_intermixed_args()
     check_arguments(args)
     return args
@@ -38,11 +38,11 @@ def main() -> None:
         print(config.to_yaml(), end="")
         return
     if not args.output_folder:
-        raise UserError("name the folder for the videos: --output_folder FOLDER")
+        raise UserError("no output folder: add --output_folder FOLDER")
     metadata = read_metadata(args.config_path)
     items = requested_videos(args, metadata)
 
-    # Heavy imports wait until the arguments are known to be good.
+    # Import heavy modules after the arguments are checked, so that errors appear at once.
     from pipeline.generate import generate_videos
 
     if not config.model.generator and rank() == 0:

@@ -1,4 +1,4 @@
-"""Long videos from text: `from pipeline import TextToVideo`. See docs/api.md."""
+"""Generate long videos from text: `from pipeline import TextToVideo`. See docs/api.md."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -1,4 +1,4 @@
-"""Builds networks, schedules, caches and rollouts from a configuration, and computes sizes and strides."""
+"""Build networks, schedules, caches and rollouts from a configuration, and compute sizes and strides."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -40,12 +40,12 @@ def latent_size(video: VideoConfig) -> tuple[int, int]:
 
 
 def pixel_size(height: int, width: int) -> tuple[int, int]:
-    """Return the height and width in pixels of latents of height x width."""
+    """Return the height and width in pixels of latents with this height and width."""
     return height * VAE_STRIDE, width * VAE_STRIDE
 
 
 def num_pixel_frames(num_latent_frames: int) -> int:
-    """Return the number of pixel frames that latent frames decode to."""
+    """Return the number of pixel frames T = 4 (F - 1) + 1 that F latent frames decode to."""
     return TEMPORAL_STRIDE * (num_latent_frames - 1) + 1
 
 
@@ -56,15 +56,14 @@ def tokens_per_frame(video: VideoConfig, patch_size: Sequence[int]) -> int:
 
 
 def context_frames(rollout: RolloutConfig, num_frames: int) -> tuple[int, int]:
-    """Return the context frames that a cache holds for a video of `num_frames` latent frames, and the sink frames among
-    them."""
+    """Return (context frames that a cache holds, sink frames among them) for a video of `num_frames` latent frames."""
     window = min(rollout.window or num_frames, num_frames)
     context = max(0, window - rollout.block_frames)
     return context, min(rollout.sink, context)
 
 
 def check_size(config: Config, transformer: Mapping[str, Any]) -> None:
-    """Check that VAE stride and patches divide the video size, before weights are loaded.
+    """Check that the video size is a multiple of VAE stride times patch size. No weights are loaded.
 
     Args:
         transformer: the generator's network configuration.
@@ -105,7 +104,14 @@ def load_network(config: Config, device: torch.device, fall_back: bool = True) -
 def prepare_network(
     net: CausalWanModel, config: Config, device: torch.device, fall_back: bool = True
 ) -> CausalWanModel:
-    """Move a generator to its device and apply the attention backend and compilation of `config.model`."""
+    """Move a generator to its device, freeze it, and apply the attention backend and compilation of `config.model`.
+
+    Args:
+        fall_back: see `CausalWanModel.compile_layers`.
+
+    Raises:
+        UserError: for an attention backend that is not available.
+    """
     net.to(device).eval().requires_grad_(False)
     choose_attention_backend(net, config.model.attention_backend)
     if config.model.compile:
@@ -114,14 +120,25 @@ def prepare_network(
 
 
 def load_embeddings(config: Config, device: torch.device, capacity: int | None = None) -> EmbeddingCache:
-    """Load the text encoder that `config.model` names, behind its cache of embeddings."""
+    """Load the text encoder of `config.model.base`, wrapped in a cache of its embeddings.
+
+    Args:
+        capacity: embeddings to keep in memory; None for all of them.
+
+    Raises:
+        UserError: for missing or broken files.
+    """
     model = config.model
     directory, dtype = ModelDirectory.open(model.base), DTYPES[model.dtype]
     return EmbeddingCache.load(directory, dtype, model.text_length, model.text_cache, capacity).to(device)
 
 
 def load_vae(config: Config, device: torch.device) -> WanVAE:
-    """Load the VAE that `config.model` names."""
+    """Load the VAE of `config.model.base`.
+
+    Raises:
+        UserError: for missing or broken files.
+    """
     return WanVAE(ModelDirectory.open(config.model.base).load_vae(DTYPES[config.model.dtype]).to(device))
 
 
@@ -144,7 +161,7 @@ def choose_attention_backend(net: AttentionMixin, name: str) -> None:
 
 
 def rollout_sigmas(rollout: RolloutConfig) -> list[float]:
-    """Return the noise levels 0..S of a rollout."""
+    """Return the S + 1 sigmas of a rollout, from the first step's input down to 0."""
     return step_sigmas(rollout.denoising_step_list, rollout.warp_denoising_step, rollout.timestep_shift)
 
 
@@ -152,7 +169,7 @@ def build_schedule(rollout: RolloutConfig, num_frames: int, prefix_frames: int =
     """Build the schedule of a video of `num_frames` latent frames, of which the prefix fills `prefix_frames`.
 
     Raises:
-        UserError: if blocks do not divide the frames to generate, with the nearest counts that work.
+        UserError: if the frames to generate do not fill whole blocks, with the nearest lengths that work.
     """
     block = rollout.block_frames
     generated = num_frames - prefix_frames
@@ -199,10 +216,10 @@ def build_rollout(
         prefix: clean latents [1 or B, F, C, h, w] that the videos continue.
         num_frames: latent frames of the video, prefix included; default: `config.video.num_output_frames`.
         size: height and width of the latents; default: those of `config.video`.
-        dtype: type of the cached keys and values; default: `config.model.dtype`.
+        dtype: dtype of the cached keys and values; default: `config.model.dtype`.
         history_frames: evicted frames that a cache keeps for `TrainingRollout.denoise_again`.
         rollout_class: `Rollout`, `TrainingRollout` or `StageRollout`.
-        options: further arguments of `rollout_class`, or other values for its noise, sigmas or caches.
+        options: further arguments of `rollout_class`. They replace arguments that this function computes.
     """
     net, rollout = denoiser.net, config.rollout
     layout = BlockLayout(rollout.block_frames, 0 if prefix is None else prefix.shape[1])

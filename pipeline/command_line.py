@@ -1,5 +1,7 @@
-"""Flags that inference.py and scripts/pipeline_parallel_inference.py share. This module imports no torch, so mistakes
-are reported at once."""
+"""Flags that inference.py and scripts/pipeline_parallel_inference.py share.
+
+This module imports no torch, so wrong arguments are reported without delay.
+"""
 
 import argparse
 import json
@@ -37,21 +39,23 @@ def shared_arguments() -> argparse.ArgumentParser:
     parser.add_argument("--checkpoint_path", help="weights of the generator; default: the config's model.generator")
     parser.add_argument("--prompt", metavar="TEXT", help="one prompt")
     parser.add_argument("--data_path", metavar="FILE", help="file of prompts, one per line")
-    parser.add_argument("--extended_prompt_path", metavar="FILE", help="longer texts of the prompts in --data_path")
+    parser.add_argument(
+        "--extended_prompt_path", metavar="FILE", help="file with an extended text per line of --data_path"
+    )
     parser.add_argument("--num_output_frames", help="latent frames, prefix included; F make 4(F-1)+1 pixel frames")
     parser.add_argument("--use_ema", action="store_true", help="use the checkpoint's generator_ema")
-    parser.add_argument("--seed", help="seed; it determines all noise, together with the sample number")
+    parser.add_argument("--seed", help="seed of the noise; each sample number gives other noise")
     parser.add_argument("--num_samples", type=int, default=1, help="videos per prompt")
-    parser.add_argument("--save_with_index", action="store_true", help="name videos by the number of the prompt")
+    parser.add_argument("--save_with_index", action="store_true", help="name files by prompt number, not prompt text")
     parser.add_argument("--inference_method", choices=METHODS, help="default: the config's rollout.schedule")
     parser.add_argument("--num_frame_first_blocks", help="number of leading blocks of hybrid_block0")
     parser.add_argument("--window", help="latent frames that attention spans, current block included; 0: all")
     parser.add_argument("--sink", help="latent frames at the start that stay in the window")
     parser.add_argument("--image", metavar="FILE", help="first frame of every video")
     parser.add_argument("--video", metavar="FILE", help="clip or saved latents that every video continues")
-    parser.add_argument("--height", help="pixels")
-    parser.add_argument("--width", help="pixels")
-    parser.add_argument("--fps", help="frames per second of the mp4 file")
+    parser.add_argument("--height", help="height in pixels")
+    parser.add_argument("--width", help="width in pixels")
+    parser.add_argument("--fps", help="pixel frames per second of the mp4 file")
     parser.add_argument("--save_latents", action="store_true", help="write X.safetensors beside X.mp4")
     parser.add_argument("--overwrite", action="store_true", help="replace existing videos")
     parser.add_argument("--device", help="cuda, cuda:1, mps or cpu; default: the config's runtime.device")
@@ -63,10 +67,10 @@ def shared_arguments() -> argparse.ArgumentParser:
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Check for flags that exclude each other.
+    """Check values that the parser does not check, and flags that exclude each other.
 
     Raises:
-        UserError: with the flags.
+        UserError: for the first such flag.
     """
     if args.prompt is not None and (args.data_path or not args.prompt.strip()):
         raise UserError("give --prompt TEXT or --data_path FILE")
@@ -94,14 +98,14 @@ def resolve_config(args: argparse.Namespace) -> Config:
         try:
             changes.append(f"{key}={json.dumps(value, ensure_ascii=False) if value_type is str else value_type(value)}")
         except ValueError:
-            raise UserError(f"--{flag} takes a whole number, not {value!r}") from None
+            raise UserError(f"--{flag} must be a whole number, not {value!r}") from None
     if args.use_ema:
         changes.append("model.use_ema=true")
     return load_config(args.config_path, [*changes, *args.overrides])
 
 
 def requested_videos(args: argparse.Namespace, metadata: dict[str, Any] | None) -> list[tuple[Prompt, int, str]]:
-    """Return (prompt, sample, file stem) of every video of the run; equal on all ranks.
+    """Return (prompt, sample, file stem) of every video of the run. All ranks return the same list.
 
     Args:
         metadata: of the video to reproduce, if the configuration is a JSON file.
@@ -117,6 +121,6 @@ def requested_videos(args: argparse.Namespace, metadata: dict[str, Any] | None) 
     elif args.data_path:
         prompts = read_prompts(args.data_path, args.extended_prompt_path)
     else:
-        raise UserError("say what to generate: --prompt TEXT, or --data_path FILE with one prompt per line")
+        raise UserError("no prompt: add --prompt TEXT, or --data_path FILE with one prompt per line")
     stems = unique_stems(prompts, args.num_samples, args.save_with_index)
     return [(p, sample, stems[p.index][sample]) for p in prompts for sample in range(args.num_samples)]

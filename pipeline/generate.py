@@ -1,4 +1,4 @@
-"""Makes the missing videos of a folder: every finished block is decoded and written at once."""
+"""Generate the videos that a folder lacks. Each block is decoded and written as soon as it is finished."""
 
 import json
 import sys
@@ -21,7 +21,7 @@ from utils.distributed import rank
 from utils.files import writable_folder
 from utils.prompts import Prompt
 
-KEYS_WITHOUT_EFFECT = {  # on the content of a video
+KEYS_WITHOUT_EFFECT = {  # (section, key) that does not change the video
     ("rollout", "order"),
     ("model", "text_cache"),
     ("model", "offload"),
@@ -32,12 +32,12 @@ KEYS_WITHOUT_EFFECT = {  # on the content of a video
 
 @dataclass(frozen=True)
 class RunSummary:
-    """What a run wrote, and how fast."""
+    """Number of videos that a run wrote, and its speed."""
 
     written: int
     existing: int
     folder: str
-    seconds: float = 0.0  # from the first prompt's encoding to the last file, without the loading of weights
+    seconds: float = 0.0  # from the first prompt to the last file; loading weights does not count
     pixel_frames: int = 0  # of all written videos
 
     def __str__(self) -> str:
@@ -58,7 +58,7 @@ def generate_videos(
     overwrite: bool = False,
     batch_size: int = 1,
 ) -> RunSummary:
-    """Make a video of every (prompt, sample, file stem) that the folder lacks.
+    """Generate the video of every (prompt, sample, file stem) that the folder lacks.
 
     With a batch size of 1, a video does not depend on the other videos. Larger batches change it by rounding only.
 
@@ -66,7 +66,7 @@ def generate_videos(
         condition: path of the prefix (an image, a video or saved latents) of every video; empty for none.
         save_latents: also write `latents` [F, C, h, w] as float32 safetensors.
         overwrite: replace existing videos.
-        batch_size: number of videos that are made together.
+        batch_size: number of videos to generate at once.
 
     Raises:
         UserError: for wrong settings or files.
@@ -86,8 +86,8 @@ def generate_videos(
     total, hidden = num_ops * len(batches), rank() != 0
     with tqdm(total=total, unit="op", disable=hidden, mininterval=interval, smoothing=0.1) as bar:
         for number, batch in enumerate(batches):
-            last = number * batch_size + len(batch)
-            bar.set_description(f"video {last}/{len(jobs)}", refresh=False)
+            started_videos = number * batch_size + len(batch)
+            bar.set_description(f"video {started_videos}/{len(jobs)}", refresh=False)
             make_videos(pipeline, batch, prefix, condition, save_latents, bar)
     pixel_frames = len(jobs) * num_pixel_frames(config.video.num_output_frames)
     return RunSummary(len(jobs), existing, folder, time.perf_counter() - started, pixel_frames)
@@ -121,7 +121,7 @@ def print_changed_settings(files: VideoFiles, metadata: dict[str, Any]) -> None:
     try:
         before = json.loads(files.metadata.read_text(encoding="utf-8"))
         sections = before["config"]
-    except (OSError, ValueError, KeyError):  # a video without readable metadata is kept, too
+    except (OSError, ValueError, KeyError):  # no readable metadata to compare with
         return
     changed = [
         f"{name}.{key}"
@@ -142,7 +142,7 @@ def check_request(config: Config, condition: str) -> None:
     """
     if condition:
         check_prefix_exists(condition)
-    # An image is one latent frame. The length of a clip is known after it is read.
+    # An image is one latent frame. The length of a clip is unknown until it is read.
     TextToVideo.check(config, prefix_frames=0 if not condition else 1 if is_image(condition) else None)
 
 

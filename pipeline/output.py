@@ -1,6 +1,6 @@
-"""The files of a video: made from latents block by block, complete or absent.
+"""Write the files of a video from its latents, block by block. Only the current block is in memory.
 
-The video appears last, so a video that exists has all its other files. Nothing but the current block is in memory.
+A file appears under its name only when it is complete. The mp4 appears last, so its presence marks a complete video.
 """
 
 import contextlib
@@ -64,7 +64,7 @@ class VideoFiles:
 
     @property
     def unfinished(self) -> Path:
-        """The mp4 file with the frames that a failed pipeline had written."""
+        """The mp4 file with the frames that a failed pipeline wrote."""
         return self.folder / f"{self.stem}.unfinished.mp4"
 
     def remove_leftovers(self) -> None:
@@ -89,7 +89,7 @@ class VideoJob:
 class VideoOutput:
     """Decodes and writes a batch of videos as their latents arrive. Use it in a `with` statement.
 
-    If the statement's body fails, no file remains.
+    If the body of the statement fails, all files are deleted.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class VideoOutput:
     def for_jobs(
         cls, config: Config, vae: WanVAE, jobs: Sequence[VideoJob], condition: str, save_latents: bool
     ) -> "VideoOutput":
-        """Write all files of a batch of jobs. `condition`: path of the prefix, or empty."""
+        """Return an output that writes all files of a batch of jobs. `condition`: path of the prefix, or empty."""
         return cls(
             vae,
             [job.files for job in jobs],
@@ -150,7 +150,7 @@ class VideoOutput:
         return self
 
     def emit(self, latents: Tensor) -> None:
-        """Decode and write the next latents [B, F, C, h, w]."""
+        """Decode and write the next latents [B, F, C, h, w], of any number of frames."""
         for index, frames in enumerate(decode_frames(self._decoder, latents)):
             self._videos[index].write(frames)
             if self._sheets:
@@ -164,7 +164,7 @@ class VideoOutput:
         if kind is not None:
             self._open_files.__exit__(kind, error, trace)
             return
-        with self._open_files:  # an error in here removes the files, too
+        with self._open_files:  # an error in its body deletes the files, too
             self._write_metadata()
 
     def _write_metadata(self) -> None:
@@ -184,7 +184,7 @@ class VideoOutput:
             write_json(files.metadata, metadata | figures)
 
     def keep_unfinished(self) -> list[Path]:
-        """End the videos of a failing run early; return the files with their frames so far."""
+        """Close the videos of a failing run early; return the files that hold their frames so far."""
         pairs = zip(self._videos, self.files, strict=False)
         kept = [video.keep_unfinished(files.unfinished) for video, files in pairs]
         return [path for path in kept if path is not None]
@@ -192,9 +192,9 @@ class VideoOutput:
 
 def decode_frames(decoder: StreamingDecoder, latents: Tensor) -> list[np.ndarray]:
     """Decode the next latents [B, F, C, h, w] to the frames of each video, uint8 [T, H, W, 3]."""
-    # With channels last on the device, the host need not rearrange the pixels, which is far slower.
+    # Rearrange the pixels to channels last on the device: on the host it is far slower.
     pixels = decoder.push(latents)
-    return [to_uint8(own.contiguous(memory_format=torch.channels_last)) for own in pixels]
+    return [to_uint8(clip.contiguous(memory_format=torch.channels_last)) for clip in pixels]
 
 
 # ---- Metadata ----

@@ -35,7 +35,7 @@ def read_prefix(path: str, config: Config, vae: WanVAE) -> Tensor:
     A clip is resampled to the video's frame rate, fitted to its size, and cut to 4n+1 frames.
 
     Raises:
-        UserError: if the file cannot be read or does not fit.
+        UserError: if the file cannot be read, has latents of another size, or fills the whole video.
     """
     video = config.video
     if path.endswith(".safetensors"):

@@ -1,8 +1,9 @@
-"""Executes the ops of a schedule. Nothing else in this repository loops over steps and blocks.
+"""Execute the ops of a schedule. No other module of this repository loops over steps and blocks.
 
-`Rollout` serves inference. Two subclasses add what only their users need: `TrainingRollout` the exit step and gradients
-(`pipeline/training_rollout.py`), `StageRollout` the exchange of blocks between ranks
-(`pipeline/parallel/stage_rollout.py`).
+`Rollout` serves inference. Two subclasses extend it:
+
+- `TrainingRollout` (pipeline/training_rollout.py) stops at an exit step and provides gradients.
+- `StageRollout` (pipeline/parallel/stage_rollout.py) exchanges blocks with other ranks.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,7 +20,7 @@ Cache = Any  # the denoiser's context store; a KVCache for the causal DiT
 
 
 class BlockDenoiser(Protocol):
-    """The network as a rollout sees it. Blocks are [B, F, C, h, w]; sigma is a noise level in [0, 1]."""
+    """Interface of the network. Blocks are [B, F, C, h, w]; sigma is a noise level in [0, 1]."""
 
     def denoise(self, x: Tensor, sigma: float, first_frame: int, cache: Cache, write: bool = False) -> Tensor:
         """Predict the block's x0. With `write`, the same pass appends the block at this level to the cache."""
@@ -48,7 +49,7 @@ class BlockState:
 
 @dataclass(frozen=True)
 class BlockLayout:
-    """Which frames belong to which block. A prefix that does not fill whole blocks gets a short first block."""
+    """Assignment of frames to blocks. If a prefix does not fill whole blocks, the first block is short."""
 
     block_frames: int
     prefix_frames: int = 0
@@ -64,20 +65,20 @@ class BlockLayout:
         return -self.prefix_frames % self.block_frames
 
     def start(self, block: int) -> int:
-        """Absolute index of the block's first frame."""
+        """Return the index of the block's first frame in the video."""
         return block * self.block_frames - self._missing_frames if block else 0
 
     def block_at(self, frame: int) -> int:
-        """The block that starts at a frame."""
+        """Return the block that starts at a frame."""
         return (frame + self._missing_frames) // self.block_frames if frame else 0
 
     def frames(self, block: int) -> int:
-        """Number of frames of the block."""
+        """Return the number of frames of a block."""
         return self.start(block + 1) - self.start(block)
 
 
 class Rollout:
-    """Executes ops: from noise to finished blocks of one batch of videos."""
+    """Executes the ops of one batch of videos, from noise to finished blocks."""
 
     def __init__(
         self,
@@ -94,7 +95,7 @@ class Rollout:
         Args:
             sigmas: noise levels 0..S, from the first step's input down to 0.
             noise: maps (block, step) to the noise [B, F, C, h, w] in the block's input to that step.
-            new_cache: returns an empty cache; called as rarely as possible.
+            new_cache: returns an empty cache; called only if no released cache can be reused.
             prefix: clean latents [B, prefix frames, C, h, w] that the videos continue.
             deterministic: take Euler steps along the predicted flow instead of drawing fresh noise between steps.
             on_op: called after every op, for progress bars and profiles.
@@ -145,7 +146,7 @@ class Rollout:
                 self._denoise(op.denoise, cache, write=True)
             case WriteThenDenoise():
                 self._write_then_denoise(op, cache)
-        self._evict_blocks(op)
+        self._drop_passed_blocks(op)
 
     # ---- Ops ----
 
@@ -200,7 +201,7 @@ class Rollout:
     # ---- Blocks and caches ----
 
     def _state(self, block: int, noise_index: int) -> BlockState:
-        """Return a block's state; a new block starts first. `noise_index` is the index that the caller needs."""
+        """Return a block's state; start the block if it is new. The caller needs it at `noise_index`."""
         if block not in self.blocks:
             self._start_block(block, noise_index)
         return self.blocks[block]
@@ -212,17 +213,17 @@ class Rollout:
             x = self.prefix[:, start : start + self.layout.frames(block)]
             self.blocks[block] = BlockState(self.num_steps, x, x, previous_x=x)
         else:
-            assert noise_index == 0, f"block {block} is needed at noise index {noise_index} before it is there"
+            assert noise_index == 0, f"block {block} has not reached noise index {noise_index} yet"
             x = self.noise(block, 0)
             self.blocks[block] = BlockState(0, x, x, previous_x=x)
 
     def _block_moved(self, block: int, finished: Tensor | None) -> None:
-        """Handle a block at a new noise index. `finished`: its final latents, if it has reached them."""
+        """Collect a block's final latents `finished`, if it has them. Called whenever a block's noise index changes."""
         if finished is not None:
             self._finished.append((block, finished))
 
-    def _evict_blocks(self, op: Op) -> None:
-        """Drop the blocks that all caches have passed: no later op uses them."""
+    def _drop_passed_blocks(self, op: Op) -> None:
+        """Drop the blocks that the ops of all caches have passed: no later op uses them."""
         self._last_block[op.cache] = op.block
         passed = min(self._last_block.values())
         for block in [block for block in self.blocks if block < passed]:

@@ -1,16 +1,16 @@
-"""Schedules: in which order the blocks of a video are denoised. A schedule is data; this module imports no torch.
+"""Schedules: the order in which the blocks of a video are denoised. A schedule is data; this module imports no torch.
 
-An op is one unit of work on one block: `Denoise` it by one step, or `WriteContext` of it for the blocks that follow. A
-`Schedule` arranges the ops. It has one op sequence per KV cache. Each sequence has a fixed order; several sequences can
-be interleaved step by step (`step_major`) or along anti-diagonals (`diagonal`). Every interleaving that respects the
-dependencies gives the same latents (law 1, docs/method.md).
+An op is one unit of work on one block: `Denoise` runs one step, `WriteContext` writes context for later blocks. A
+`Schedule` has one op sequence per KV cache, in a fixed order. Several sequences run one after another (`step_major`) or
+interleaved along anti-diagonals (`diagonal`). Every order that respects the dependencies gives the same latents (law 1,
+docs/method.md).
 
     block_first, 2 steps:        D00 D01 W0   D10 D11 W1   D20 D21 W2  ...
     timestep_first, step_major:  D00 W0 D10 W1 D20 W2 ...  then  D01 W0 D11 W1 D21 W2 ...
     timestep_first, diagonal:    D00 W0   D10 W1 D01 W0   D20 W2 D11 W1   D30 W3 D21 W2 ...
 
 Dbs denoises block b at step s. Wb writes block b into the cache of its sequence. Block-first has one sequence and one
-cache. Timestep-first has one of each per step. `pipeline/rollout.py` executes the ops.
+cache. Timestep-first has one of each per step. `pipeline/rollout.py` executes the ops. docs/extend.md adds a schedule.
 """
 
 import heapq
@@ -24,8 +24,8 @@ from typing import Literal
 class Denoise:
     """Predict the x0 of `block` at `step`, attending to `cache`, and move the block to noise index `step + 1`.
 
-    The block enters at noise index `step`. Its x0 is re-noised to the next level, and is the result after the last
-    step. The cache is read and stays as it is.
+    The block enters at noise index `step`. Its x0 is re-noised to the next level; after the last step, x0 is the
+    result. The cache does not change.
     """
 
     block: int
@@ -37,7 +37,7 @@ class Denoise:
 class WriteContext:
     """Run `block` at `noise_index` through the network and append its keys and values to `cache`.
 
-    The block itself stays as it is.
+    The block does not change.
     """
 
     block: int
@@ -87,7 +87,7 @@ Context = Literal["output", "input", "clean"]
 
 @dataclass(frozen=True)
 class Schedule:
-    """All ops of a video: which blocks and steps there are, and what each block attends to.
+    """All ops of a video: its blocks, its steps, and the context of each block.
 
     Raises:
         ValueError: for combinations that have no ops, such as a prefix that fills the video.
@@ -115,7 +115,7 @@ class Schedule:
 
     @property
     def steps_per_cache(self) -> list[range]:
-        """The steps that read each cache. A cache has the number of its first step."""
+        """The steps that read each cache. A cache is numbered by its first step."""
         clean_only = self.num_blocks is not None and self.prefix_blocks + self.leading_blocks >= self.num_blocks
         if self.method == "block_first" or clean_only:
             return [range(self.num_steps)]
@@ -158,16 +158,16 @@ class Schedule:
         return self.num_steps if block < self.prefix_blocks + self.leading_blocks else later[0]
 
     def ops(self, order: Literal["step_major", "diagonal"] = "step_major", fuse_context: bool = False) -> Iterator[Op]:
-        """Return all ops in one order, without unread writes.
+        """Return all ops in one order, without context writes that no later op reads.
 
-        A Denoise and the write of its own input are always fused: one pass gives the same bits as two.
+        A Denoise is always fused with the write of its own input: one pass gives the same bits as two.
 
         Args:
             fuse_context: also fuse each context write with the Denoise of the next block: fewer passes, equal up to
                 rounding.
 
         Raises:
-            ValueError: for an endless video in step-major order, whose second step would never start.
+            ValueError: for an endless video in step-major order: its second step would never start.
         """
         sequences: Sequence[Iterable[Op]] = self.ops_per_cache()
         if fuse_context:
@@ -180,8 +180,8 @@ class Schedule:
     def ops_until(self, exit_step: int) -> Iterator[Op]:
         """Return the step-major ops of a training rollout that stops at `exit_step`.
 
-        Contexts equal those of the whole rollout where their noise level is reached by then. A clean context is the x0
-        that `exit_step` predicts.
+        Contexts at noise indices up to `exit_step + 1` equal those of the whole rollout; higher ones are written at
+        `exit_step + 1`. A clean context is the x0 that `exit_step` predicts.
         """
         assert 0 <= exit_step < self.num_steps and self.num_blocks is not None
         ops = (op for op in step_major(self.ops_per_cache()) if op.cache <= exit_step)
@@ -204,12 +204,12 @@ class Schedule:
 
 
 def step_major(sequences: Sequence[Iterable[Op]]) -> Iterator[Op]:
-    """Chain op sequences: one step over all blocks, then the next step."""
+    """Chain op sequences: all ops of one cache, then all ops of the next."""
     return itertools.chain.from_iterable(sequences)
 
 
 def diagonal(sequences: Sequence[Iterable[Op]]) -> Iterator[Op]:
-    """Interleave op sequences, each one block behind the one before.
+    """Interleave op sequences; each runs one block behind the previous sequence.
 
     Blocks finish early, and only a few are in progress at a time.
     """
@@ -261,7 +261,7 @@ def fuse_write_with_next(ops: Iterable[Op]) -> Iterator[Op]:
 
 
 def _fuse_neighbours(ops: Iterable[Op], fuse: Callable[[Op, Op], Op | None]) -> Iterator[Op]:
-    """Replace neighbours by `fuse(first, second)` wherever that is not None, reading one op ahead."""
+    """Replace two neighbours by `fuse(first, second)` unless that is None. Reads one op ahead."""
     pending: Op | None = None
     for op in ops:
         fused = None if pending is None else fuse(pending, op)
@@ -276,10 +276,10 @@ def _fuse_neighbours(ops: Iterable[Op], fuse: Callable[[Op, Op], Op | None]) -> 
 
 
 def dependencies(ops: Sequence[Op]) -> list[set[int]]:
-    """Return, for every op, the indices of earlier ops that must precede it in any order.
+    """Return, for every op, the indices of the earlier ops that must precede it in any order.
 
-    A Denoise reads its cache and changes its block. A WriteContext reads its block and changes its cache. A read stays
-    between the two changes that surround it in `ops`.
+    A Denoise reads its cache and changes its block. A WriteContext reads its block and changes its cache. Each read
+    must stay between the same two changes as in `ops`.
     """
     last_change: dict[tuple[str, int], int] = {}
     readers: dict[tuple[str, int], set[int]] = {}  # since the last change

@@ -1,4 +1,4 @@
-"""Samples the bidirectional teacher: many steps over a whole clip, with classifier-free guidance."""
+"""Sample the bidirectional teacher: many steps over a whole clip, with classifier-free guidance."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -33,10 +33,10 @@ class Teacher:
 
     @classmethod
     def load(cls, config: Config, device: torch.device) -> "Teacher":
-        """Load the weights of `teacher.path`, or else the base's transformer, and the text encoder.
+        """Load the weights of `teacher.path` (empty: the transformer of `model.base`) and the text encoder.
 
         Raises:
-            UserError: for missing or corrupt files, and for a size that VAE stride and patches do not divide.
+            UserError: for missing or corrupt files, or an impossible video size (see `check_size`).
         """
         model, dtype = config.model, DTYPES[config.model.dtype]
         directory = ModelDirectory.open(model.base)
@@ -48,7 +48,7 @@ class Teacher:
         return cls(config, net, EmbeddingCache.load(directory, dtype, model.text_length, model.text_cache).to(device))
 
     def noise(self, seed: int, samples: Sequence[int]) -> Tensor:
-        """Return the noise of these samples, [B, F, C, h, w], with F = `data.num_frames`: a clip is one block."""
+        """Return the noise of these samples, [B, F, C, h, w], where F is `data.num_frames`; a clip is block 0."""
         size = latent_size(self.config.video)
         shape = (self.config.data.num_frames, self.net.config.in_channels, *size)
         return torch.stack([keyed_noise(seed, sample, 0, 0, shape) for sample in samples]).to(self.net.device)
@@ -96,8 +96,9 @@ def sample_euler(
     """Solve the probability-flow ODE dx/dsigma = flow(x, sigma) by Euler steps; return x at each of `sigmas`.
 
     Args:
-        noise: x at the first level.
-        sigmas: falling noise levels.
+        flow: maps x [B, F, C, h, w] and sigma to the flow.
+        noise: x at the first level, [B, F, C, h, w].
+        sigmas: noise levels in descending order.
         on_step: called with the index of every finished step.
     """
     points = [noise]
@@ -110,9 +111,11 @@ def sample_euler(
 
 
 def sample_unipc(flow: Callable[[Tensor, float], Tensor], noise: Tensor, num_steps: int, shift: float) -> Tensor:
-    """Sample with diffusers' UniPC (arXiv 2302.04867), the solver of Wan's own pipeline; return x0.
+    """Sample with diffusers' UniPC (arXiv 2302.04867), the solver of Wan's own pipeline; return x0 [B, F, C, h, w].
 
     Args:
+        flow: maps x [B, F, C, h, w] and sigma to the flow.
+        noise: x at sigma 1, [B, F, C, h, w].
         shift: shift of the noise levels.
     """
     solver = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
@@ -129,7 +132,7 @@ def write_teacher_videos(
 ) -> None:
     """Sample the teacher for every job and write the video with its metadata.
 
-    A video's noise depends only on the seed and its sample number, so all prompts of a sample share it.
+    A video's noise depends only on the seed and the sample number, so all prompts share the noise of a sample.
 
     Args:
         batch_size: videos to sample at once.

@@ -1,4 +1,4 @@
-"""Text to video: the Python API, and the batch interface that inference, training and benchmarks use."""
+"""Text to video: the Python API, and the batch interface for inference, training and benchmarks."""
 
 import copy
 import os
@@ -81,7 +81,7 @@ class TextToVideo:
 
     @staticmethod
     def check(config: Config, prefix_frames: int | None = 0) -> None:
-        """Check the video's size and length before any weights are loaded.
+        """Check the video's size and length. No weights are loaded.
 
         Args:
             prefix_frames: latent frames of the prefix; None to check the size only.
@@ -109,7 +109,7 @@ class TextToVideo:
 
         Args:
             seed: default: the configuration's. Seed and sample number determine all noise.
-            sample: number of the video among those of the same prompt and seed.
+            sample: index of the video among those of the same prompt and seed.
             num_frames: latent frames, prefix included; default: the configuration's. F make 4(F-1)+1 pixel frames.
             image: path of the image that is the first frame.
             video: path of the clip, or of the saved latents, that the video continues.
@@ -203,7 +203,7 @@ class TextToVideo:
         """Return the schedule of a video with a prefix of `prefix_frames` latent frames.
 
         Raises:
-            UserError: if blocks do not divide the frames to generate.
+            UserError: if the frames to generate do not fill whole blocks.
         """
         return build_schedule(self.config.rollout, self.config.video.num_output_frames, prefix_frames)
 
@@ -217,7 +217,7 @@ class TextToVideo:
 
 
 def find_file(path: str) -> str:
-    """Return a relative path as it is if it exists, else in the repository if it exists there."""
+    """Return a path unchanged if it exists or is not in the repository either; otherwise its path in the repository."""
     in_repository = REPOSITORY / path
     return str(in_repository) if path and not os.path.exists(path) and in_repository.exists() else path
 
@@ -251,7 +251,7 @@ class PromptEmbeddings:
         self.cache, self.device, self.offload = cache, device, offload
 
     def encode(self, prompts: Sequence[str]) -> None:
-        """Encode the prompts that are missing; all prompts of a run at once move the weights only once."""
+        """Encode the missing prompts. Pass all prompts of a run at once, so that the weights move only once."""
         moves = self.offload and bool(self.cache.missing(prompts))
         if moves:
             self.cache.to(self.device)

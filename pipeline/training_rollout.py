@@ -1,4 +1,4 @@
-"""Rollouts for training: they stop at an exit step and give gradients there."""
+"""Rollouts for training: they stop at an exit step and provide gradients there."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ class ExitInput:
 
 
 class TrainingRollout(Rollout):
-    """A rollout whose blocks end at an exit step: the x0 predicted there is their result.
+    """A rollout that stops at an exit step. The x0 predicted at that step is a block's result.
 
     Run it with the ops of `Schedule.ops_until(exit_step)`. Only the exit step's Denoise may run under autograd.
     Contexts are detached, so gradients do not cross blocks (Self-Forcing, arXiv 2506.08009, section 3.2).
@@ -34,7 +34,7 @@ class TrainingRollout(Rollout):
         """
         Args:
             exit_step: the step that finishes a block.
-            with_grad: whether the result of a block keeps its graph.
+            with_grad: maps a block to whether its result keeps its graph.
             args, kwargs: see `Rollout`.
         """
         super().__init__(*args, **kwargs)

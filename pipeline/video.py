@@ -18,7 +18,7 @@ from utils.files import writable_folder
 
 
 class Video:
-    """A generated video.
+    """A generated video: latents, pixel frames and metadata.
 
     Attributes:
         latents: [F, C, h, w], float32, on the CPU.
@@ -30,7 +30,7 @@ class Video:
         """
         Args:
             vae: decodes the latents.
-            seconds: time spent on the latents, for the metadata.
+            seconds: time that generation took, for the metadata.
         """
         self.latents, self.fps, self.metadata = latents, fps, metadata
         self._vae, self._seconds = vae, seconds

@@ -1,4 +1,4 @@
-"""Generate videos with a pipeline of ranks: denoising steps work on different blocks at the same time.
+"""Generate videos with a pipeline of ranks, which run different denoising steps at the same time.
 
 torchrun --nproc_per_node=4 scripts/pipeline_parallel_inference.py --config_path configs/hiar.yaml \\
     --checkpoint_path ckpts/hiar.pt --prompt "a cat on a skateboard" --output_path outputs/ --num_output_frames 81
@@ -41,7 +41,7 @@ def list_outputs(args: argparse.Namespace, metadata: dict | None) -> tuple[str, 
     """Return the output folder, and (prompt, sample, file stem) of every video."""
     items = requested_videos(args, metadata)
     if not args.output_path:
-        raise UserError("name the output: --output_path FOLDER, or FILE.mp4 for a single video")
+        raise UserError("no output: add --output_path FOLDER, or FILE.mp4 for a single video")
     path = Path(args.output_path)
     if path.suffix != ".mp4":
         return str(path), items

@@ -536,7 +536,7 @@ BAD = [
     bad("frames", "--num_output_frames", "10", says="the nearest valid --num_output_frames: 9 or 12"),
     bad("few frames", "--num_output_frames", "1", says="the nearest valid --num_output_frames: 3 or 6"),
     bad("no frames", "--num_output_frames", "0", says="must be positive"),
-    bad("words for frames", "--num_output_frames", "many", says="takes a whole number, not 'many'"),
+    bad("words for frames", "--num_output_frames", "many", says="must be a whole number, not 'many'"),
     bad(
         "height", "--height", "40", says="--height 40 is not a multiple of 16 (VAE and patches); the nearest: 32 or 48"
     ),

@@ -149,7 +149,7 @@ def test_variants_differ():
 def test_an_order_that_breaks_a_dependency_fails():
     ops = list(Schedule(4, 3).ops())
     assert ops[5] == Denoise(0, 1, 1) and ops[0] == Denoise(0, 0, 0)
-    with pytest.raises(AssertionError, match="before it is there"):
+    with pytest.raises(AssertionError, match="has not reached noise index"):
         run_to_end(fake_rollout(), [ops[5], *ops[:5], *ops[6:]], range(4))
     with pytest.raises(AssertionError, match="not ready"):
         run_to_end(fake_rollout(), [*ops[:6], ops[5]], range(4))
