@@ -1,4 +1,4 @@
-"""Liveness of the ranks of a pipeline: detect ranks that did not start or died, and end the run with one message.
+"""Watch the ranks of a pipeline: detect ranks that did not start or died, and end the run with one message.
 
 A rank that waits for a message from a dead rank would wait forever, or until its backend's timeout. Therefore each rank
 writes heartbeats to the run's store, and a thread in each rank watches the other ranks. If a rank is gone, all ranks
@@ -23,11 +23,11 @@ from utils.errors import report_to_torchrun
 STARTUP_TIMEOUT = 45.0  # seconds until every rank must have started
 HEARTBEAT_TIMEOUT = 20.0  # seconds without a heartbeat after which a rank on another machine counts as dead
 _POLL_INTERVAL = 0.5
-_DEATH_TIMEOUT = 3.0  # seconds in which a rank whose connections broke is seen to have died
+_DEATH_TIMEOUT = 3.0  # seconds to wait, after a connection broke, until a rank's process ends
 
 
 def connect_store(rank: int, world_size: int) -> dist.Store:
-    """Connect to the key-value store of this run, which torchrun's environment variables name.
+    """Connect to the key-value store of this run, at the address in torchrun's environment variables.
 
     Raises:
         TimeoutError: if no process serves the store.
@@ -60,6 +60,7 @@ class PeerMonitor:
         """
         Args:
             store: shared by all ranks.
+            rank: this process.
             roles: the roles of every rank, for messages.
             on_failure: called once if the run fails, before this process exits. Its result is added to the message.
         """
@@ -77,7 +78,7 @@ class PeerMonitor:
         """Wait until every rank has started, then watch them.
 
         Raises:
-            TimeoutError: naming the ranks that did not start, or the store's rank if it ended.
+            TimeoutError: with the ranks that did not start, or with rank 0 if the store ended.
         """
         # This thread and all later ones block the signals; `_handle_signals` receives them.
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
@@ -102,7 +103,7 @@ class PeerMonitor:
                 self._pids[other] = int(pid)
 
     def finish(self) -> None:
-        """Report that this rank has finished its work, and wait until all ranks have."""
+        """Report that this rank has finished its work, and wait until all ranks have finished theirs."""
         if not self._others:
             return
         self.store.set(f"finished/{self.rank}", "1")
@@ -118,7 +119,7 @@ class PeerMonitor:
             time.sleep(0.05)
 
     def _still_needs_store(self, other: int) -> bool:
-        """Return whether a rank that has finished has yet to report its exit, and is alive."""
+        """Return whether a finished rank is alive and has not reported its exit yet."""
         return not self._process_is_gone(other) and not self.store.check([f"exiting/{other}"])
 
     def fail(self, reason: str) -> NoReturn:
@@ -138,11 +139,11 @@ class PeerMonitor:
                 report_to_torchrun(line, delay=0 if is_first else 1)
                 print(line, file=sys.stderr, flush=True)
             if is_first or self.rank == 0:
-                time.sleep(2)  # time for the others to read the store, which rank 0 may serve
+                time.sleep(2)  # the other ranks still read the store, which rank 0 may serve
             os._exit(1)
 
     def fail_after(self, error: BaseException) -> NoReturn:
-        """Exit after an exception. Name a dead rank as the cause if there is one, otherwise this rank."""
+        """Exit after an exception. The message names a dead rank as the cause if there is one, otherwise this rank."""
         self._fail_with_others()
         self.fail(f"rank {self.rank} ({self.roles[self.rank]}): {type(error).__name__}: {error}")
 
@@ -167,7 +168,7 @@ class PeerMonitor:
                 self._fail_with_others()
                 if self._finished:
                     return
-                self.fail("the launcher is gone")
+                self.fail("torchrun has ended")
             self._fail_if_rank_died()
             time.sleep(_POLL_INTERVAL)
 
@@ -197,7 +198,7 @@ class PeerMonitor:
 
     def _handle_signals(self) -> None:
         signal.sigwait(_SIGNALS)
-        # torchrun terminates all ranks if one has died: then that rank is the cause.
+        # torchrun terminates all ranks if one of them died; report that rank as the cause.
         self._fail_if_rank_died()
         self.fail("interrupted")
 

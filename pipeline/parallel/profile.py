@@ -1,4 +1,4 @@
-"""Profile of a pipeline: the spans in which each rank ran its ops, on CPUs and GPUs."""
+"""Profile of a pipeline: timed spans of the ops of each rank, on CPUs and GPUs."""
 
 import contextlib
 import json
@@ -16,7 +16,7 @@ from utils.files import read_json, write_json
 from utils.tables import markdown_table
 
 WORK = ("text", "denoise", "context", "context+denoise", "add-noise", "decode")
-"""Names of spans that count as work. Sends and waits do not."""
+"""Names of the spans that count as work. Sends and waits do not count."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class RankProfile:
         return sum(span.seconds for span in self.spans if span.name in WORK)
 
     def timeline_row(self) -> tuple[str, list[tuple[str, float, float]]]:
-        """Return a label and (name, start, end) of every span, as a timeline plot needs them."""
+        """Return a label and (name, start, end) of every span, for `evaluation.plots.save_timeline_plot`."""
         return f"rank {self.rank}: {self.roles}", [(span.name, span.start, span.end) for span in self.spans]
 
     def to_json(self) -> str:
@@ -129,7 +129,7 @@ class RankProfile:
 
     @classmethod
     def from_json(cls, text: str) -> "RankProfile":
-        """Return the profile that `to_json` serialized."""
+        """Return the profile in a string that `to_json` returned."""
         return cls._from_dict(json.loads(text))
 
     def save(self, path: Path) -> None:
@@ -155,7 +155,7 @@ class RankProfile:
 
 
 def profile_table(profiles: Sequence[RankProfile]) -> str:
-    """Return a Markdown table of the time that each rank spent per op, and a line with the speed-up over one rank."""
+    """Return a Markdown table of the seconds per rank and op, and a line with the speed-up over one rank."""
     spans = [span for profile in profiles for span in profile.spans]
     total = max(span.end for span in spans) - min(span.start for span in spans)
     names = list(dict.fromkeys(span.name for span in spans))

@@ -1,4 +1,4 @@
-"""One rank of a pipeline: loads the networks for its roles, runs its stage and exchanges messages with other ranks.
+"""One rank of a pipeline: load the networks for its roles, run its stage, and exchange messages with other ranks.
 
 - The text rank picks the next video and sends its prompt embedding to the stages.
 - A stage hands each block on as soon as it is re-noised.
@@ -59,6 +59,7 @@ class PipelineRank:
         Args:
             store: key-value store of all ranks, for small values.
             condition: path of the image, clip or latents that videos start with; empty for none.
+            save_latents: also write X.safetensors.
             send_after_write: send blocks only after their context write.
             recorder: records spans for a profile.
 
@@ -84,13 +85,13 @@ class PipelineRank:
             self.embeddings = PromptEmbeddings(load_embeddings(config, device), device, offload)
 
     def make_videos(self, jobs: Sequence[VideoJob]) -> None:
-        """Do the work of this rank for all videos that its pipeline makes."""
+        """Do the work of this rank for the videos of its pipeline. `jobs` are those of all pipelines."""
         prefix = self._share_prefix()
         schedule = build_schedule(
             self.config.rollout, self.config.video.num_output_frames, 0 if prefix is None else prefix.shape[1]
         )
         if self.embeddings is not None and self.embeddings.offload:
-            with self.recorder("text"):  # all prompts at once: which of them this pipeline will need is unknown
+            with self.recorder("text"):  # all prompts at once: the jobs of this pipeline are not assigned yet
                 self.embeddings.encode([job.prompt.text for job in jobs])
         texts, blocks = MessageChannel(self.device), MessageChannel(self.device, self._handoff_groups)
         for job in self._assigned_jobs(jobs):
@@ -111,7 +112,7 @@ class PipelineRank:
     # ---- Inputs of a video ----
 
     def _assigned_jobs(self, jobs: Sequence[VideoJob]) -> Iterator[VideoJob]:
-        """Yield the jobs of this pipeline. All pipelines share one job queue; each takes the next job when free."""
+        """Yield the jobs of this pipeline. All pipelines share one job queue; a free pipeline gets the next job."""
         for count in range(len(jobs) + 1):
             key = f"pipeline {self.pipeline_number} job {count}"
             if self.rank == self.pipeline.text_rank:
@@ -210,7 +211,7 @@ class PipelineRank:
         transport.flush()
 
     def _record_spans(self, rollout: Rollout) -> None:
-        """Record the rollout's passes and noise, if there is a profile."""
+        """Record the rollout's forward passes and noise, if profiling is on."""
         if not self.recorder.enabled:
             return
         noise = rollout.noise

@@ -30,7 +30,7 @@ from utils.prompts import Prompt
 
 @dataclass(frozen=True)
 class PipelineRequest:
-    """Videos to make, and the options; equal on all ranks."""
+    """Videos to make, and options. All ranks pass the same request."""
 
     config: Config
     folder: str
@@ -50,9 +50,9 @@ def plan_ranks(config: Config, condition: str) -> tuple[list[Pipeline], Schedule
     """Return the pipelines of all ranks of this run, and the schedule that they share.
 
     Raises:
-        UserError: if the video's length cannot be made in blocks.
+        UserError: if the video does not consist of whole blocks.
     """
-    # The assignment depends on the steps only, so any valid number of frames serves while the prefix is unread.
+    # The assignment depends on the steps only. The prefix is not read yet, so use any length that fits.
     frames = config.rollout.block_frames if condition else config.video.num_output_frames
     schedule = build_schedule(config.rollout, frames)
     return plan_pipelines(world_size(), schedule), schedule
@@ -73,8 +73,8 @@ def run_pipelines(request: PipelineRequest) -> tuple[RunSummary, list[RankProfil
     if len(pipelines) > len(request.items):
         most = len(pipelines[0].ranks) * len(request.items)
         raise UserError(
-            f"{world_size()} processes are {len(pipelines)} pipelines, but there is work for {len(request.items)}: "
-            f"start at most {most}, or ask for more videos"
+            f"{world_size()} processes form {len(pipelines)} pipelines, but there are only {len(request.items)} "
+            f"videos: start at most {most} processes"
         )
     check_request(request.config, request.condition)
     missing = _missing_stems(request) if rank() == 0 else []
@@ -154,10 +154,10 @@ def _share_jobs(request: PipelineRequest, missing: list[str], store: dist.Store)
 
 
 def _init_process_group(store: dist.Store, device: torch.device) -> None:
-    # A copy of the store has a connection of its own. Groups wait for other ranks while they hold their connection, and
-    # the monitor could not detect meanwhile that one of those ranks died.
+    # A copy of the store has its own connection. Groups block their connection while they wait for other ranks, so the
+    # monitor needs another one to detect dead ranks meanwhile.
     group_store = dist.PrefixStore("group", store.clone())  # type: ignore[attr-defined]
-    # NCCL warns that messages of one group run in one order; `handoff_groups` takes care of that.
+    # NCCL warns that the messages of a group run in order. `handoff_groups` avoids the delays of that order.
     os.environ.setdefault("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "false")
     on_gpu = device.type == "cuda"
     dist.init_process_group(

@@ -18,7 +18,7 @@ class OpTimes:
     context: Mapping[int, float]
     decode: Mapping[int, float]
     context_and_denoise: Mapping[int, float] = field(default_factory=dict)
-    """A fused context write and denoise of the next block. If empty, the sum of both is used."""
+    """Fused passes that write a context and denoise the next block. Empty: the sum of both passes."""
     add_noise: float = 0.0
     send: float = 0.0
     """Time for which a send occupies the sending rank."""
@@ -66,7 +66,7 @@ class Prediction:
     work: float
     """Seconds that one rank would need for the same ops."""
     busy: list[float]
-    """Fraction of the time for which each rank works."""
+    """Fraction of the total time that each rank works."""
 
     @property
     def speedup(self) -> float:
@@ -82,10 +82,10 @@ def simulate(
     send_after_write: bool = False,
     fuse_context: bool = False,
 ) -> Prediction:
-    """Simulate one video on `num_ranks` ranks. Only the ranks of the first pipeline work on it.
+    """Predict the times of one video on `num_ranks` ranks. Only the ranks of the first pipeline work on it.
 
     Args:
-        transfer_seconds: time from a send until the receiving rank has the block: latency plus bytes over bandwidth.
+        transfer_seconds: time from a send until the block arrives: latency plus bytes over bandwidth.
         send_after_write: ranks send a block only after its context write.
         fuse_context: one pass writes a context and denoises the next block.
     """
@@ -111,7 +111,7 @@ def simulate(
 
 
 class _StageClock:
-    """Simulated clock of one rank that denoises."""
+    """Simulated clock of a rank that denoises."""
 
     def __init__(
         self,
@@ -168,7 +168,9 @@ class _StageClock:
             self._work(self.times.add_noise)
             return
         self.clock = max(self.clock, self.arrivals[block])
-        if block < self.schedule.prefix_blocks + self.schedule.leading_blocks:  # arrives clean, passes through
+        if (
+            block < self.schedule.prefix_blocks + self.schedule.leading_blocks
+        ):  # arrives clean; this rank only sends it on
             self._hand_off(block)
 
     def _after_denoise(self, op: Denoise) -> None:

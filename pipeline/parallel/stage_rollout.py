@@ -1,4 +1,4 @@
-"""The rollout of one rank of a pipeline: executes the ops of its stage and hands blocks from rank to rank."""
+"""The rollout of one rank of a pipeline: execute the ops of its stage, receive blocks and hand them on."""
 
 from typing import Any, Protocol
 
@@ -11,7 +11,7 @@ class Transport(Protocol):
     """Receives blocks from the upstream rank and sends blocks to the downstream rank."""
 
     def handoff_index(self, block: int) -> int | None:
-        """The noise index at which this rank hands a block on; None on the last rank. See `Schedule.handoff_index`."""
+        """Return the noise index at which this rank hands a block on; None on the last rank."""
         ...
 
     def receive(self, block: int) -> tuple[int, Tensor, Tensor]:
@@ -36,7 +36,7 @@ class StageRollout(Rollout):
         self.transport = transport
 
     def _start_block(self, block: int, noise_index: int) -> None:
-        """Receive a block, unless this rank has the prefix or the first cache."""
+        """Receive a block, unless it belongs to the prefix or this rank owns the first cache."""
         if block < self.layout.prefix_blocks or 0 in self._last_block:
             super()._start_block(block, noise_index)
             return

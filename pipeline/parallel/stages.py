@@ -1,8 +1,8 @@
 """Assign denoising steps, text encoding and decoding to ranks. Imports no torch.
 
-    ranks < steps     neighbouring steps share a rank, such that the slowest rank has as few passes as possible
-    ranks = steps     one step per rank; the first rank also encodes text and the last one also decodes
-    ranks > steps     the next rank decodes, the one after it encodes text, and further ranks form more pipelines
+    ranks < steps     neighbouring steps share a rank; the slowest rank has as few passes as possible
+    ranks = steps     one step per rank; the first rank also encodes text, the last rank also decodes
+    ranks > steps     one more rank decodes, a second one encodes text, further ranks form more pipelines
 
 The unit of assignment is a cache. Steps that share a cache (`Schedule.steps_per_cache`) stay on one rank.
 """
@@ -16,7 +16,7 @@ from pipeline.schedule import Schedule
 
 @dataclass(frozen=True)
 class Pipeline:
-    """Ranks that make one video at a time together. A rank can have several roles."""
+    """Ranks that generate one video at a time together. A rank can have several roles."""
 
     text_rank: int
     """Rank that encodes prompts."""
@@ -50,7 +50,7 @@ class Pipeline:
         return None if following == rank else following
 
     def roles(self, rank: int, schedule: Schedule) -> str:
-        """Describe the work of a rank, such as "text, steps 0-1"."""
+        """Return the roles of a rank, such as "text, steps 0-1"."""
         steps = [step for group in schedule.steps_per_cache if group[0] in self.caches(rank) for step in group]
         roles = ["text"] if rank == self.text_rank else []
         if steps:
@@ -77,7 +77,7 @@ def split_caches(schedule: Schedule, num_stages: int) -> list[tuple[int, ...]]:
 
     Among equally good splits, later groups get more passes, because the first rank also encodes text.
     """
-    passes = [len(steps) + 1 for steps in schedule.steps_per_cache]  # one context write besides the steps
+    passes = [len(steps) + 1 for steps in schedule.steps_per_cache]  # the steps and one context write
     caches = schedule.caches
 
     def groups(cuts: Sequence[int]) -> list[range]:

@@ -13,12 +13,12 @@ from pipeline.rollout import BlockLayout
 from pipeline.schedule import Denoise, DenoiseAndWrite, Op, Schedule, WriteThenDenoise
 
 MAX_IN_FLIGHT = 2
-"""Messages that may be on their way from one rank to another. This bounds the memory of both."""
+"""Messages in flight between two ranks. The limit bounds the memory of both."""
 GROUP_TIMEOUT = timedelta(days=1)
 """Timeout of process groups. `pipeline.parallel.peers` detects dead ranks; slow ranks are allowed."""
 
 MessageSpec = tuple[int, tuple[int, ...], torch.dtype]
-"""Sender, shape and type of a message."""
+"""Sender, shape and dtype of a message."""
 
 
 def handoff_groups() -> list[dist.ProcessGroup]:
@@ -38,17 +38,17 @@ class MessageChannel:
         """
         Args:
             device: of the messages.
-            groups: process groups; a message uses number (sender modulo their count). None is the default group.
+            groups: process groups; a message from rank r uses groups[r % len(groups)]. None is the default group.
         """
         self.device = device
         self.groups = groups
         self._expected: Iterator[MessageSpec] = iter(())
         self._receives: deque[tuple[Tensor, dist.Work]] = deque()
-        self._sends: dict[int, deque[tuple[Tensor, dist.Work]]] = {}  # by receiver: one may be slower than another
+        self._sends: dict[int, deque[tuple[Tensor, dist.Work]]] = {}  # one queue per receiver: speeds differ
         self._free_buffers: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
 
     def expect(self, messages: Iterable[MessageSpec]) -> None:
-        """Announce the next messages to receive, in order, and post receives for the first few."""
+        """Set the next messages to receive, in order, and post receives for the first few."""
         self._expected = iter(messages)
         self._post_receives()
 
@@ -91,10 +91,10 @@ class MessageChannel:
 
 
 class StageTransport:
-    """Transport of one stage for one video (see `StageRollout`): blocks from upstream, blocks to downstream.
+    """Transport of one stage for one video: receives blocks from upstream and sends blocks downstream.
 
-    A block is one message. It holds x [1, F, C, h, w] in float32, or x and the x0 estimate [2, 1, F, C, h, w] if a
-    later rank writes the clean context from that estimate.
+    A block is one float32 message: x [1, F, C, h, w]. If a later rank writes clean context from the predicted x0, the
+    message holds x and x0, [2, 1, F, C, h, w].
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class StageTransport:
             )
 
     def handoff_index(self, block: int) -> int | None:
-        """Return the noise index at which this rank hands the block on (`Schedule.handoff_index`)."""
+        """Return `Schedule.handoff_index` of this rank."""
         return self.schedule.handoff_index(block, self.caches)
 
     def receive(self, block: int) -> tuple[int, Tensor, Tensor]:
@@ -141,12 +141,12 @@ class StageTransport:
             message = self.channel.receive()
         noise_index = self._received_index[block]
         assert noise_index is not None
-        x, x0 = message if self._includes_estimate(noise_index) else (message, message)
+        x, x0 = message if self._includes_x0(noise_index) else (message, message)
         return noise_index, x, x0
 
     def send(self, block: int, noise_index: int, x: Tensor, x0: Tensor) -> None:
         """Hand a block to the downstream rank."""
-        message = torch.stack([x, x0]) if self._includes_estimate(noise_index) else x
+        message = torch.stack([x, x0]) if self._includes_x0(noise_index) else x
         if self.send_after_write:
             self.flush()
             self._delayed = block, message
@@ -170,9 +170,9 @@ class StageTransport:
         with self.recorder("send", block):
             self.channel.send(message, self.downstream)
 
-    def _includes_estimate(self, noise_index: int | None) -> bool:
+    def _includes_x0(self, noise_index: int | None) -> bool:
         return self.schedule.context == "clean" and noise_index != self.schedule.num_steps
 
     def _message_shape(self, block: int, noise_index: int | None) -> tuple[int, ...]:
         shape = (1, self.layout.frames(block), *self.frame_shape)
-        return (2, *shape) if self._includes_estimate(noise_index) else shape
+        return (2, *shape) if self._includes_x0(noise_index) else shape

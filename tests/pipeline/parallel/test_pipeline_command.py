@@ -114,7 +114,7 @@ def test_two_hundred_blocks_take_no_more_memory_than_fifty(start, tmp_path):
         assert (late - early) * 4096 < 5e5, (rank, early, late)  # the pixels of 100 blocks are 3.7 MB
 
 
-# ---- Requests that are refused before any process joins the others ----
+# ---- Bad requests end before any process joins the others ----
 
 
 @pytest.fixture
@@ -140,7 +140,7 @@ def call_as_rank(call, monkeypatch, inputs, tmp_path):
         (["--no_such_flag"], "unrecognized arguments"),
     ],
 )
-def test_all_ranks_refuse_a_bad_request_and_rank_0_says_why(call_as_rank, words, message):
+def test_all_ranks_refuse_a_bad_request_and_rank_0_prints_the_reason(call_as_rank, words, message):
     code, _, err = call_as_rank(0, 2, *words)
     assert code == 2 and message in err
     assert call_as_rank(1, 2, *words)[0] == 2
@@ -153,7 +153,7 @@ def test_only_rank_0_prints_an_error(call_as_rank):
 @pytest.mark.parametrize("rank", [0, 12])
 def test_too_many_ranks_are_refused(call_as_rank, rank):
     code, _, err = call_as_rank(rank, 13)
-    message = "13 processes are 3 pipelines, but there is work for 2: start at most 12"
+    message = "13 processes form 3 pipelines, but there are only 2 videos: start at most 12 processes"
     assert code == 2 and (message in err) == (rank == 0)
 
 
