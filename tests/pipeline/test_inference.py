@@ -199,6 +199,18 @@ def test_unfused_context_writes_make_the_same_video(tmp_path, infer, reference):
     torch.testing.assert_close(latents(tmp_path)[CIRCLE], latents(reference)[CIRCLE], atol=2e-4, rtol=0)
 
 
+def test_the_sink_and_the_window_change_the_video_where_they_end_its_context(tmp_path, infer, reference):
+    """The window holds the third block and one other: the first one with a sink of three frames, else the second."""
+    whole = latents(reference)[CIRCLE]
+    for sink in (0, 3):
+        infer(tmp_path / str(sink), *ONE, "--window", 6, "--sink", sink)
+    short, with_sink = (latents(tmp_path / str(sink))[CIRCLE] for sink in (0, 3))
+    for other in (short, with_sink):
+        torch.testing.assert_close(other[:6], whole[:6], atol=2e-4, rtol=0)
+    for one, other in ((short, whole), (with_sink, whole), (short, with_sink)):
+        assert (one[6:] - other[6:]).abs().max() > 1e-3
+
+
 def test_the_metadata_reproduces_the_video(tmp_path, infer, command, reference):
     words = ("--prompt", "blue square 🎈 up/down\\left", "--num_samples", 2, "--window", 6, "--sink", 2, "--seed", 3)
     infer(tmp_path / "first", *words, "--image", write_image(tmp_path / "start.png"), "--num_output_frames", 7)

@@ -194,6 +194,19 @@ def test_a_corrupt_pair_is_named(tmp_path, content):
     assert_error(lambda: open_ode_pairs(str(tmp_path), LEVELS, POINTS).read([1, 0]), r"00001\.pt")
 
 
+def test_a_pair_runs_no_code(tmp_path):
+    class Bomb(torch.Tensor):
+        def __reduce_ex__(self, protocol):
+            return Path.touch, (tmp_path / "executed",)
+
+    file = pair_file(tmp_path, 0)
+    torch.save({"a": Bomb(TRAJECTORY)}, file)
+    assert_error(lambda: open_ode_pairs(str(tmp_path), LEVELS, POINTS), r"00000\.pt is corrupt or not an ODE pair")
+    assert not (tmp_path / "executed").exists()
+    torch.load(file, weights_only=False)  # the bomb works
+    assert (tmp_path / "executed").exists()
+
+
 def test_a_truncated_pair_is_named(tmp_path):
     file = pair_file(tmp_path, 0)
     write_ode_pair(file, "a", TRAJECTORY[0])

@@ -2,6 +2,7 @@
 
 import shutil
 import signal
+import threading
 
 import pytest
 import torch
@@ -131,14 +132,23 @@ def test_a_failed_save_keeps_the_previous_checkpoint(tmp_path, toy, make_config,
     assert sorted(path.name for path in again.checkpoints.folder.iterdir()) == ["00000004", "00000006"]
 
 
-def test_a_checkpoint_holds_the_state_of_the_moment_of_saving(tmp_path, toy, make_config):
-    """Training changes the tensors while the checkpoint is written in the background."""
+def test_a_checkpoint_holds_the_state_of_the_moment_of_saving(tmp_path, toy, make_config, monkeypatch):
+    """Training changes the tensors while the checkpoint is written in the background; here the writer waits for it."""
+    changed = threading.Event()
+    write_data = dcp.FileSystemWriter.write_data
+
+    def late_write_data(*arguments):
+        assert changed.wait(60)
+        return write_data(*arguments)
+
+    monkeypatch.setattr(dcp.FileSystemWriter, "write_data", late_write_data)
     run = Trainer(make_config(), toy(), str(tmp_path))
     run.step()
     expected = state_of(run)
     run.save()
     for tensor in run.state().values():
         tensor.detach().zero_()
+    changed.set()
     run.checkpoints.finish()
     assert_same_bits(read_tensors(run.checkpoints.saved()[-1], ""), expected)
 

@@ -37,7 +37,10 @@ def make(make_config, pairs, model) -> Make:
         config.distill.max_rollout_frames = 6
         config.teacher.negative_prompt = ""
         for key, value in keys.items():
-            sections = (config.distill, config.rollout, config.data, config.video, config.model, config.train)
+            sections = (
+                *(config.distill, config.rollout, config.data, config.video, config.model, config.train),
+                config.teacher,
+            )
             setattr(next(section for section in sections if hasattr(section, key)), key, value)
         return ScoreDistillation(config, CPU)
 
@@ -129,6 +132,62 @@ def test_the_dmd_gradient_is_the_critic_minus_the_guided_teacher(make: Make):
     torch.testing.assert_close(gradient, expected, atol=1e-5, rtol=1e-4)
 
 
+def test_noise_levels_are_clamped_and_spread_over_the_clips(make: Make):
+    """Both for the critic and for the score difference. Without the clamp, some draw would leave the range."""
+    objective = make(min_timestep=400, max_timestep=600, guidance_scale=1.0, batch_size=8, timestep_shift=3.0)
+    clip = torch.randn(8, 6, 16, 4, 4, generator=torch.Generator().manual_seed(0))
+    embeddings = objective.embeddings("critic", range(8))
+    seen: list[torch.Tensor] = []
+    objective.critic.register_forward_pre_hook(lambda module, args: seen.append(args[1]))
+    objective.score_difference(clip, embeddings, 0, 0)
+    objective.backward("critic", 0, 0, 1.0, True)
+    assert len(seen) == 2
+    for timestep in seen:
+        assert timestep.min() == 400 and timestep.max() == 600
+        assert len(set(timestep.tolist())) > 2  # clips have levels of their own
+
+
+def test_dmd_uses_the_configured_negative_prompt(make: Make):
+    objective = make(guidance_scale=3.0, negative_prompt="a blue square")
+    empty, configured = objective.text.encode([""]), objective.text.encode(["a blue square"])
+    assert not torch.equal(empty, configured)
+    embeddings = objective.embeddings("generator", range(2))
+    texts: dict[str, list[torch.Tensor]] = {"critic": [], "teacher": []}
+    for name, found in texts.items():
+        getattr(objective, name).register_forward_pre_hook(lambda module, args, found=found: found.append(args[2]))
+    objective.score_difference(torch.zeros(2, 6, 16, 4, 4), embeddings, 0, 0)
+    assert [len(found) for found in texts.values()] == [1, 2]
+    assert torch.equal(texts["critic"][0], embeddings) and torch.equal(texts["teacher"][0], embeddings)
+    assert torch.equal(texts["teacher"][1], configured.expand(2, -1, -1))
+
+
+def test_the_exact_flow_of_the_generators_clip_has_no_critic_loss(make: Make):
+    """The critic is trained on the flow noise - x0 of its own noisy input."""
+    objective = make(min_timestep=100)
+    clips = []
+    training_window = objective.self_rollout.training_window
+
+    def spied_window(generated):
+        clips.append(training_window(generated))
+        return clips[-1]
+
+    class ExactCritic(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.factor = torch.nn.Parameter(torch.ones(()))
+
+        def forward(self, x, timestep, text, causal=None):
+            x0 = clips[-1][0].transpose(1, 2)
+            return self.factor * (x - x0) / (timestep / 1000).view(-1, 1, 1, 1, 1)
+
+    objective.self_rollout.training_window = spied_window
+    objective.critic = ExactCritic()
+    for iteration in range(3):
+        assert objective.backward("critic", iteration, 0, 1.0, True)["critic"] < 1e-8
+    torch.nn.init.zeros_(objective.critic.factor)
+    assert objective.backward("critic", 0, 0, 1.0, True)["critic"] > 0.5
+
+
 def test_each_step_changes_only_its_own_network(make: Make):
     objective = make()
     assert [objective.networks_to_update(i) for i in range(6)] == [
@@ -188,6 +247,20 @@ def forward_kl(objective: ScoreDistillation, iteration: int = 0) -> dict[str, fl
 def forward_kl_gradients(objective: ScoreDistillation) -> dict[str, torch.Tensor]:
     assert forward_kl(objective)["forward_kl"] > 0
     return gradients(objective.generator)
+
+
+def test_the_weight_scales_the_gradient_of_the_forward_kl(make: Make):
+    objective = make()
+    found, losses = [], []
+    for weight in (1.0, 4.0):
+        objective.config.distill.forward_kl_weight = weight
+        metrics = forward_kl(objective)
+        losses.append((metrics["forward_kl"], metrics["forward_kl_output_gradient"]))
+        found.append(gradients(objective.generator))
+    assert losses[1] == (losses[0][0], pytest.approx(4 * losses[0][1]))  # the logged loss has no weight
+    assert max(gradient.abs().max() for gradient in found[0].values()) > 0
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], 4 * gradient, msg=name)
 
 
 @pytest.mark.parametrize("schedule", ["timestep_first", "block_first"])

@@ -45,6 +45,21 @@ def test_the_final_file_appears_only_when_complete(tmp_path):
     assert names(tmp_path) == ["a.json"] and path.read_text() == "half"
 
 
+def test_the_final_file_is_the_temporary_one_renamed(tmp_path):
+    """A copy would exist half-written for a moment, and would change the content under readers of the older file."""
+    path = tmp_path / "a.json"
+    path.write_text("older")
+    with path.open() as reader:
+        with atomic_path(path) as temporary:
+            temporary.write_text("new content")
+            written = temporary.stat().st_ino
+        assert path.stat().st_ino == written and reader.read() == "older"
+    with atomic_path(tmp_path / "folder") as temporary:
+        temporary.mkdir()
+        written = temporary.stat().st_ino
+    assert (tmp_path / "folder").stat().st_ino == written
+
+
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
 def test_a_failure_keeps_the_older_file_and_leaves_no_temporary_file(tmp_path, error):
     path = tmp_path / "a.json"
