@@ -54,9 +54,8 @@ class Checkpoints:
                 partial.unlink()  # the checkpoint would be written into another folder
             partial.mkdir(parents=True, exist_ok=True)  # another rank may have created it
             write_text(partial / CONFIG_FILE, config)
-        # async_save copies GPU tensors. CPU tensors would change while they are written.
-        copy = {name: x.detach().clone() if x.device.type == "cpu" else x for name, x in state.items()}
-        self._pending = dcp.async_save(copy, checkpoint_id=partial, process_group=self._group), iteration  # type: ignore[assignment]
+        # async_save copies every tensor, also those on the CPU, before it returns; training may then change them.
+        self._pending = dcp.async_save(dict(state), checkpoint_id=partial, process_group=self._group), iteration  # type: ignore[assignment]
 
     def poll(self) -> None:
         """Finish the save in progress if it is already written; never wait."""
