@@ -1,4 +1,4 @@
-"""The layers of the code: imports go one way. Model code is single-device code without a configuration."""
+"""Imports between packages go one way. Modules of model/ import neither torch.distributed nor the configuration."""
 
 import ast
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ FILES += [ROOT / f"{name}.py" for name in sorted(COMMANDS)]
 
 
 def imported(source: str) -> Iterator[str]:
-    """Full names of all modules and objects that a source imports, at any depth."""
+    """Return the full names of all modules and objects that a source imports, at any depth."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -35,7 +35,7 @@ def imported(source: str) -> Iterator[str]:
 
 
 def forbidden_imports(source: str, layer: str) -> list[str]:
-    """The project's own imports in a source of `layer` that its layer does not allow."""
+    """Return the imports of this repository in `source` that its layer may not have."""
     allowed = LAYERS.get(layer, set(LAYERS)) | {layer}
     return [name for name in imported(source) if (top := name.split(".")[0]) in PROJECT and top not in allowed]
 

@@ -1,4 +1,4 @@
-"""Writes a whole model with random weights in diffusers' layout, small enough to build and run in an instant."""
+"""Write a complete tiny model with random weights in diffusers' layout."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ TEXT_ENCODER: dict[str, Any] = dict(
 
 
 def write_model(folder: Path) -> Path:
-    """Write a whole model and return its folder; `transformer/` and `generator/` have different weights."""
+    """Write a complete model and return its folder. `transformer/` and `generator/` have different weights."""
     write_model_index(folder)
     torch.manual_seed(0)
     AutoencoderKLWan(**VAE).save_pretrained(folder / "vae")

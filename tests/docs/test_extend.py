@@ -1,4 +1,4 @@
-"""docs/extend.md: every example on the page runs and does what the page says."""
+"""docs/extend.md: every example on the page runs and behaves as described."""
 
 import contextlib
 import json
@@ -62,7 +62,7 @@ def test_a_schedule_and_a_context_rule(net, text, heading, name):
     assert torch.equal(result, latents(net, text, schedule, "diagonal"))  # law 1
 
 
-def test_the_schedule_costs_what_the_page_says():
+def test_the_schedule_has_the_number_of_passes_on_the_page():
     schedule = example("A schedule")["TrailingSteps"]
     assert len(list(schedule(4, 9).ops())) - len(list(schedule(4, 8).ops())) == 7
 

@@ -1,4 +1,4 @@
-"""README.md, CONTRIBUTING.md and docs/: what they name exists, and they read well.
+"""README.md, CONTRIBUTING.md and docs/: links, commands and style.
 
 Claims: links, anchors, pictures and named files exist; commands use flags and configuration keys that exist; the front
 page is short and shows motion; sentences are short and avoid the words that the glossary replaces.
@@ -23,7 +23,7 @@ PACKAGES = ("benchmark", "configs", "docs", "evaluation", "model", "pipeline", "
 AVOIDED = ("lane", "lanes", "nobody", "knows", "wants", "who does what", "in disguise")
 
 
-# ---- what is named exists ----
+# ---- links and files ----
 
 
 @pages
@@ -45,7 +45,7 @@ def test_named_files_exist(page):
             assert [*ROOT.glob(path), *page.parent.glob(path)], f"{name(page)} names {path}"
 
 
-def test_pictures_are_shown_and_shown_ones_are_pictures():
+def test_pages_show_exactly_the_pictures_in_the_folder():
     shown = {(page.parent / target).resolve() for page in PAGES for target in links(page) if "images/" in target}
     kept = {path.resolve() for path in (ROOT / "docs/images").iterdir()}
     assert shown == kept
@@ -92,7 +92,7 @@ def commands(page: Path) -> list[str]:
 def flags(script: str) -> set[str]:
     """Return the flags of a script's parser, and of the parsers of local modules that it imports.
 
-    A flag whose name is computed, f"--{name}", stands for all keys of these files' dictionaries.
+    A computed flag, f"--{name}", stands for all keys of these files' dictionaries.
     """
     tree = ast.parse((ROOT / script).read_text(encoding="utf-8"))
     imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}

@@ -1,4 +1,4 @@
-"""inference.py on a tiny random model. Tests call it in their own process, because importing torch takes seconds."""
+"""inference.py on a tiny random model, called in the process of the tests: importing torch takes seconds."""
 
 import contextlib
 import io

@@ -1,4 +1,4 @@
-"""The Python API: what docs/api.md and docs/quickstart.ipynb show, and that it makes the videos of inference.py."""
+"""The Python API: its videos equal those of inference.py; the examples of docs/api.md and the notebook run."""
 
 import json
 import re
@@ -25,7 +25,7 @@ PROMPT = "a red circle"
 
 @pytest.fixture(scope="module")
 def pipe(world) -> TextToVideo:
-    """The tiny model; nobody changes it."""
+    """The tiny model. Tests do not change it."""
     return TextToVideo.load(str(world.config), device="cpu", seed=3)
 
 
@@ -168,7 +168,7 @@ def test_the_notebook_runs_and_stores_no_outputs(elsewhere):
 
 
 def test_an_installation_has_all_packages():
-    """`pip install -e .`: pyproject.toml includes each package that TextToVideo imports, and each other one."""
+    """pyproject.toml lists all packages of the repository, so `pip install -e .` installs them."""
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]
     packages = {file.parent.relative_to(ROOT).parts[0] for file in ROOT.glob("[!.]*/**/__init__.py")}
     assert {name.removesuffix("*") for name in settings["include"]} == packages - {"scripts", "tests"}

@@ -44,7 +44,7 @@ def latents(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_same(folder: Path, reference: Path, stems: Sequence[str] | None = None) -> None:
-    """Check that a folder holds the same videos as `reference`, or those of `stems`, bit for bit, and no other file."""
+    """Check that a folder holds the videos of `reference` (or only `stems`), bit for bit, and no other files."""
     ours, theirs = latents(folder), latents(reference)
     stems = list(theirs) if stems is None else stems
     assert list(ours) == sorted(stems)
@@ -153,7 +153,7 @@ def fork(words: Sequence[object], setup: Callable[[], object]) -> multiprocessin
 
 
 def test_two_ranks_share_the_videos_and_make_the_same(tmp_path, world, reference):
-    """Two processes, with the environment that torchrun sets, run at the same time."""
+    """Two processes run at the same time, with the environment variables of torchrun."""
     words = ["--config_path", world.config, "--data_path", world.prompts, "--output_folder", tmp_path / "out"]
 
     def become_rank(rank: int) -> None:
@@ -279,7 +279,7 @@ def test_ctrl_c_keeps_finished_videos_and_no_other_file(tmp_path, world, command
     def interrupt(op) -> None:
         deadline = time.monotonic() + 60
         while not list(tmp_path.glob(".*.mp4")) and time.monotonic() < deadline:
-            time.sleep(0.01)  # the encoder is a process of its own and creates its file when it gets to it
+            time.sleep(0.01)  # the video encoder is a separate process and creates its file later
         seen.append(names(tmp_path))
         signal.raise_signal(signal.SIGINT)
 
@@ -318,7 +318,7 @@ def test_a_rerun_after_a_kill_makes_the_same_bits_and_removes_partial_files(tmp_
 
 
 def test_partial_files_of_other_videos_are_kept(tmp_path):
-    """Another rank may be writing them."""
+    """Another rank may be writing these files."""
     mine = ".a-0.1.partial.mp4", "..a-0.1.partial.1.partial.mp4", ".a-0.1.partial.safetensors", ".a-0.1.partial.json"
     others = ".a-0.5 b-0.1.partial.mp4", ".a-01.1.partial.mp4", "a-0.mp4", ".ba-0.1.partial.mp4", "..a-1.1.partial.mp4"
     for name in (*mine, *others):
@@ -476,7 +476,7 @@ def bad(name: str, *words: object, says: str, prepare=None, late: bool = False):
 
     Args:
         prepare: called first, with the test's folder and the `world`.
-        late: the error is found after loading has started, so other lines may come before it.
+        late: the error appears while weights load, so other lines may come before it.
     """
     return pytest.param(words, says, prepare, late, id=name)
 
@@ -674,7 +674,7 @@ def test_the_diagonal_order_streams_frames_before_the_last_block_starts(tmp_path
     def look(op) -> None:
         if op.block == num_frames // 3 - 1 and op.cache == 0:
             [growing] = tmp_path.glob(".*.partial.mp4")
-            end = time.monotonic() + 30  # the encoder lags behind
+            end = time.monotonic() + 30  # the video encoder is a separate process, which writes later
             while not readable and time.monotonic() < end:
                 try:
                     readable.append(len(read_video(growing)[0]))

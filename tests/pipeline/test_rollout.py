@@ -1,8 +1,9 @@
 """pipeline/rollout.py and pipeline/parallel/stage_rollout.py: law 1 (docs/method.md) and the denoising formulas.
 
-Claims: any order that keeps the dependencies and any number of ranks give the same latents, bit for bit, with a fake
-denoiser and with the tiny network. The rollout equals naive nested loops of HiAR and Self-Forcing, and masked passes
-without a cache. Re-noising, prefixes, memory, endless videos, fused passes and batches are as documented.
+Claims: the latents do not depend on the order (if it keeps the dependencies) or on the number of ranks, bit for bit.
+This holds for a fake denoiser and for the tiny network. The rollout equals naive nested loops of HiAR and
+Self-Forcing, and masked passes without a cache. Re-noising, prefixes, memory, endless videos, fused passes and batches
+are as documented.
 """
 
 import functools
@@ -139,7 +140,7 @@ def test_any_order_gives_the_same_latents(variant, deterministic, random):
 
 
 def test_variants_differ():
-    """Comparing orders proves something only if the schedules differ."""
+    """Otherwise the comparisons of this file would prove nothing."""
     schedules = [Schedule(4, BLOCKS, **variant) for variant in VARIANTS.values()]
     results = [run_to_end(fake_rollout(), list(s.ops()), s.caches) for s in schedules]
     for a, b in itertools.combinations(results, 2):
@@ -623,7 +624,7 @@ def test_an_endless_video_passes_frame_1024(make_net):
 
 
 def test_a_rollout_keeps_no_graph(make_net, small_text):
-    """Also when the caller has gradients enabled."""
+    """This holds even if the caller has gradients enabled."""
     net = make_net(num_layers=2)
     with torch.enable_grad():
         latents = run_to_end(net_rollout(net, small_text), Schedule(4, 2).ops(), range(4))

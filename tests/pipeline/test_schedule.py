@@ -1,4 +1,4 @@
-"""pipeline/schedule.py: which ops a schedule has, and which orders of them are allowed.
+"""pipeline/schedule.py: the ops of a schedule, and the valid orders of ops.
 
 Claims: exact op sequences of small cases; every generated block takes every step once; a Denoise finds exactly the
 earlier blocks in its cache; `diagonal` reorders `step_major` without breaking a dependency; forward passes per block

@@ -1,7 +1,7 @@
 """pipeline/teacher.py: many-step sampling of the bidirectional teacher.
 
 Claims: Euler is exact where the flow is constant along a path, and converges on a linear ODE; the points of a
-trajectory follow from each other; UniPC comes to the same end; guidance is linear and costs nothing at scale 1.
+trajectory follow from each other; UniPC reaches the same solution; guidance is linear, and scale 1 needs one pass.
 """
 
 import math
@@ -17,13 +17,13 @@ MEAN, STD = 0.5, 0.3  # of toy data
 
 
 def toy_flow(x: Tensor, sigma: float) -> Tensor:
-    """The exact flow, E[noise - x0 | x], where the data is normal with MEAN and STD."""
+    """Return the exact flow E[noise - x0 | x] for normal data with MEAN and STD."""
     mean, variance = (1 - sigma) * MEAN, ((1 - sigma) * STD) ** 2 + sigma**2
     return (sigma - (1 - sigma) * STD**2) / variance * (x - mean) - MEAN
 
 
 def toy_solution(noise: Tensor) -> Tensor:
-    """Where the ODE of `toy_flow` ends: normal samples stay at their quantile."""
+    """Return the solution of `toy_flow`'s ODE at sigma 0: normal samples keep their quantile."""
     return MEAN + STD * noise
 
 
@@ -63,14 +63,14 @@ def test_both_samplers_reach_the_solution(noise):
     torch.testing.assert_close(unipc, toy_solution(noise), atol=0.01, rtol=0)  # fewer steps, of higher order
 
 
-def test_unipc_asks_for_falling_levels_from_pure_noise_on(noise):
-    asked: list[float] = []
-    sample_unipc(lambda x, sigma: asked.append(sigma) or toy_flow(x, sigma), noise, 10, 5.0)
-    assert len(asked) == 10 and asked == sorted(asked, reverse=True)
-    assert asked[0] == pytest.approx(1.0, abs=2e-3) and asked[-1] > 0
+def test_unipc_evaluates_the_flow_at_falling_sigmas_from_pure_noise(noise):
+    sigmas: list[float] = []
+    sample_unipc(lambda x, sigma: sigmas.append(sigma) or toy_flow(x, sigma), noise, 10, 5.0)
+    assert len(sigmas) == 10 and sigmas == sorted(sigmas, reverse=True)
+    assert sigmas[0] == pytest.approx(1.0, abs=2e-3) and sigmas[-1] > 0
 
 
-# ---- guidance ----
+# ---- Guidance ----
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def test_guidance_leads_away_from_the_negative_prompt(net, prompts):
 
 
 @pytest.mark.parametrize(("scale", "forwards"), [(1.0, 1), (6.0, 2)])
-def test_forwards_of_a_step(net, prompts, scale, forwards):
+def test_number_of_passes_per_step(net, prompts, scale, forwards):
     calls = []
     handle = net.register_forward_hook(lambda *_: calls.append(1))
     try:
@@ -101,7 +101,7 @@ def test_forwards_of_a_step(net, prompts, scale, forwards):
     assert len(calls) == forwards
 
 
-def test_clips_of_a_batch_are_sampled_alone(net, prompts):
+def test_clips_of_a_batch_do_not_influence_each_other(net, prompts):
     x = torch.randn(2, 2, 4, 4, 4, generator=torch.Generator().manual_seed(5))
     wide = [prompt.expand(2, -1, -1) for prompt in prompts]
     both = guided_flow(net, x, 0.7, *wide, scale=3.0)

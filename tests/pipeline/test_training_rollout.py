@@ -1,7 +1,7 @@
 """pipeline/training_rollout.py: rollouts that stop at an exit step, with gradients at that step only.
 
 Claims: a training rollout equals the whole rollout up to its exit step; gradients block by block equal those of the
-whole graph, also if the window is shorter than the video; gradients never cross blocks; only needed caches are kept.
+whole graph, also if the window is shorter than the video. Gradients never cross blocks. Only needed caches are kept.
 """
 
 import pytest
@@ -47,7 +47,7 @@ def test_a_training_rollout_equals_the_whole_rollout_up_to_its_exit_step(variant
 
 @pytest.mark.parametrize("exit_step", range(4))
 def test_block_first_writes_the_x0_of_the_exit_step_as_clean(exit_step):
-    """Self-Forcing's training: the exit step takes the place of the last step."""
+    """As in Self-Forcing's training, the exit step replaces the last step."""
     short = [*SIGMAS[: exit_step + 1], 0.0]
     cut = exit_x0(Schedule(4, NUM_BLOCKS, method="block_first"), SIGMAS, exit_step)
     full = whole_rollout_x0(Schedule(exit_step + 1, NUM_BLOCKS, method="block_first"), short, exit_step)

@@ -37,7 +37,7 @@ def arguments(inputs: Path, folder: Path, words: tuple) -> list:
 
 @pytest.fixture(scope="session")
 def start(inputs) -> Callable[..., RankProcesses]:
-    """start(folder, number of ranks, word, ..., **options of RankProcesses): start a run that is going to fail."""
+    """start(folder, number of ranks, word, ..., **options of RankProcesses): start a run that is meant to fail."""
 
     def run(folder: Path, count: int, *words: object, **options: object) -> RankProcesses:
         return RankProcesses(folder, count, arguments(inputs, folder, words), **options)  # type: ignore[arg-type]
@@ -55,7 +55,7 @@ def run_ranks(inputs) -> Iterator[Callable[..., str]]:
 
 @pytest.fixture(scope="session")
 def expected(inputs, command, tmp_path_factory) -> Callable[..., dict[str, torch.Tensor]]:
-    """expected(word, ...): the latents that inference.py makes, by file stem; each made once."""
+    """expected(word, ...): the latents that inference.py generates, by file stem; each command runs once."""
     made: dict[tuple, dict[str, torch.Tensor]] = {}
 
     def make(*words: object) -> dict[str, torch.Tensor]:

@@ -42,10 +42,10 @@ def test_a_rank_that_dies_during_a_video_is_named_and_the_frames_are_kept(start,
         assert run.wait(60).count(1) == 3, run.output
         assert run.output.count("error:") == 1
         assert f"error: rank {rank} (" in run.output and "has died" in run.output
-        if rank < 3:  # rank 3 writes the file itself: its frames stay in the hidden partial file
+        if rank < 3:  # rank 3 is the writer: its frames stay in the hidden partial file
             [video] = run.folder.glob("*.unfinished.mp4")
             assert len(read_video(video)[0]) > 10 and "the frames so far are in" in run.output
-        run_ranks(run.folder, 1, "--num_output_frames", "6")  # leftovers do not disturb the next run
+        run_ranks(run.folder, 1, "--num_output_frames", "6")  # the next run ignores leftovers
         assert not list(run.folder.glob("*.unfinished.mp4")) and not partial_files(run.folder)
 
 
@@ -57,7 +57,7 @@ def test_a_rank_that_dies_at_the_start_is_named(start, tmp_path):
         run.kill(rank)
     for rank, run in runs.items():
         assert run.wait(60).count(0) == 0
-        # Rank 0 serves the store here: without it, the others cannot learn which rank is missing.
+        # Rank 0 serves the store here. Without the store, the other ranks cannot find out which rank is missing.
         assert f"rank {rank} (" in run.output or (rank == 0 and "no answer from" in run.output)
 
 

@@ -13,7 +13,7 @@ from rank_processes import read_latents_in
 from pipeline.parallel.profile import RankProfile
 from scripts import pipeline_parallel_inference
 
-# Words, and the numbers of ranks; with 2 and 4 ranks, blocks are also sent after their context write.
+# Words of the command, and the numbers of ranks. With 2 and 4 ranks, --no_dac is tested, too.
 CASES = {
     "timestep-first": ((), (1, 2, 3, 4, 6)),
     "a block-first start": (("--inference_method", "hybrid_block0"), (1, 2, 3, 4, 6)),
@@ -24,7 +24,10 @@ CASES = {
     "clean context": (("rollout.context=clean",), (3, 4)),
     "input context": (("rollout.context=input",), (3, 4)),
     "two steps at once": (("rollout.leading_steps=2",), (3, 4)),
-    "block-first": (("--inference_method", "frame_first", "--data_path", "two.txt"), (3, 4)),  # 4 are two pipelines
+    "block-first": (
+        ("--inference_method", "frame_first", "--data_path", "two.txt"),
+        (3, 4),
+    ),  # 4 ranks form two pipelines
 }
 
 

@@ -1,4 +1,4 @@
-"""pipeline/parallel/transport.py: sends never wait behind posted receives, nor one receiver behind another."""
+"""pipeline/parallel/transport.py: a send never waits for a posted receive, or for another receiver."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 
 
 class FakeNetwork:
-    """torch.distributed for one rank at a time: records operations and waits, and transfers nothing."""
+    """A fake torch.distributed for one rank at a time: records operations and waits, transfers nothing."""
 
     def __init__(self) -> None:
         self.rank = 0
