@@ -1,15 +1,18 @@
 """Downloads of public weights and prompts from the Hugging Face Hub."""
 
+import contextlib
 import fnmatch
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
-from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub import HfApi, ModelInfo, hf_hub_download, snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 
+from utils.download_lock import DownloadLock, check_download, hash_files, lock_path, read_lock, write_lock
 from utils.errors import UserError
 from utils.files import writable_folder
 
@@ -46,30 +49,83 @@ DOWNLOADS = {
 MODEL_FILES = ["*.json", "*.safetensors", "*.pth", "*.model", "*.txt", "LICENSE*"]
 
 
-def fetch_weights(download: Download, root: Path) -> Path:
-    """Download to `root / download.destination` and return this path. An existing file is not downloaded again.
+def fetch_weights(download: Download, root: Path, revision: str | None = None) -> Path:
+    """Download to `root / download.destination`, write its lock file, and return the path.
+
+    If there is a lock file already, its revision is downloaded, and the files must be those of the lock file. Nothing
+    is downloaded if they all exist.
+
+    Args:
+        revision: a commit, branch or tag; default: that of the lock file, else the newest.
 
     Raises:
-        UserError: if the network fails, or the repository or the file does not exist.
+        UserError: without network, if the repository, revision or file does not exist, or if a file differs from the
+            lock file.
     """
-    page, target = f"https://huggingface.co/{download.repo}", root / download.destination
-    if download.file is not None and target.exists():
+    target = root / download.destination
+    lock = read_lock(target)
+    if lock is not None and lock.repo != download.repo:
+        raise UserError(f"{lock_path(target)} is of {lock.repo}, not {download.repo}; delete it and {target}")
+    if lock is None and target.is_file():
+        if revision is not None:
+            raise UserError(f"{target} exists without a lock file, so its revision is unknown; delete it first")
+        return target  # downloaded by hand
+    complete = lock is not None and all(file.is_file() for file in lock.paths(target))
+    if complete and revision in (None, lock.revision if lock else None):
+        check_download(target)
         return target
-    try:
+    with _hub_errors(f"https://huggingface.co/{download.repo}", revision):
         # Request the revision first: without network, snapshot_download would return an incomplete folder.
-        repo = HfApi().model_info(download.repo)
-        if download.file is None:
-            writable_folder(target)
-            snapshot_download(download.repo, revision=repo.sha, local_dir=target, allow_patterns=MODEL_FILES)
-            return target
-        names = fnmatch.filter((file.rfilename for file in repo.siblings or ()), download.file)
-        if not names:
-            raise UserError(f"{page} has no file {download.file}; look for its new name on that page")
+        wanted = revision or (lock.revision if lock else None)
+        repo = HfApi().model_info(download.repo, revision=wanted, files_metadata=True)
+        if lock is not None and repo.sha != lock.revision:
+            raise UserError(
+                f"{lock_path(target)} pins revision {lock.revision}, but {wanted} is {repo.sha}; to change it, delete "
+                f"the lock file and {target}"
+            )
+        return _download(download, target, repo, lock)
+
+
+def _download(download: Download, target: Path, repo: ModelInfo, lock: DownloadLock | None) -> Path:
+    """Download one revision and compare its files with the hub's hashes and the lock file, or write the lock file."""
+    hashes = {file.rfilename: file.lfs.sha256 if file.lfs else None for file in repo.siblings or ()}
+    patterns = MODEL_FILES if download.file is None else [download.file]
+    names = [name for name in hashes if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+    if not names:
+        page = f"https://huggingface.co/{download.repo}"
+        raise UserError(f"{page} has no file {download.file or ', '.join(patterns)}; look for its new name on that page")
+    if download.file is None:
+        folder = writable_folder(target)
+        snapshot_download(download.repo, revision=repo.sha, local_dir=target, allow_patterns=MODEL_FILES)
+    else:
         # hf_hub_download keeps the path inside the repository, so a single file is moved afterwards.
-        staging = writable_folder(target.parent / f".{target.name}.download")
-        os.replace(hf_hub_download(download.repo, names[0], revision=repo.sha, local_dir=staging), target)
-        shutil.rmtree(staging)
-        return target
+        folder, names = target.parent / f".{target.name}.download", names[:1]
+        if folder.is_symlink():
+            raise UserError(f"{folder} is a symbolic link, and would overwrite other files; delete the link")
+        hf_hub_download(download.repo, names[0], revision=repo.sha, local_dir=writable_folder(folder))
+    found = DownloadLock(download.repo, str(repo.sha), hash_files(folder, names))
+    expected = {name: sha256 for name, sha256 in hashes.items() if sha256}
+    expected |= {name: locked.sha256 for name, locked in (lock.files if lock else {}).items()}
+    for name, file in found.files.items():
+        if file.sha256 != expected.get(name, file.sha256):
+            raise UserError(
+                f"{folder / name} has sha256 {file.sha256}, not {expected[name]}; delete it and download it again"
+            )
+    if lock is None:
+        write_lock(target, found)
+    if download.file is not None:
+        os.replace(folder / names[0], target)
+        shutil.rmtree(folder)
+    return target
+
+
+@contextlib.contextmanager
+def _hub_errors(page: str, revision: str | None) -> Iterator[None]:
+    """Turn the hub's errors into one line."""
+    try:
+        yield
+    except RevisionNotFoundError:
+        raise UserError(f"{page} has no revision {revision}; give a commit, branch or tag of its page") from None
     except RepositoryNotFoundError:
         raise UserError(f"{page} does not exist, or you have no access; to log in: hf auth login") from None
     except (httpx.HTTPError, ConnectionError, TimeoutError, LocalEntryNotFoundError) as error:

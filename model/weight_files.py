@@ -17,6 +17,7 @@ from torch import Tensor
 
 from model.weight_checks import check_weights, check_zip
 from model.weight_names import DIT_NAMES, State, join_names, rename, without_wrappers
+from utils.download_lock import check_loaded
 from utils.errors import UserError
 from utils.files import atomic_path, read_json, writable_folder, write_json
 
@@ -41,7 +42,7 @@ def read_checkpoint(path: str | Path, use_ema: bool = False) -> State:
         use_ema: read `generator_ema`, the moving average of the trained weights, instead of `generator`.
 
     Raises:
-        UserError: if the file is missing, cut off, unsafe to read, or lacks these weights.
+        UserError: if the file is missing, cut off, unsafe to read, lacks these weights, or differs from its lock file.
     """
     state = read_state(Path(path), use_ema)
     names = {name: without_wrappers(name) for name in state}
@@ -52,6 +53,7 @@ def read_checkpoint(path: str | Path, use_ema: bool = False) -> State:
 
 def read_state(path: Path, use_ema: bool = False) -> State:
     """Return the state dict in a file or folder under its own names. Arguments and errors as in `read_checkpoint`."""
+    check_loaded(path)
     content = _read(path)
     if _is_state(content) and not use_ema:
         return content

@@ -27,6 +27,7 @@ from model.weight_checks import (
 )
 from model.weight_files import HOW_TO_DOWNLOAD, read_checkpoint, read_model_json, read_state
 from model.weight_names import UMT5_NAMES, State, join_names, num_layers, rename
+from utils.download_lock import check_loaded
 from utils.errors import UserError
 
 Net = TypeVar("Net", bound=nn.Module)
@@ -224,11 +225,12 @@ class ModelDirectory:
         """Open a folder in diffusers' layout (model_index.json) or in Wan's own (config.json).
 
         Raises:
-            UserError: if the folder has neither layout.
+            UserError: if the folder has neither layout, or differs from the lock file of its download.
         """
         path = Path(path)
         if not path.is_dir():
             raise UserError(f"model folder {path} does not exist; check the path, or {HOW_TO_DOWNLOAD}")
+        check_loaded(path)
         if (path / "model_index.json").is_file():
             return cls(path, "diffusers")
         config = path / "config.json"
@@ -306,7 +308,7 @@ class ModelDirectory:
         encoder = build_from_state(lambda: UMT5EncoderModel(config), state, source, dtype, fp32)
         encoder.set_input_embeddings(encoder.shared)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(tokens, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(tokens, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise UserError(f"cannot load the tokenizer in {tokens} ({error}); copy or download it again") from None
         check_vocabulary(tokenizer, len(encoder.shared.weight), tokens)

@@ -4,6 +4,10 @@
     python scripts/download_weights.py wan-1.3b hiar
 
 Run the same command again to resume an interrupted download.
+
+A lock file beside each download, such as ckpts/hiar.pt.lock.json, holds the revision and the sha256 of every file. Keep
+it under version control: with it, the same command downloads the same files anywhere, or fails. Loading compares sizes,
+and the sha256 of files that are small or changed later; --check compares the sha256 of all files.
 """
 
 import argparse
@@ -13,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from model.downloads import DOWNLOADS, downloads_table, fetch_weights
+from utils.download_lock import check_download
 from utils.errors import UserError, command
 
 
@@ -20,6 +25,8 @@ from utils.errors import UserError, command
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help="downloads, see --list")
+    parser.add_argument("--revision", help="commit, branch or tag to download; default: the lock file's, or the newest")
+    parser.add_argument("--check", action="store_true", help="download nothing; compare all files with the lock file")
     parser.add_argument("--list", action="store_true", help="list all downloads and exit")
     parser.add_argument("--root", type=Path, default=Path(), help="folder for all downloads (default: current folder)")
     args = parser.parse_args()
@@ -30,8 +37,15 @@ def main() -> None:
     if unknown or not args.names:
         problem = f"unknown name {unknown[0]}" if unknown else "no name given"
         raise UserError(f"{problem}; choose from {', '.join(DOWNLOADS)}")
+    if args.revision and (len(args.names) > 1 or args.check):
+        raise UserError("--revision needs exactly one NAME and no --check: each repository has its own revisions")
     for name in args.names:
-        print(f"{name}: {fetch_weights(DOWNLOADS[name], args.root)} (licence: {DOWNLOADS[name].license})")
+        if args.check:
+            check_download(args.root / DOWNLOADS[name].destination)
+            print(f"{name}: all files are those of the lock file")
+        else:
+            path = fetch_weights(DOWNLOADS[name], args.root, args.revision)
+            print(f"{name}: {path} (licence: {DOWNLOADS[name].license})")
 
 
 if __name__ == "__main__":

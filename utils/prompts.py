@@ -11,6 +11,7 @@ from pathlib import Path
 
 import ftfy
 
+from utils.download_lock import check_loaded
 from utils.errors import UserError
 
 _NAME_CHARACTERS = 100  # characters of the prompt in a file name, as in Self-Forcing
@@ -97,6 +98,7 @@ def unique_stems(prompts: Sequence[Prompt], num_samples: int, save_with_index: b
 
 def _read_lines(path: str | os.PathLike[str]) -> list[str]:
     path = Path(path)
+    check_loaded(path)
     try:
         with path.open(encoding="utf-8-sig") as file:  # -sig removes a byte order mark
             lines = [line.strip() for line in file]
