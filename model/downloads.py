@@ -93,7 +93,9 @@ def _download(download: Download, target: Path, repo: ModelInfo, lock: DownloadL
     names = [name for name in hashes if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
     if not names:
         page = f"https://huggingface.co/{download.repo}"
-        raise UserError(f"{page} has no file {download.file or ', '.join(patterns)}; look for its new name on that page")
+        raise UserError(
+            f"{page} has no file {download.file or ', '.join(patterns)}; look for its new name on that page"
+        )
     if download.file is None:
         folder = writable_folder(target)
         snapshot_download(download.repo, revision=repo.sha, local_dir=target, allow_patterns=MODEL_FILES)
