@@ -35,8 +35,8 @@ python train.py --config_path configs/shapes/hiar.yaml --dry-run train.max_itera
 The metadata (.json) beside a generated video holds its configuration, and can replace the YAML file.
 
 A value may refer to another key, as in `width: ${video.height}`. Functions such as `${oc.env:HOME}` are errors: the
-configuration is stored beside videos and checkpoints, printed, and sent to W&B. A file from somebody else could copy a
-password from your environment into all of these. Let the shell insert such a value: `data.path="$HOME/pairs"`.
+configuration is stored beside videos and checkpoints, printed, and sent to W&B. An untrusted file could copy a password
+from your environment into all of these. Let the shell insert such a value: `data.path="$HOME/pairs"`.
 """
 
 
