@@ -24,16 +24,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--resume", default="auto", help="a checkpoint folder, or auto: the last one in --logdir, if any"
     )
-    parser.add_argument("--min_exit_step", type=int, help="first step at which a rollout may stop")
+    parser.add_argument("--min_exit_step", type=int, help="same as distill.min_exit_step")
     parser.add_argument("--disable-wandb", action="store_true", help="same as train.wandb=off")
     parser.add_argument("--wandb-save-dir", help="same as train.wandb_dir")
-    parser.add_argument("--no_save", action="store_true", help="write no checkpoints")
-    parser.add_argument(
-        "--no_visualize", action="store_true", help="write no sample videos, same as train.sample_every=0"
-    )
+    parser.add_argument("--no_save", action="store_true", help="same as train.save=false")
+    parser.add_argument("--no_visualize", action="store_true", help="same as train.sample_every=0: no sample videos")
     parser.add_argument(
         "--dry-run", action="store_true",
-        help="print the resolved configuration and the memory per rank (for world_size=N ranks), and exit",
+        help="print the configuration and the memory per rank, and exit; world_size=N sets the number of ranks",
     )  # fmt: skip
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the configuration")
     return parser.parse_intermixed_args()
