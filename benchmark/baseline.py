@@ -47,8 +47,8 @@ class CleanBlocks(list[Tensor]):
 class BaselineDenoiser:
     """A `BlockDenoiser` that runs the whole window through the network in each pass.
 
-    Its speed is comparable with that of `Denoiser`. Its results differ from the second block on, because the network
-    gets one noise level, that of the current block, for the whole window.
+    Its speed is comparable with that of `Denoiser`. Its results differ from the second block on, because the whole
+    window gets the noise level of the current block.
     """
 
     def __init__(self, net: WanTransformer3DModel, embeddings: Tensor, context_frames: int):

@@ -204,8 +204,7 @@ class CausalWanModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
     ) -> None:
         """Append the keys and values of one block to the cache. The class describes the common arguments.
 
-        The pass ends with the keys and values of the last layer, because only a prediction needs the rest of that layer
-        and the head.
+        The pass ends with the keys and values of the last layer. Only a prediction needs the rest.
 
         Raises:
             ValueError: if autograd and gradient checkpointing are on.

@@ -194,8 +194,8 @@ def use_channels_last_(net: nn.Module) -> None:
 def use_fast_cpu_kernels_(net: nn.Module) -> None:
     """Replace slow CPU kernels in diffusers' VAE with faster equivalents.
 
-    For a batch of one clip, PyTorch's own 3D convolution is about five times slower than oneDNN's, which PyTorch uses
-    for larger batches. RMS normalisation is slow too, because its norm is not over the last dimension.
+    PyTorch uses oneDNN's 3D convolution only for batches of several clips; for one clip, its own is about five times
+    slower. RMS normalisation is slow too, because its norm is not over the last dimension.
     """
     for module in net.modules():
         if isinstance(module, nn.Conv3d):

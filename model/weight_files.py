@@ -33,9 +33,9 @@ _UNREADABLE = (
 def read_checkpoint(path: str | Path, use_ema: bool = False) -> State:
     """Return a transformer's weights from a file or folder, under diffusers' names, on the CPU and as stored.
 
-    A file is in safetensors' or torch's format. It holds a state dict under Wan's or diffusers' names, or, as in HiAR,
-    Self-Forcing and CausVid, a dict with such a state dict under `generator`, `generator_ema` or `model`. A folder
-    holds one such file, or shards with their index. Tensors are memory-mapped if the format allows it.
+    A file is in safetensors' or torch's format and holds a state dict under Wan's or diffusers' names. Checkpoints of
+    HiAR, Self-Forcing and CausVid hold it under the key `generator`, `generator_ema` or `model`. A folder holds one
+    such file, or shards with their index. Tensors are memory-mapped if the format allows it.
 
     Args:
         path: the file or folder. If it is a model folder, its transformer is read.

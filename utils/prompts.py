@@ -68,10 +68,10 @@ def clean_prompt(text: str) -> str:
 def file_stem(prompt: Prompt, sample: int, save_with_index: bool = False) -> str:
     """Return the file name, without suffix, of one sample: `{prompt[:100]}-{sample}`, or `{index}-{sample}`.
 
-    A prompt that is a safe file name is used unchanged. In any other prompt, unsafe characters (path separators,
-    reserved and control characters, leading dots and dashes) are replaced or removed, and long text is cut. Then eight
-    digits of a hash of the prompt are appended. The name has at most 200 bytes of UTF-8. Equal prompts have equal
-    names: use `unique_stems` for the prompts of one run.
+    A prompt that is a safe file name is used unchanged. In any other prompt, unsafe characters are replaced or removed:
+    path separators, reserved and control characters, leading dots and dashes. Long text is cut, and eight digits of a
+    hash of the prompt are appended. The name has at most 200 bytes of UTF-8. Equal prompts have equal names: use
+    `unique_stems` for the prompts of one run.
     """
     return f"{prompt.index if save_with_index else _safe(prompt.name)}-{sample}"
 

@@ -320,7 +320,7 @@ def read_video(
         return np.stack(list(video)), video.fps
 
 
-def _decode(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.VideoFrame]:
+def _decode_frames(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.VideoFrame]:
     """Yield the frames of a stream; skip broken packets, and end where the file is cut off."""
     packets = container.demux(stream)
     while True:
@@ -337,7 +337,7 @@ def _decode(container: av.container.InputContainer, stream: av.VideoStream) -> I
 def _resample(container: av.container.InputContainer, stream: av.VideoStream, rate: Fraction) -> Iterator[np.ndarray]:
     """Yield the frames of a stream as RGB arrays, upright and at a constant rate."""
     graph = None
-    for frame in itertools.chain(_decode(container, stream), [None]):
+    for frame in itertools.chain(_decode_frames(container, stream), [None]):
         if graph is None:
             if frame is None:
                 return

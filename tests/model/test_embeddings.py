@@ -1,8 +1,8 @@
 """model/embeddings.py: the cache of prompt embeddings.
 
 Claims: cached embeddings have the bits of fresh ones. Memory is bounded and drops the least recently used. Files on
-disk hold no padding, are found from copies of the model but not from other encoders, and are replaced if broken. The
-encoder is loaded only if an embedding is missing.
+disk hold no padding and are replaced if broken. A copy of the model finds them; another encoder does not. The encoder
+is loaded only if an embedding is missing.
 """
 
 import json
