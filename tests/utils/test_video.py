@@ -255,14 +255,14 @@ def test_frames_are_decoded_on_demand(out, monkeypatch):
     with VideoWriter(out / "a.mp4", fps=24) as video:
         video.write(clip(40))
     whole, _ = read_video(out / "a.mp4")
-    decode, decoded = video_module._decode, []
+    decode, decoded = video_module._decode_frames, []
 
     def counting(*arguments):
         for frame in decode(*arguments):
             decoded.append(frame)
             yield frame
 
-    monkeypatch.setattr(video_module, "_decode", counting)
+    monkeypatch.setattr(video_module, "_decode_frames", counting)
     with VideoReader(out / "a.mp4") as reader:
         assert (reader.fps, reader.height, reader.width) == (24, 64, 64)
         stream = iter(reader)
