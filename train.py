@@ -9,7 +9,7 @@ in --logdir. docs/config.md lists all configuration keys, docs/training.md expla
 import argparse
 from pathlib import Path
 
-from utils.config import DIT_OBJECTIVES, Config, load_config, num_micro_batches
+from utils.config import DIT_OBJECTIVES, Config, config_flags, load_config, num_micro_batches
 from utils.distributed import world_size
 from utils.errors import UserError, command
 
@@ -48,13 +48,14 @@ def read_config(args: argparse.Namespace) -> Config:
     }
     overrides = [word for word in args.overrides if not word.startswith(WORLD_SIZE)]
     overrides += [f"{key}={value}" for key, value in flags.items() if value is not None]
-    return load_config(args.config_path, overrides)
+    return load_config(args.config_path, overrides, for_training=True)
 
 
 @command
 def main() -> None:
     args = parse_arguments()
     config = read_config(args)
+    args.logdir = args.logdir or config_flags(args.config_path).get("logdir")
     planned = [word.removeprefix(WORLD_SIZE) for word in args.overrides if word.startswith(WORLD_SIZE)]
     if args.dry_run:
         dry_run(config, planned[-1] if planned else str(world_size()))

@@ -7,7 +7,7 @@ import argparse
 import json
 from typing import Any
 
-from utils.config import Config, load_config
+from utils.config import Config, config_flags, load_config
 from utils.errors import UserError
 from utils.prompts import Prompt, read_prompts, unique_stems
 
@@ -45,7 +45,7 @@ def shared_arguments() -> argparse.ArgumentParser:
     parser.add_argument("--num_output_frames", help="latent frames, prefix included; F make 4(F-1)+1 pixel frames")
     parser.add_argument("--use_ema", action="store_true", help="use the checkpoint's generator_ema")
     parser.add_argument("--seed", help="seed of the noise; each sample number gives other noise")
-    parser.add_argument("--num_samples", type=int, default=1, help="videos per prompt")
+    parser.add_argument("--num_samples", type=int, help="videos per prompt; default: 1")
     parser.add_argument("--save_with_index", action="store_true", help="name files by prompt number, not prompt text")
     parser.add_argument("--inference_method", choices=METHODS, help="default: the config's rollout.schedule")
     parser.add_argument("--num_frame_first_blocks", help="number of leading blocks of hybrid_block0")
@@ -66,12 +66,27 @@ def shared_arguments() -> argparse.ArgumentParser:
     return parser
 
 
+def apply_config_flags(args: argparse.Namespace) -> None:
+    """Fill in the flags that a file of the originals states, where the command line does not."""
+    flags = config_flags(args.config_path)
+    if args.prompt is not None:
+        flags.pop("data_path", None)
+    if "output_folder" in flags:  # of inference.py; the pipeline calls it output_path
+        flags["output_path"] = flags["output_folder"]
+    for flag, value in flags.items():
+        if getattr(args, flag, 0) in (None, False):
+            setattr(args, flag, value)
+    if args.num_samples is None:
+        args.num_samples = 1
+
+
 def check_arguments(args: argparse.Namespace) -> None:
-    """Check values that the parser does not check, and flags that exclude each other.
+    """Complete the flags from the configuration file; check values and flags that exclude each other.
 
     Raises:
         UserError: for the first such flag.
     """
+    apply_config_flags(args)
     if args.prompt is not None and (args.data_path or not args.prompt.strip()):
         raise UserError("give --prompt TEXT or --data_path FILE")
     if args.extended_prompt_path and not args.data_path:

@@ -5,8 +5,9 @@ The string after each field documents it; `scripts/write_config_docs.py` turns t
 """
 
 import os
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from omegaconf import OmegaConf
@@ -14,13 +15,16 @@ from omegaconf.errors import OmegaConfBaseException
 
 from utils import config_checks
 from utils.config_files import parse_overrides, read_yaml_layers, refuse_functions, restore_off
+from utils.distributed import rank
 from utils.errors import UserError
 from utils.files import read_json
+from utils.foreign_config import translate_file
 
 DType = Literal["float32", "bfloat16", "float16"]
 ObjectiveName = Literal[
     "", "text_attributes", "vae_reconstruction", "flow_matching", "ode_regression", "score_distillation"
 ]
+CONVERT = "scripts/convert_config.py"
 DIT_OBJECTIVES = ("flow_matching", "ode_regression", "score_distillation")
 """Objectives that train a DiT. The others train the miniature's text encoder and VAE."""
 
@@ -291,13 +295,15 @@ class Config:
         return OmegaConf.to_yaml(OmegaConf.structured(self))
 
 
-def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: str, overrides: Sequence[str] = (), for_training: bool = False) -> Config:
     """Load a YAML file on top of the defaults, then apply the overrides.
 
-    The key `inherit: other.yaml` names a file that is loaded first; its path is relative to the inheriting file.
+    The key `inherit: other.yaml` names a file that is loaded first; its path is relative to the inheriting file. A file
+    of HiAR, Self-Forcing, CausVid or LongLive is translated, and the translation is printed to stderr.
 
     Args:
         path: YAML file, or the metadata (.json) beside a generated video, which contains its configuration.
+        for_training: refuse a file of theirs that training cannot honour.
         overrides: `section.key=value` arguments; `section.key=` sets an empty string.
 
     Raises:
@@ -307,7 +313,25 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"no config file {path}; choose a file in configs/")
     metadata = read_metadata(path)
     files = read_yaml_layers(path) if metadata is None else [OmegaConf.create(metadata["config"])]
+    translation = translate_file(path, files[-1], all_keys(), for_training) if len(files) == 1 else None
+    if translation is not None:
+        files = [OmegaConf.create(translation.values)]
+        if rank() == 0:
+            print(f"{path} is translated ({CONVERT} writes it to a file):\n{translation}", file=sys.stderr)
     return _merge([OmegaConf.structured(Config), *files], overrides, path)
+
+
+def all_keys() -> list[str]:
+    """Return all keys of the schema, as section.key."""
+    return [f"{section.name}.{key.name}" for section in fields(Config) for key in fields(section.type)]  # type: ignore[arg-type]
+
+
+def config_flags(path: str) -> dict[str, Any]:
+    """Return the command-line flags that a file of HiAR, Self-Forcing, CausVid or LongLive states."""
+    if not os.path.isfile(path) or path.endswith(".json"):
+        return {}
+    translation = translate_file(path, read_yaml_layers(path)[-1], all_keys())
+    return {} if translation is None else translation.flags
 
 
 def override_config(config: Config, overrides: Sequence[str]) -> Config:
