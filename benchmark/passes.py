@@ -15,7 +15,7 @@ PASSES = ("denoise", "context", "context+denoise")
 
 
 def measure_passes(networks: BenchmarkNetworks, names: Sequence[str], repeats: Repeats, peak_flops: float) -> Results:
-    """Measure passes of one block next to a full window of random keys and values, executed by a `Rollout`.
+    """Measure passes of one block with a full window of random keys and values, executed by a `Rollout`.
 
     Args:
         names: from PASSES. The results `flops` and `share_of_peak` are for the first of them.

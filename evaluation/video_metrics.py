@@ -33,6 +33,7 @@ def _drift(name: str, unit: str, scale: float, digits: int) -> Metric:
     return Metric(f"{name}_drift", f"{name}, last quarter minus first", unit, scale, digits, (name,), quarter_change)
 
 
+# Append a new metric here; docs/extend.md has an example.
 PIXEL_METRICS = (
     Metric("motion", "pixel change per frame", "of 255", 1.0, 2),
     Metric("flow", "mean length of the strongest 5% of the optical flow", "% of diagonal", 1.0, 2),
@@ -49,8 +50,13 @@ PIXEL_METRICS = (
     _drift("saturation", "of 255", 1.0, 1),
     _drift("sharpness", "%", 100.0, 1),
     Metric(
-        *("palette_drift", "change of the colour distribution from first to last quarter", "of 255", 1.0, 1),
-        *(_PALETTE_CURVES, quarter_distance),
+        "palette_drift",
+        "change of the colour distribution from first to last quarter",
+        "of 255",
+        1.0,
+        1,
+        inputs=_PALETTE_CURVES,
+        reduce=quarter_distance,
     ),
     Metric("pixel_seam", "warp_error at block borders", "of 255", 1.0, 2),
     Metric("pixel_inside", "warp_error between latent frames inside blocks", "of 255", 1.0, 2),

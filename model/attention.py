@@ -1,4 +1,4 @@
-"""Self-attention: over a whole clip (full or block-causal), or of one block next to a KV cache.
+"""Self-attention: over a whole clip (full or block-causal), or of one block over itself and a KV cache.
 
 Queries, keys and values are [B, N, heads, head_dim] in every function here.
 """

@@ -177,7 +177,7 @@ class CausalWanModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
         first_frame: int = 0,
         append: bool = False,
     ) -> Tensor:
-        """Predict the flow [B, C, F, h, w] of one block next to the cache's context.
+        """Predict the flow [B, C, F, h, w] of one block, with the context in the cache.
 
         The class describes the common arguments.
 

@@ -217,7 +217,7 @@ def build_rollout(
         num_frames: latent frames of the video, prefix included; default: `config.video.num_output_frames`.
         size: height and width of the latents; default: those of `config.video`.
         dtype: dtype of the cached keys and values; default: `config.model.dtype`.
-        history_frames: evicted frames that a cache keeps for `TrainingRollout.denoise_again`.
+        history_frames: evicted frames that a cache keeps for `TrainingRollout.replay`.
         rollout_class: `Rollout`, `TrainingRollout` or `StageRollout`.
         options: further arguments of `rollout_class`. They replace arguments that this function computes.
     """

@@ -42,11 +42,11 @@ class TrainingRollout(Rollout):
         self.with_grad = with_grad
         self.exit_inputs: dict[int, ExitInput] = {}
 
-    def denoise_again(self, block: int) -> Tensor:
-        """Repeat a block's exit-step Denoise after the rollout, and return its x0 with a graph.
+    def replay(self, block: int) -> Tensor:
+        """Repeat a block's Denoise at the exit step after the rollout; return its x0 [B, F, C, h, w] with a graph.
 
         Each block's gradient depends only on the gradient at its own output, so one graph at a time is enough. The
-        cache's history must reach back to the block.
+        cache must still hold the block's context (`history_frames` of `build_rollout`).
         """
         inputs = self.exit_inputs[block]
         inputs.cache.freeze()
@@ -71,6 +71,6 @@ class TrainingRollout(Rollout):
             super()._denoise(op, cache, write)
 
     def _release_cache(self, number: int) -> None:
-        """Keep the caches that `denoise_again` reads."""
+        """Keep the caches that `replay` reads."""
         if all(inputs.cache is not self.caches[number] for inputs in self.exit_inputs.values()):
             super()._release_cache(number)

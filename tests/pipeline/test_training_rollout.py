@@ -116,7 +116,7 @@ def test_gradients_block_by_block_equal_those_of_the_whole_graph(net, variant, c
             # All blocks share the graph of the text.
             rollout.denoiser = rollout_of(net, context, history, exit_step, []).denoiser
             for block in (3, 2, 4):
-                x0 = rollout.denoise_again(block)
+                x0 = rollout.replay(block)
                 torch.testing.assert_close(x0, expected[block], atol=1e-5, rtol=1e-5)
                 (x0 * weight[block]).sum().backward(retain_graph=True)
         finally:
@@ -147,9 +147,9 @@ def test_inference_keeps_no_cache():
     assert len(outputs) == 3 and not rollout.caches
 
 
-def test_a_block_without_its_context_cannot_be_denoised_again(net):
+def test_a_block_without_its_context_cannot_be_replayed(net):
     schedule = Schedule(4, NUM_BLOCKS)
     rollout = rollout_of(net, 2, 1, 0, [])
     list(rollout.run(list(schedule.ops_until(0)), [0]))
     with pytest.raises(ValueError, match="does not hold the context before frame 4"):
-        rollout.denoise_again(2)
+        rollout.replay(2)

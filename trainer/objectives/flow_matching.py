@@ -22,8 +22,8 @@ class FlowMatching(SingleNetObjective):
 
     `train.forcing` selects the network and the noise:
     - none: bidirectional attention, one noise level per clip;
-    - diffusion: causal attention, one noise level per block, next to the noisy past (arXiv 2407.01392);
-    - teacher: the same next to the clean past (teacher forcing).
+    - diffusion: causal attention, one noise level per block, noisy earlier blocks (arXiv 2407.01392);
+    - teacher: causal attention, one noise level per block, clean earlier blocks (teacher forcing).
     """
 
     def __init__(self, config: Config, device: torch.device):

@@ -168,7 +168,7 @@ class SelfRollout:
             sync_gradients(self.generator, last and block == clip.trained_blocks[-1])
             with mixed_precision(self.config, self.device):
                 clip.rollout.denoiser = self._denoiser(embeddings, graph=True)
-                x0 = clip.rollout.denoise_again(block)
+                x0 = clip.rollout.replay(block)
             x0.backward(block_gradient)
 
     def _draw_exit(self, role: str, iteration: int) -> tuple[int, int]:
