@@ -13,7 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from model.text_encoder import TextEncoder
+from model.weight_checks import is_finite
 from model.weights import TEXT_ENCODER_FILES, ModelDirectory
+from utils.errors import UserError
 from utils.files import atomic_path, fingerprint, writable_folder
 from utils.prompts import clean_prompt
 
@@ -105,6 +107,8 @@ class EmbeddingCache:
     def _encode(self, key: str, prompt: str) -> Tensor:
         """Encode a prompt and write its embedding to the folder."""
         padded = self.encoder.encode([prompt])[0].cpu()
+        if not is_finite(padded):
+            raise UserError(f"the text encoder returns NaN or infinity for {prompt!r:.60}; try model.dtype=float32")
         used = padded.any(dim=1).nonzero()
         embedding = padded[: int(used[-1]) + 1 if len(used) else 0].clone()
         if self.folder is not None:
@@ -113,7 +117,11 @@ class EmbeddingCache:
         return embedding
 
     def _read(self, key: str) -> Tensor | None:
-        """Return an embedding from disk; None if its file is missing or broken, so that it is encoded again."""
+        """Return an embedding from disk; None if its file is missing or broken, so that it is encoded again.
+
+        Raises:
+            UserError: if it holds NaN: then the encoder that wrote it may be at fault, and so may other files.
+        """
         if self.folder is None or not (file := self._file(self.folder, key)).exists():
             return None
         try:
@@ -121,6 +129,8 @@ class EmbeddingCache:
         except (SafetensorError, KeyError):
             return None
         valid = embedding.ndim == 2 and len(embedding) <= self.encoder.length and embedding.is_floating_point()
+        if valid and not is_finite(embedding):
+            raise UserError(f"the embedding of {key!r:.60} in {file} holds NaN or infinity; delete {self.folder}")
         return embedding if valid else None
 
     def _file(self, folder: Path, key: str) -> Path:

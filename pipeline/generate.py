@@ -19,6 +19,7 @@ from utils.config import Config
 from utils.device import pick_device
 from utils.distributed import rank
 from utils.files import writable_folder
+from utils.locks import check_unlocked
 from utils.prompts import Prompt
 
 KEYS_WITHOUT_EFFECT = {  # (section, key) that does not change the video
@@ -69,7 +70,7 @@ def generate_videos(
         batch_size: number of videos to generate at once.
 
     Raises:
-        UserError: for wrong settings or files.
+        UserError: for wrong settings or files, for a video with NaN, or if another process makes one of these videos.
     """
     jobs = missing_videos(config, items, folder, condition, save_latents, overwrite)
     existing = len(items) - len(jobs)
@@ -88,7 +89,8 @@ def generate_videos(
         for number, batch in enumerate(batches):
             started_videos = number * batch_size + len(batch)
             bar.set_description(f"video {started_videos}/{len(jobs)}", refresh=False)
-            make_videos(pipeline, batch, prefix, condition, save_latents, bar)
+            if overwrite or not all(job.files.is_complete(save_latents) for job in batch):
+                make_videos(pipeline, batch, prefix, condition, save_latents, bar)
     pixel_frames = len(jobs) * num_pixel_frames(config.video.num_output_frames)
     return RunSummary(len(jobs), existing, folder, time.perf_counter() - started, pixel_frames)
 
@@ -101,13 +103,17 @@ def missing_videos(
     save_latents: bool,
     overwrite: bool,
 ) -> list[VideoJob]:
-    """Return a job for every video that the folder lacks, and print how many exist. See `generate_videos`."""
+    """Return a job for every video that the folder lacks, and print how many exist. See `generate_videos`.
+
+    Raises:
+        UserError: if the folder is not writable, or another process makes one of these videos.
+    """
     output = writable_folder(folder)
     jobs = []
     for prompt, sample, stem in items:
         files = VideoFiles(output, stem)
-        complete = files.video.exists() and (files.latents.exists() or not save_latents)
-        if overwrite or not complete:
+        if overwrite or not files.is_complete(save_latents):
+            check_unlocked(files.lock, files.activity)
             jobs.append(VideoJob(prompt, sample, files))
         else:
             print_changed_settings(files, video_metadata(config, prompt, sample, condition))
@@ -164,5 +170,7 @@ def make_videos(
         if prefix is not None:
             output.emit(prefix.expand(len(batch), -1, -1, -1, -1))
         prompts, samples = [job.prompt.text for job in batch], [job.sample for job in batch]
-        for latents in pipeline.generate_blocks(prompts, samples, prefix, show_progress):
-            output.emit(latents)
+        first = pipeline.schedule(0 if prefix is None else prefix.shape[1]).prefix_blocks
+        blocks = pipeline.generate_blocks(prompts, samples, prefix, show_progress)
+        for block, latents in enumerate(blocks, start=first):
+            output.emit(latents, block)

@@ -27,10 +27,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from model.vae import StreamingDecoder, WanVAE
+from model.weight_checks import is_finite
 from utils.config import Config
 from utils.contact_sheet import ContactSheetSampler, save_contact_sheet
 from utils.errors import UserError
 from utils.files import partial_path, write_json
+from utils.locks import lock_file
+from utils.mp4 import is_complete_mp4
 from utils.prompts import Prompt
 from utils.video import VideoWriter, to_uint8
 
@@ -67,8 +70,24 @@ class VideoFiles:
         """The mp4 file with the frames that a failed pipeline wrote."""
         return self.folder / f"{self.stem}.unfinished.mp4"
 
+    @property
+    def lock(self) -> Path:
+        """The hidden file that a process locks while it makes the video."""
+        return self.folder / f".{self.stem}.lock"
+
+    @property
+    def activity(self) -> str:
+        """What the holder of the lock does, for error messages."""
+        return f"making {self.video}"
+
+    def is_complete(self, latents: bool = False) -> bool:
+        """Return whether the video exists, not cut off; with `latents`, its latents must exist, too."""
+        if latents and not (self.latents.exists() and self.latents.stat().st_size):
+            return False
+        return is_complete_mp4(self.video)
+
     def remove_leftovers(self) -> None:
-        """Delete partial files of a killed run."""
+        """Delete partial files of a killed run. Only the process that holds the lock may call this."""
         # Names as `atomic_path` makes them; VideoWriter nests them while it rewrites a file.
         partial = re.compile(rf"\.+{re.escape(self.stem)}(\.\d+\.partial)+(\.\w+)?")
         for file in self.folder.iterdir():
@@ -89,7 +108,8 @@ class VideoJob:
 class VideoOutput:
     """Decodes and writes a batch of videos as their latents arrive. Use it in a `with` statement.
 
-    If the body of the statement fails, all files are deleted.
+    If the body of the statement fails, all files are deleted. Inside the body, the videos are locked: entering
+    raises `UserError` if another process makes one of them.
     """
 
     def __init__(
@@ -122,6 +142,7 @@ class VideoOutput:
         self._videos: list[VideoWriter] = []
         self._latents: list[LatentsWriter] = []
         self._started = time.perf_counter() - seconds
+        self._num_emitted = 0  # latent frames
 
     @classmethod
     def for_jobs(
@@ -139,9 +160,10 @@ class VideoOutput:
         )
 
     def __enter__(self) -> "VideoOutput":
-        for files in self.files:
-            files.remove_leftovers()
         with contextlib.ExitStack() as stack:
+            for files in self.files:
+                stack.enter_context(lock_file(files.lock, files.activity, keep=False))
+                files.remove_leftovers()
             self._videos = [stack.enter_context(VideoWriter(files.video, fps=self.fps)) for files in self.files]
             if self.save_latents:
                 writers = [LatentsWriter(files.latents, self.num_frames) for files in self.files]
@@ -149,9 +171,19 @@ class VideoOutput:
             self._open_files = stack.pop_all()
         return self
 
-    def emit(self, latents: Tensor) -> None:
-        """Decode and write the next latents [B, F, C, h, w], of any number of frames."""
-        for index, frames in enumerate(decode_frames(self._decoder, latents)):
+    def emit(self, latents: Tensor, block: int | None = None) -> None:
+        """Decode and write the next latents [B, F, C, h, w].
+
+        Args:
+            block: number of the block, for error messages.
+
+        Raises:
+            UserError: if the latents or their pixels hold NaN or infinity. It names the block and the video.
+        """
+        part = frame_range(self._num_emitted, latents.shape[1], block)
+        self._num_emitted += latents.shape[1]
+        videos = [files.video.name for files in self.files]
+        for index, frames in enumerate(decode_frames(self._decoder, latents, part, videos)):
             self._videos[index].write(frames)
             if self._sheets:
                 self._sheets[index].add(frames)
@@ -190,11 +222,42 @@ class VideoOutput:
         return [path for path in kept if path is not None]
 
 
-def decode_frames(decoder: StreamingDecoder, latents: Tensor) -> list[np.ndarray]:
-    """Decode the next latents [B, F, C, h, w] to the frames of each video, uint8 [T, H, W, 3]."""
+def frame_range(start: int, count: int, block: int | None = None) -> str:
+    """Return a name for `count` latent frames from `start`, for error messages."""
+    frames = f"latent frame {start}" if count == 1 else f"latent frames {start} to {start + count - 1}"
+    return frames if block is None else f"block {block} ({frames})"
+
+
+def decode_frames(
+    decoder: StreamingDecoder, latents: Tensor, part: str, videos: Sequence[str] = ()
+) -> list[np.ndarray]:
+    """Decode the next latents [B, F, C, h, w] to the frames of each video, uint8 [T, H, W, 3].
+
+    Args:
+        part: name of these latents, for error messages.
+        videos: name of each video, for error messages.
+
+    Raises:
+        UserError: if latents or pixels hold NaN or infinity.
+    """
     # Rearrange the pixels to channels last on the device: on the host it is far slower.
     pixels = decoder.push(latents)
-    return [to_uint8(clip.contiguous(memory_format=torch.channels_last)) for clip in pixels]
+    extrema = [bound(dim=(1, 2, 3, 4)) for x in (latents, pixels) for bound in (x.amin, x.amax)]
+    finite = torch.stack(extrema, dim=1).isfinite()  # [B, 4]; the extrema of a NaN are NaN
+    if finite.is_cuda:  # queued before the pixels' copy, so the host waits only once
+        finite = torch.empty(finite.shape, dtype=torch.bool, pin_memory=True).copy_(finite, non_blocking=True)
+    frames = [to_uint8(clip.contiguous(memory_format=torch.channels_last)) for clip in pixels]
+    for index, (low, high, *of_pixels) in enumerate(finite.tolist()):
+        if not (low and high and all(of_pixels)):
+            raise UserError(not_finite(part, videos[index] if videos else "", decoded=low and high))
+    return frames
+
+
+def not_finite(part: str, video: str = "", decoded: bool = False) -> str:
+    """Return the error message for NaN in a part of a video; `decoded`: the VAE made it from finite latents."""
+    found = f"{part} of {video}" if video else part
+    stage = "was decoded to NaN or infinity by the VAE" if decoded else "holds NaN or infinity"
+    return f"{found} {stage}; no video is written: try model.dtype=float32, or other weights"
 
 
 # ---- Metadata ----
@@ -277,6 +340,8 @@ def read_latents(path: str | os.PathLike[str]) -> Tensor:
         latents = load_file(path)["latents"]
     except (OSError, SafetensorError, KeyError) as error:
         raise UserError(f"cannot read latents from {path} ({error}); --save_latents writes such files") from None
+    if not is_finite(latents):
+        raise UserError(f"latents in {path} hold NaN or infinity; generate that video again")
     if latents.ndim != 4:
         raise UserError(f"latents in {path} must be [F, C, h, w], not {list(latents.shape)}")
     return latents

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from model.vae import WanVAE
+from model.weight_checks import is_finite
 from pipeline.output import read_latents
 from utils.config import Config
 from utils.errors import UserError
@@ -57,4 +58,7 @@ def read_prefix(path: str, config: Config, vae: WanVAE) -> Tensor:
     stride = vae.temporal_stride
     frames = frames[: (len(frames) - 1) // stride * stride + 1]
     pixels = torch.from_numpy(fit(frames, video.height, video.width).copy()).permute(0, 3, 1, 2)[None]
-    return vae.encode(pixels.float() / 127.5 - 1).cpu().contiguous()  # torch.distributed sends contiguous tensors only
+    latents = vae.encode(pixels.float() / 127.5 - 1).cpu().contiguous()  # torch.distributed sends contiguous tensors
+    if not is_finite(latents):
+        raise UserError(f"{path} is encoded to NaN or infinity by the VAE; try model.dtype=float32")
+    return latents

@@ -1,5 +1,6 @@
 """Sample the bidirectional teacher: many steps over a whole clip, with classifier-free guidance."""
 
+import contextlib
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -136,21 +137,26 @@ def write_teacher_videos(
 
     Args:
         batch_size: videos to sample at once.
+
+    Raises:
+        UserError: for wrong files, for a video with NaN, or if another process makes one of the videos.
     """
     device = pick_device(config.runtime.device)
     teacher, vae = Teacher.load(config, device), load_vae(config, device)
     steps, shift = config.teacher.num_inference_steps, config.teacher.timestep_shift
     batches = [jobs[i : i + batch_size] for i in range(0, len(jobs), batch_size)]
     for batch in tqdm(batches, unit="batch", disable=rank() > 0):
-        flow = teacher.flow([job.prompt.text for job in batch])
-        noise = teacher.noise(config.runtime.seed, [job.sample for job in batch])
-        if solver == "unipc":
-            latents = sample_unipc(flow, noise, steps, shift)
-        else:
-            latents = sample_euler(flow, noise, solver_sigmas(steps, shift))[-1]
-        for clip, job in zip(latents, batch, strict=True):
-            metadata = video_metadata(config, job.prompt, job.sample, "") | {"solver": solver}
-            with VideoOutput(vae, [job.files], config.video.fps, len(clip)) as output:
+        with contextlib.ExitStack() as stack:  # locks the videos before they are sampled
+            length = config.data.num_frames
+            outputs = [stack.enter_context(VideoOutput(vae, [job.files], config.video.fps, length)) for job in batch]
+            flow = teacher.flow([job.prompt.text for job in batch])
+            noise = teacher.noise(config.runtime.seed, [job.sample for job in batch])
+            if solver == "unipc":
+                latents = sample_unipc(flow, noise, steps, shift)
+            else:
+                latents = sample_euler(flow, noise, solver_sigmas(steps, shift))[-1]
+            for clip, job, output in zip(latents, batch, outputs, strict=True):
                 for frame in clip[None].split(1, dim=1):
                     output.emit(frame)
+                metadata = video_metadata(config, job.prompt, job.sample, "") | {"solver": solver}
                 write_json(job.files.metadata, metadata)

@@ -14,9 +14,10 @@ from model.causal_wan import CausalWanModel
 from model.denoiser import Denoiser
 from model.embeddings import EmbeddingCache
 from model.vae import WanVAE
+from model.weight_checks import is_finite
 from model.weights import ModelDirectory
 from pipeline.build import build_rollout, build_schedule, check_size, load_embeddings, load_network, load_vae
-from pipeline.output import decode_frames, video_metadata
+from pipeline.output import decode_frames, frame_range, not_finite, video_metadata
 from pipeline.prefix import check_prefix_exists, read_prefix
 from pipeline.rollout import Rollout
 from pipeline.schedule import Op, Schedule
@@ -115,12 +116,16 @@ class TextToVideo:
             video: path of the clip, or of the saved latents, that the video continues.
 
         Raises:
-            UserError: for an empty prompt, an impossible length, or a prefix that cannot be read.
+            UserError: for an empty prompt, an impossible length, a prefix that cannot be read, or a video with NaN.
         """
         started = time.perf_counter()
         pipe = self._with(seed, num_frames)
         condition = _prefix_path(image, video)
-        blocks = [latents.cpu() for latents in pipe._blocks_of(prompt, sample, condition)]
+        blocks: list[Tensor] = []
+        for part, latents in pipe._blocks_of(prompt, sample, condition):
+            blocks.append(latents.cpu())
+            if not is_finite(blocks[-1]):
+                raise UserError(not_finite(part))
         metadata = video_metadata(pipe.config, _as_prompt(prompt), sample, condition)
         latents = torch.cat(blocks, dim=1)[0]
         return Video(latents, self.vae, pipe.config.video.fps, metadata, time.perf_counter() - started)
@@ -143,8 +148,8 @@ class TextToVideo:
         pipe = self._with(seed, num_frames)
         pipe.config.rollout.order = "diagonal"  # finishes blocks early
         decoder = self.vae.stream()
-        for latents in pipe._blocks_of(prompt, sample, _prefix_path(image, video)):
-            [frames] = decode_frames(decoder, latents)
+        for part, latents in pipe._blocks_of(prompt, sample, _prefix_path(image, video)):
+            [frames] = decode_frames(decoder, latents, part)
             yield frames
 
     def _with(self, seed: int | None, num_frames: int | None) -> "TextToVideo":
@@ -157,12 +162,16 @@ class TextToVideo:
         pipe.config = override_config(config, [])  # checks the values
         return pipe
 
-    def _blocks_of(self, prompt: str, sample: int, condition: str) -> Iterator[Tensor]:
-        """Yield the latents [1, F, C, h, w] of the prefix, if there is one, and of each block."""
+    def _blocks_of(self, prompt: str, sample: int, condition: str) -> Iterator[tuple[str, Tensor]]:
+        """Yield a name for messages and the latents [1, F, C, h, w] of the prefix, if there is one, and each block."""
         prefix = read_prefix(condition, self.config, self.vae) if condition else None
+        frames = 0 if prefix is None else prefix.shape[1]
         if prefix is not None:
-            yield prefix
-        yield from self.generate_blocks([_as_prompt(prompt).text], [sample], prefix)
+            yield "the prefix", prefix
+        blocks = self.generate_blocks([_as_prompt(prompt).text], [sample], prefix)
+        for block, latents in enumerate(blocks, start=self.schedule(frames).prefix_blocks):
+            yield frame_range(frames, latents.shape[1], block), latents
+            frames += latents.shape[1]
 
     # ---- Batches of blocks ----
 

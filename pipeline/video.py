@@ -38,7 +38,7 @@ class Video:
     @cached_property
     def frames(self) -> np.ndarray:
         """Pixel frames [T, H, W, 3], uint8, decoded at the first access."""
-        [frames] = decode_frames(self._vae.stream(), self.latents[None].to(self._vae.net.device))
+        [frames] = decode_frames(self._vae.stream(), self.latents[None].to(self._vae.net.device), "the video")
         return frames
 
     def _repr_html_(self) -> str:

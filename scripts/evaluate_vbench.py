@@ -28,7 +28,8 @@ from evaluation.vbench.results import (
 )
 from evaluation.videos import parse_labelled_path, require_distinct_labels
 from utils.errors import UserError, command
-from utils.files import lock_folder, writable_folder
+from utils.files import writable_folder
+from utils.locks import lock_folder
 from utils.tables import markdown_table
 
 

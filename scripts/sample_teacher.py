@@ -45,7 +45,7 @@ def main() -> None:
         for prompt in prompts
         for sample in range(args.num_samples)
     ]
-    missing = [job for job in jobs[rank() :: world_size()] if not job.files.video.exists()]
+    missing = [job for job in jobs[rank() :: world_size()] if not job.files.is_complete()]
     write_teacher_videos(config, missing, args.solver, args.batch_size)
 
 

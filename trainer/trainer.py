@@ -31,7 +31,8 @@ from trainer.stop_signal import StopSignal
 from utils.config import Config, load_config, num_micro_batches
 from utils.distributed import rank, world_size
 from utils.errors import UserError
-from utils.files import lock_folder, writable_folder, write_text
+from utils.files import writable_folder, write_text
+from utils.locks import lock_folder
 from utils.process_group import max_over_ranks
 
 

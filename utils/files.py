@@ -1,8 +1,7 @@
-"""Atomic writes, JSON files, folder locks and fingerprints. An atomic write leaves a complete file or no file."""
+"""Atomic writes, JSON files and fingerprints. An atomic write leaves a complete file or no file."""
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -92,28 +91,6 @@ def writable_folder(path: str | os.PathLike[str]) -> Path:
     except OSError as error:
         raise UserError(f"cannot write to folder {path}: {error.strerror}; choose another output folder") from None
     return path
-
-
-@contextlib.contextmanager
-def lock_folder(folder: Path, activity: str) -> Iterator[None]:
-    """Lock `folder` for this process inside the `with` block. The lock also ends when the process ends.
-
-    Args:
-        activity: verb and preposition for the error message, such as "training in".
-
-    Raises:
-        UserError: if another process holds the lock, or `.lock` is a symbolic link.
-    """
-    with open_own_file(folder / ".lock", "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"another process is {activity} {folder}; wait until that process ends, or stop it"
-            ) from None
-        except OSError:  # the file system has no locks
-            pass
-        yield
 
 
 def fingerprint(folder: Path, patterns: Iterable[str]) -> str:

@@ -253,7 +253,7 @@ class PipelineRank:
                     bar.update(prefix.shape[1])
                 for block, latents in enumerate(blocks, start=schedule.prefix_blocks):
                     with self.recorder("decode", block):
-                        self.output.emit(latents)
+                        self.output.emit(latents, block)
                     bar.update(latents.shape[1])
             except BaseException:  # usually because another rank died
                 self._unfinished += self.output.keep_unfinished()

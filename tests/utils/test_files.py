@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from utils.errors import UserError, command
-from utils.files import atomic_path, fingerprint, lock_folder, writable_folder
+from utils.files import atomic_path, fingerprint, writable_folder
 
 
 def names(folder: Path) -> list[str]:
@@ -155,17 +155,6 @@ def test_command_keeps_the_name_and_prints_no_traceback():
         [sys.executable, "-c", code], cwd=Path(__file__).resolve().parents[2], capture_output=True, text=True
     )
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: a is wrong: do b\n")
-
-
-# ---- locks and fingerprints ----
-
-
-def test_a_folder_can_be_locked_once(tmp_path):
-    again = lock_folder(tmp_path, "training in")
-    with lock_folder(tmp_path, "training in"), pytest.raises(UserError, match="another process is training in"), again:
-        pass
-    with lock_folder(tmp_path, "training in"):
-        pass
 
 
 def test_a_fingerprint_depends_on_names_and_both_ends_of_files(tmp_path):

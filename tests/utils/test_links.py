@@ -11,7 +11,8 @@ from trainer.logging import MetricsLog
 from utils import files
 from utils.config import Config
 from utils.errors import UserError
-from utils.files import lock_folder, open_own_file, partial_path, writable_folder, write_json, write_text
+from utils.files import open_own_file, partial_path, writable_folder, write_json, write_text
+from utils.locks import lock_folder
 from utils.video import VideoWriter
 
 
