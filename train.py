@@ -51,7 +51,10 @@ def read_config(args: argparse.Namespace) -> Config:
     return load_config(args.config_path, overrides, for_training=True)
 
 
-@command
+@command(
+    lowers_memory="train.batch_size, data.num_frames, train.activation_checkpointing=true, train.sharding=shard or "
+    "model.text_cache; --dry-run prints the memory per rank"
+)
 def main() -> None:
     args = parse_arguments()
     config = read_config(args)

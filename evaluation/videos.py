@@ -112,7 +112,9 @@ def _from_metadata(path: Path) -> VideoFile | None:
     try:
         metadata = read_json(path.with_suffix(".json"), "video metadata file")
         key = VideoKey(metadata["prompt"], int(metadata["config"]["runtime"]["seed"]), int(metadata["sample"]))
-    except (ValueError, KeyError, TypeError):  # `UserError` is a ValueError
+    except (ValueError, KeyError, TypeError, OverflowError):  # `UserError` is a ValueError
+        return None
+    if not isinstance(key.prompt, str):
         return None
     return VideoFile(path, key, metadata)
 

@@ -19,7 +19,7 @@ from model.weight_checks import check_weights, check_zip
 from model.weight_names import DIT_NAMES, State, join_names, rename, without_wrappers
 from utils.download_lock import check_loaded
 from utils.errors import UserError
-from utils.files import atomic_path, read_json, writable_folder, write_json
+from utils.files import atomic_path, output_file, read_json, write_json
 
 TRANSFORMER_FILE = "diffusion_pytorch_model.safetensors"
 HOW_TO_DOWNLOAD = "find the download with: python scripts/download_weights.py --list"
@@ -70,7 +70,7 @@ def read_state(path: Path, use_ema: bool = False) -> State:
 
 def save_weights(path: Path, content: dict[str, Any]) -> None:
     """Write weights atomically: as safetensors if `path` has this suffix, else with torch.save."""
-    writable_folder(path.parent)
+    output_file(path)
     with atomic_path(path) as file:
         if path.suffix == ".safetensors":
             save_file({name: tensor.contiguous() for name, tensor in content.items()}, file, metadata={"format": "pt"})
@@ -105,6 +105,21 @@ def read_model_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def shard_names(index: Path) -> list[str]:
+    """Return the file names of the shards that an index.json lists.
+
+    Raises:
+        UserError: if the index is damaged, or names a file outside its folder.
+    """
+    names = read_model_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+        raise UserError(f"{index} lists no shards of weights; copy or download the folder again")
+    shards = sorted(set(names.values()))
+    if outside := [name for name in shards if Path(name).name != name]:
+        raise UserError(f"{index} names {outside[0]}, which is no file of its folder; get the folder from elsewhere")
+    return shards
+
+
 def _is_state(content: Any) -> TypeGuard[State]:
     if not isinstance(content, dict) or not content:
         return False
@@ -118,7 +133,7 @@ def _read(path: Path) -> dict[str, Any]:
     if (path / "model_index.json").is_file():
         return _read(path / "transformer")
     for index in sorted(path.glob("*.safetensors.index.json")):
-        shards = sorted(set(read_model_json(index).get("weight_map", {}).values()))
+        shards = shard_names(index)
         return {name: tensor for shard in shards for name, tensor in _read_file(path / shard).items()}
     files = [file for file in (path / TRANSFORMER_FILE, path / "model.safetensors") if file.is_file()]
     files = files or sorted(path.glob("*.safetensors"))

@@ -9,12 +9,19 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from accelerate import init_empty_weights
-from diffusers import AutoencoderKLWan
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 from diffusers.models.modeling_utils import no_init_weights
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
 
+from model.config_checks import (
+    check_sizes,
+    check_text_positions,
+    check_vae_sizes,
+    class_defaults,
+    describes_network,
+)
 from model.weight_checks import (
     check_class,
     check_heads,
@@ -168,7 +175,7 @@ def infer_transformer_config(state: State, num_heads: int | None = None) -> dict
             freq_dim=state["condition_embedder.time_embedder.linear_1.weight"].shape[1],
             ffn_dim=state["blocks.0.ffn.net.0.proj.weight"].shape[0],
         )
-    except KeyError as error:
+    except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
         raise UserError(f"these are not a Wan transformer's weights: {error} is missing; choose another file") from None
     if dim % (num_heads or WAN_HEAD_DIM):
         heads = f"{num_heads} heads" if num_heads else f"Wan's heads of {WAN_HEAD_DIM}"
@@ -198,12 +205,31 @@ def infer_umt5_config(state: State) -> UMT5Config:
             num_heads=heads,
             relative_attention_num_buckets=buckets,
         )
-    except KeyError as error:
+    except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
         raise UserError(f"these are not a UMT5 encoder's weights: {error} is missing; choose another file") from None
 
 
 def _size(state: Mapping[str, Tensor]) -> str:
     return f"{num_layers(state)} layers" + (f" of width {len(state[_WIDTH])}" if _WIDTH in state else "")
+
+
+def check_transformer_config(config: Mapping[str, Any], file: Path) -> None:
+    """Check the constructor arguments of a transformer, under diffusers' names.
+
+    Raises:
+        UserError: if they belong to another kind of network or to image-to-video, or if a value is impossible.
+    """
+    kind = str(config.get("_class_name") or config.get("architectures") or "")
+    if kind.startswith("Autoencoder") or "architectures" in config:
+        raise UserError(f"{file} describes {kind}, not a transformer; choose the folder or file of a transformer")
+    check_heads(config, file)
+    check_sizes(config, class_defaults(WanTransformer3DModel), file)
+    more_channels = config.get("in_channels") != (config.get("out_channels") or config.get("in_channels"))
+    if more_channels or config.get("image_dim") is not None or config.get("added_kv_proj_dim") is not None:
+        raise UserError(f"{file} describes an image-to-video transformer; choose a text-to-video (T2V) model")
+    patch = config.get("patch_size", (1, 2, 2))
+    if len(patch) != 3 or min(patch) < 1 or max(patch) > 64:
+        raise UserError(f"{file}: patch_size must be three sizes from 1 to 64, not {list(patch)}")
 
 
 # ---- model folders ----
@@ -252,10 +278,7 @@ class ModelDirectory:
         if self.layout == "native":
             config = NATIVE_DEFAULTS | {NATIVE_CONFIG[name]: v for name, v in config.items() if name in NATIVE_CONFIG}
             config["attention_head_dim"] = head_dim(config.pop("dim"), config["num_attention_heads"], file)
-        more_channels = config.get("in_channels") != (config.get("out_channels") or config.get("in_channels"))
-        if more_channels or config.get("image_dim") is not None or config.get("added_kv_proj_dim") is not None:
-            raise UserError(f"{file} describes an image-to-video transformer; choose a text-to-video (T2V) model")
-        check_heads(config, file)
+        check_transformer_config(config, file)
         return config
 
     def load_transformer(
@@ -279,14 +302,15 @@ class ModelDirectory:
         own = Path(weights) / "config.json" if weights else None
         if own is not None and own.is_file():
             config = read_model_json(own)
-            check_heads(config, own)
+            check_transformer_config(config, own)
         else:
-            config = self.transformer_config(subfolder)
+            own, config = None, self.transformer_config(subfolder)
         source = Path(weights or (self.path / subfolder if self.layout == "diffusers" else self.path))
         state = read_checkpoint(source, use_ema)
         fp32 = getattr(net_class, "_keep_in_fp32_modules", None) or ()
         build = partial(net_class.from_config, config)  # type: ignore[attr-defined]
-        return build_from_state(build, state, source, dtype, fp32)
+        with describes_network(own or source, "Wan transformer"):
+            return build_from_state(build, state, source, dtype, fp32)
 
     def load_text_encoder(self, dtype: torch.dtype | None = None) -> tuple[UMT5EncoderModel, PreTrainedTokenizerBase]:
         """Load the text encoder and its tokenizer; tokenizer_config.json names the tokenizer's class."""
@@ -294,7 +318,11 @@ class ModelDirectory:
             source, tokens = self.path / "text_encoder", self.path / "tokenizer"
             sizes = read_model_json(source / "config.json")
             check_text_heads(sizes, source / "config.json")
-            state, config = read_state(source), UMT5Config.from_dict(sizes)
+            check_sizes(sizes, UMT5Config().to_dict(), source / "config.json")
+            check_text_positions(sizes, source / "config.json")
+            state = read_state(source)
+            with describes_network(source, "UMT5 encoder"):
+                config = UMT5Config.from_dict(sizes)
         else:
             source, tokens = self.path / NATIVE_TEXT_ENCODER, self.path / NATIVE_TOKENIZER
             state = rename(read_state(source), UMT5_NAMES)
@@ -305,12 +333,14 @@ class ModelDirectory:
             state |= {"shared.weight": shared, "encoder.embed_tokens.weight": shared}
         # As in transformers: `wo` overflows in float16, so only there it stays in float32.
         fp32 = ("wo",) if dtype == torch.float16 else ()
-        encoder = build_from_state(lambda: UMT5EncoderModel(config), state, source, dtype, fp32)
+        with describes_network(source, "UMT5 encoder"):
+            encoder = build_from_state(lambda: UMT5EncoderModel(config), state, source, dtype, fp32)
         encoder.set_input_embeddings(encoder.shared)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(tokens, local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot load the tokenizer in {tokens} ({error}); copy or download it again") from None
+        with describes_network(tokens, "tokenizer"):
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(tokens, local_files_only=True, trust_remote_code=False)
+            except OSError as error:
+                raise UserError(f"cannot load the tokenizer in {tokens} ({error}); copy or download it again") from None
         check_vocabulary(tokenizer, len(encoder.shared.weight), tokens)
         return encoder, tokenizer
 
@@ -330,10 +360,14 @@ class ModelDirectory:
             source = self.path / "vae"
             state, config = read_state(source), read_model_json(source / "config.json")
             check_class(config, "AutoencoderKLWan", source / "config.json")
+            defaults = {k: v for k, v in class_defaults(AutoencoderKLWan).items() if not k.startswith("latents_")}
+            check_sizes(config, defaults, source / "config.json")
+            check_vae_sizes(config, source / "config.json")
         else:
             source = self.path / NATIVE_VAE
             state = convert_wan_vae_to_diffusers(read_state(source))
             config = {"base_dim": len(state["encoder.conv_in.bias"])} if "encoder.conv_in.bias" in state else {}
-        vae = build_from_state(lambda: AutoencoderKLWan.from_config(config), state, source, dtype)
+        with describes_network(source, "Wan VAE"):
+            vae = build_from_state(lambda: AutoencoderKLWan.from_config(config), state, source, dtype)
         check_latent_statistics(vae.config, source)
         return vae

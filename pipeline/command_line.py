@@ -8,6 +8,7 @@ import json
 from typing import Any
 
 from utils.config import Config, config_flags, load_config
+from utils.config_checks import MAX_VIDEOS
 from utils.errors import UserError
 from utils.prompts import Prompt, read_prompts, unique_stems
 
@@ -98,6 +99,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     for flag in ("num_samples", "batch_size"):
         if getattr(args, flag, 1) < 1:
             raise UserError(f"--{flag} must be at least 1, not {getattr(args, flag)}")
+    if args.num_samples > MAX_VIDEOS:
+        raise UserError(f"--num_samples must be at most {MAX_VIDEOS:,}, not {args.num_samples}")
 
 
 def resolve_config(args: argparse.Namespace) -> Config:

@@ -1,6 +1,5 @@
 """Generate the videos that a folder lacks. Each block is decoded and written as soon as it is finished."""
 
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -18,7 +17,8 @@ from pipeline.text_to_video import TextToVideo
 from utils.config import Config
 from utils.device import pick_device
 from utils.distributed import rank
-from utils.files import writable_folder
+from utils.errors import UserError
+from utils.files import read_json, writable_folder
 from utils.locks import check_unlocked
 from utils.prompts import Prompt
 
@@ -113,6 +113,7 @@ def missing_videos(
     for prompt, sample, stem in items:
         files = VideoFiles(output, stem)
         if overwrite or not files.is_complete(save_latents):
+            files.require_no_folders()
             check_unlocked(files.lock, files.activity)
             jobs.append(VideoJob(prompt, sample, files))
         else:
@@ -124,18 +125,20 @@ def missing_videos(
 
 def print_changed_settings(files: VideoFiles, metadata: dict[str, Any]) -> None:
     """Print a note if an existing video was made with settings other than those in `metadata`."""
-    try:
-        before = json.loads(files.metadata.read_text(encoding="utf-8"))
-        sections = before["config"]
-    except (OSError, ValueError, KeyError):  # no readable metadata to compare with
+    if not files.metadata.exists():
         return
-    changed = [
-        f"{name}.{key}"
-        for name in ("model", "rollout", "video", "runtime")
-        for key, value in metadata["config"][name].items()
-        if sections.get(name, {}).get(key) != value and (name, key) not in KEYS_WITHOUT_EFFECT
-    ]
-    changed += [key for key in ("prompt", "condition") if before.get(key) != metadata[key]]
+    try:
+        before = read_json(files.metadata, "metadata file of a video")
+        changed = [
+            f"{name}.{key}"
+            for name in ("model", "rollout", "video", "runtime")
+            for key, value in metadata["config"][name].items()
+            if before["config"].get(name, {}).get(key) != value and (name, key) not in KEYS_WITHOUT_EFFECT
+        ]
+        changed += [key for key in ("prompt", "condition") if before.get(key) != metadata[key]]
+    except (UserError, KeyError, TypeError, AttributeError):
+        print(f"kept {files.video}, although its metadata {files.metadata} is damaged; --overwrite replaces both")
+        return
     if changed:
         print(f"kept {files.video}, made with other settings ({', '.join(changed)}); --overwrite replaces it")
 

@@ -31,7 +31,7 @@ from model.weight_checks import is_finite
 from utils.config import Config
 from utils.contact_sheet import ContactSheetSampler, save_contact_sheet
 from utils.errors import UserError
-from utils.files import partial_path, write_json
+from utils.files import partial_path, require_no_folder, write_json
 from utils.locks import lock_file
 from utils.mp4 import is_complete_mp4
 from utils.prompts import Prompt
@@ -85,6 +85,11 @@ class VideoFiles:
         if latents and not (self.latents.exists() and self.latents.stat().st_size):
             return False
         return is_complete_mp4(self.video)
+
+    def require_no_folders(self) -> None:
+        """Raise `UserError` if a folder has the path of one of the files; found before a video is made."""
+        for path in (self.video, self.metadata, self.contact_sheet, self.latents, self.unfinished):
+            require_no_folder(path)
 
     def remove_leftovers(self) -> None:
         """Delete partial files of a killed run. Only the process that holds the lock may call this."""

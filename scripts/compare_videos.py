@@ -10,6 +10,7 @@ kept.
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -17,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from evaluation.comparisons import plan_comparisons, write_comparisons
 from evaluation.videos import parse_labelled_path
-from utils.errors import UserError, command
+from utils.arguments import require_range
+from utils.errors import command
 
 
 @command
@@ -34,8 +36,9 @@ def main() -> None:
     parser.add_argument("--timestamp", action="store_true", help="show the time at the lower right")
     parser.add_argument("--overwrite", action="store_true", help="replace existing results")
     args = parser.parse_args()
-    if min(args.columns, args.scale, args.fps, args.limit) < 0:
-        raise UserError("--columns, --scale, --fps and --limit must not be negative")
+    require_range(args, 0, math.inf, "columns", "limit")
+    require_range(args, 0, 64, "scale")
+    require_range(args, 0, 999, "fps")
     comparisons = plan_comparisons([parse_labelled_path(word) for word in args.methods], args.output)
     write_comparisons(
         comparisons[: args.limit or None],

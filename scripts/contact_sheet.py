@@ -4,13 +4,16 @@ python scripts/contact_sheet.py outputs/demo [--output outputs/demo/contact_shee
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from utils.arguments import require_range
 from utils.contact_sheet import read_strip, save_contact_sheet
 from utils.errors import UserError, command
+from utils.files import output_file
 
 
 @command
@@ -25,13 +28,11 @@ def main() -> None:
     videos = sorted(path for path in folder.glob("*.mp4") if not path.name.startswith("."))
     if not videos:
         raise UserError(f"no mp4 files in {folder}; generate some with inference.py")
-    if args.columns < 2:
-        raise UserError(f"--columns must be at least 2, not {args.columns}")
-    if args.videos is not None and args.videos < 1:
-        raise UserError(f"--videos must be at least 1, not {args.videos}")
+    require_range(args, 2, 100, "columns")
+    require_range(args, 1, math.inf, "videos")
+    output = output_file(args.output or folder / "contact_sheet.png")
     if args.videos is not None and args.videos < len(videos):
         videos = [videos[(2 * i + 1) * len(videos) // (2 * args.videos)] for i in range(args.videos)]
-    output = Path(args.output or folder / "contact_sheet.png")
     save_contact_sheet(output, [read_strip(video, args.columns) for video in videos], columns=args.columns)
     print(f"wrote {output}: {len(videos)} videos")
 

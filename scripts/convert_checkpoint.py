@@ -14,6 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from model.conversion import EXPORT_DTYPES, LAYOUTS, convert_checkpoint
+from utils.arguments import require_range
 from utils.errors import command
 
 
@@ -27,6 +28,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=EXPORT_DTYPES, default="keep", help="type to write (default: as stored)")
     parser.add_argument("--num_heads", type=int, help="attention heads, for a folder; default: width / 128")
     args = parser.parse_args()
+    require_range(args, 1, 4096, "num_heads")
     print(convert_checkpoint(args.input, args.output, args.to, args.use_ema, args.dtype, args.num_heads))
 
 

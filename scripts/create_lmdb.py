@@ -12,7 +12,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from trainer.datasets.pack import pack_lmdb
+from utils.arguments import MAX_COUNT, require_range
 from utils.errors import UserError, command
+from utils.files import writable_folder
 
 
 @command
@@ -22,12 +24,12 @@ def main() -> None:
     parser.add_argument("--lmdb_path", type=Path, required=True, help="new folder")
     parser.add_argument("--shards", type=int, default=1, help="number of LMDBs to spread the entries over")
     args = parser.parse_args()
-    if args.shards < 1:
-        raise UserError(f"--shards must be at least 1, not {args.shards}")
+    require_range(args, 1, MAX_COUNT, "shards")
     if args.lmdb_path.exists():
         raise UserError(f"{args.lmdb_path} exists already; choose a new folder or delete it")
     if not args.data_path.is_dir():
         raise UserError(f"no folder {args.data_path}; set --data_path to a folder of pairs or clips")
+    writable_folder(args.lmdb_path.parent)
     packed = pack_lmdb(args.data_path, args.lmdb_path, args.shards)
     print(f"wrote {args.lmdb_path}: {packed}")
 

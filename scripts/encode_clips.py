@@ -6,6 +6,7 @@ Finished shards are kept, so the same command resumes. Under torchrun the ranks 
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -14,8 +15,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from model.weights import ModelDirectory
 from shapes import world
 from trainer.datasets.encode import encode_clips
+from utils.arguments import MAX_COUNT, require_range
 from utils.device import pick_device
-from utils.errors import UserError, command
+from utils.errors import command
 from utils.files import writable_folder
 
 
@@ -29,10 +31,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the clips")
     parser.add_argument("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu")
     args = parser.parse_args()
-    if args.num_clips <= 0 or args.num_frames <= 0:
-        raise UserError("--num_clips and --num_frames must be positive")
-    if args.seed < 0:
-        raise UserError(f"--seed must not be negative, not {args.seed}")
+    require_range(args, 1, MAX_COUNT, "num_clips")
+    require_range(args, 1, 25_000, "num_frames")
+    require_range(args, 0, math.inf, "seed")
     folder = writable_folder(args.output)
     clips = [world.sample_clip(args.seed, index) for index in range(args.num_clips)]
     encode_clips(

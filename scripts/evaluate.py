@@ -26,6 +26,7 @@ from evaluation.results import EvaluationResults, report_examples
 from evaluation.video_metrics import PLOTTED_PIXEL_CURVES
 from evaluation.videos import open_folders
 from shapes.metrics import ShapesWorld
+from utils.arguments import MAX_COUNT, require_range
 from utils.errors import UserError, command
 from utils.files import writable_folder
 from utils.prompts import read_prompts
@@ -84,8 +85,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--examples", type=int, default=8, help="number of prompts with videos in the report")
     parser.add_argument("--processes", type=int, default=0, help="processes that measure videos; default: one per core")
     args = parser.parse_args()
-    if min(args.floor_videos, args.processes, args.examples) < 0 or args.block_frames < 1:
-        raise UserError("--floor_videos, --processes and --examples must not be negative, --block_frames at least 1")
+    require_range(args, 0, MAX_COUNT, "floor_videos", "examples")
+    require_range(args, 0, 1000, "processes")
+    require_range(args, 1, MAX_COUNT, "block_frames")
     if args.max_frames is not None and args.max_frames < 2:
         raise UserError("--max_frames must be at least 2: motion is measured between frames")
     return args

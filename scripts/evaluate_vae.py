@@ -7,6 +7,7 @@ the mean pixel error, and the colour errors of shape and background (as in scrip
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from model.vae import WanVAE
 from model.weights import ModelDirectory
 from shapes import world
 from shapes.metrics import detect_shapes, ground_truth_curves
+from utils.arguments import MAX_COUNT, require_range
 from utils.errors import UserError, command
 from utils.video import to_uint8
 
@@ -35,8 +37,11 @@ def main() -> None:
     parser.add_argument("--num_frames", type=int, default=81, help="pixel frames per clip, 4n+1")
     parser.add_argument("--seed", type=int, default=9, help="seed of the clips")
     args = parser.parse_args()
-    if args.num_clips < 1 or args.num_frames < 5 or args.num_frames % 4 != 1:
-        raise UserError("--num_clips must be at least 1, --num_frames of the form 4n+1 and at least 5")
+    require_range(args, 1, MAX_COUNT, "num_clips")
+    require_range(args, 5, 100_000, "num_frames")
+    require_range(args, 0, math.inf, "seed")
+    if args.num_frames % 4 != 1:
+        raise UserError(f"--num_frames must be of the form 4n+1, not {args.num_frames}")
     vae = WanVAE(ModelDirectory.open(args.base).load_vae(torch.float32))
     squared = np.zeros((args.num_clips, args.num_frames))
     errors: dict[str, list[list[float]]] = {"pixel_error": [], "color_error": [], "background_error": []}

@@ -21,6 +21,7 @@ from trainer.checkpoints import CONFIG_FILE, find_checkpoint, read_tensors
 from trainer.planner import trained_dit_config
 from utils.config import DIT_OBJECTIVES, load_config
 from utils.errors import UserError, command
+from utils.files import output_file, writable_folder
 
 
 @command
@@ -34,6 +35,10 @@ def main() -> None:
     suffix = weights_suffix(args.output)
     if suffix not in ("", ".safetensors", *TORCH_SUFFIXES):
         raise UserError(f"--output {args.output} must end in .pt or .safetensors, or be a folder without a suffix")
+    if suffix:
+        output_file(args.output)
+    else:
+        writable_folder(args.output)
     checkpoint = find_checkpoint(args.logdir, args.iteration)
     config_file = checkpoint / CONFIG_FILE
     config = load_config(str(config_file if config_file.exists() else args.logdir / CONFIG_FILE))

@@ -13,9 +13,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from utils.arguments import require_range
 from utils.config import read_metadata
 from utils.errors import UserError, command
-from utils.files import atomic_path
+from utils.files import atomic_path, output_file
 from utils.video import read_video
 
 GAP, LINE = 10, 14  # pixels
@@ -31,6 +32,10 @@ def main() -> None:
     parser.add_argument("--panel", type=int, default=150, help="width of a video in the picture, in pixels")
     parser.add_argument("--quality", type=int, default=70, help="WebP quality, 0 to 100")
     args = parser.parse_args()
+    require_range(args, 1, 1000, "columns")
+    require_range(args, 8, 4096, "panel")
+    require_range(args, 0, 100, "quality")
+    output_file(args.output)
     paths = sorted(Path(args.folder).glob("*.mp4"))
     if not paths:
         raise UserError(f"no mp4 files in {args.folder}; make some with `make demo`")

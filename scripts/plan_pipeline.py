@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from pipeline.build import build_schedule, latent_size
 from pipeline.parallel.profile import RankProfile
 from pipeline.parallel.simulation import OpTimes, median_times, prediction_table, simulate
+from utils.arguments import MAX_COUNT, require_range
 from utils.config import load_config
 from utils.errors import UserError, command
 
@@ -35,8 +36,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--latency", type=float, default=5e-5, help="between ranks, in seconds (default: %(default)s)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the configuration")
     args = parser.parse_intermixed_args()
-    if args.ranks < 1 or args.bandwidth <= 0 or args.latency < 0:
-        raise UserError("--ranks and --bandwidth must be positive, and --latency must not be negative")
+    require_range(args, 1, 1000, "ranks")
+    require_range(args, 1, MAX_COUNT, "num_output_frames")
+    require_range(args, 1e-9, MAX_COUNT, "bandwidth")
+    require_range(args, 0, MAX_COUNT, "latency", "denoise", "context", "decode")
     return args
 
 

@@ -13,7 +13,7 @@ from evaluation.plots import save_line_plot
 from evaluation.videos import parse_labelled_path
 from trainer.logging import read_curves
 from utils.errors import UserError, command
-from utils.files import writable_folder
+from utils.files import output_file
 
 
 @command
@@ -26,9 +26,9 @@ def main() -> None:
     args = parser.parse_intermixed_args()
     if args.smooth < 1:
         raise UserError(f"--smooth must be at least 1, not {args.smooth}")
-    if args.output.suffix.lower() != ".png" or args.output.is_dir():
+    if args.output.suffix.lower() != ".png":
         raise UserError(f"--output {args.output} must be a file that ends in .png")
-    writable_folder(args.output.parent)
+    output_file(args.output)
     labelled = [parse_labelled_path(word) for word in args.runs]
     runs = [(label, read_curves(Path(folder), args.smooth)) for label, folder in labelled]
     names = args.only or list(dict.fromkeys(name for _, curves in runs for name in curves))

@@ -16,8 +16,10 @@ from model.causal_wan import CausalWanModel
 from model.presets import random_network
 from model.weight_files import save_transformer
 from model.weights import ModelDirectory
+from utils.arguments import require_range
 from utils.device import DTYPES
 from utils.errors import UserError, command
+from utils.files import writable_folder
 
 
 @command
@@ -30,8 +32,11 @@ def main() -> None:
     parser.add_argument("--head_dim", type=int, default=128, help="channels per attention head, even")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="bfloat16", help="type of the weights")
     args = parser.parse_args()
-    if min(args.width, args.layers, args.head_dim) < 1 or args.width % args.head_dim or args.head_dim % 2:
-        raise UserError("--width must be a multiple of --head_dim, which must be even, and --layers at least 1")
+    require_range(args, 1, 65_536, "width", "head_dim")
+    require_range(args, 1, 1000, "layers")
+    writable_folder(args.output)
+    if args.width % args.head_dim or args.head_dim % 2:
+        raise UserError("--width must be a multiple of --head_dim, which must be even")
     sizes = ModelDirectory.open(args.base).transformer_config() | {
         "num_attention_heads": args.width // args.head_dim,
         "attention_head_dim": args.head_dim,

@@ -7,6 +7,7 @@ Each video X.mp4 gets its metadata X.json. Existing videos are kept. Under torch
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -14,9 +15,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline.output import VideoFiles, VideoJob
 from pipeline.teacher import write_teacher_videos
+from utils.arguments import MAX_COUNT, require_range
 from utils.config import load_config
 from utils.distributed import rank, world_size
-from utils.errors import UserError, command
+from utils.errors import command
 from utils.files import writable_folder
 from utils.prompts import read_prompts, unique_stems
 
@@ -33,8 +35,8 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=1, help="videos at a time")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the configuration")
     args = parser.parse_intermixed_args()
-    if args.num_samples < 1 or args.batch_size < 1:
-        raise UserError("--num_samples and --batch_size must be at least 1")
+    require_range(args, 1, MAX_COUNT, "num_samples")
+    require_range(args, 1, math.inf, "batch_size")
     seed = [] if args.seed is None else [f"runtime.seed={args.seed}"]
     config = load_config(args.config_path, [*args.overrides, *seed])
     prompts = read_prompts(args.data_path)
@@ -46,6 +48,8 @@ def main() -> None:
         for sample in range(args.num_samples)
     ]
     missing = [job for job in jobs[rank() :: world_size()] if not job.files.is_complete()]
+    for job in missing:
+        job.files.require_no_folders()
     write_teacher_videos(config, missing, args.solver, args.batch_size)
 
 

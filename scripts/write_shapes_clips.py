@@ -8,6 +8,7 @@ need these files.
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -16,7 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tqdm import tqdm
 
 from shapes import world
-from utils.errors import UserError, command
+from utils.arguments import MAX_COUNT, require_range
+from utils.errors import command
 from utils.files import writable_folder, write_text
 from utils.video import VideoWriter
 
@@ -31,8 +33,9 @@ def main() -> None:
     parser.add_argument("--held_out", action="store_true", help="write clips that are held out from training")
     parser.add_argument("--captions_only", action="store_true", help="write captions.txt only")
     args = parser.parse_args()
-    if args.num_clips < 1 or args.num_frames < 1:
-        raise UserError("--num_clips and --num_frames must be positive")
+    require_range(args, 1, MAX_COUNT, "num_clips")
+    require_range(args, 1, 100_000, "num_frames")
+    require_range(args, 0, math.inf, "seed")
     folder = writable_folder(args.output)
     clips = [world.sample_clip(args.seed, index, args.held_out) for index in range(args.num_clips)]
     write_text(folder / "captions.txt", "".join(clip.scene.caption + "\n" for clip in clips))

@@ -1,11 +1,12 @@
 """Checkpoints of a run: sharded, written in the background, atomic; the latest few are kept."""
 
+import contextlib
 import itertools
 import pickle
 import re
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -50,10 +51,11 @@ class Checkpoints:
         self.finish()
         partial = self._partial_folder(iteration)
         if rank() == 0:
-            if partial.is_symlink():
-                partial.unlink()  # the checkpoint would be written into another folder
-            partial.mkdir(parents=True, exist_ok=True)  # another rank may have created it
-            write_text(partial / CONFIG_FILE, config)
+            with self._delete_if_disk_fails(iteration):
+                if partial.is_symlink():
+                    partial.unlink()  # the checkpoint would be written into another folder
+                partial.mkdir(parents=True, exist_ok=True)  # another rank may have created it
+                write_text(partial / CONFIG_FILE, config)
         # async_save copies every tensor, also those on the CPU, before it returns; training may then change them.
         self._pending = dcp.async_save(dict(state), checkpoint_id=partial, process_group=self._group), iteration  # type: ignore[assignment]
 
@@ -68,14 +70,35 @@ class Checkpoints:
             return
         future, iteration = self._pending
         self._pending = None
-        future.result()
-        if rank() > 0:
-            return
-        final = self.folder / f"{iteration:08d}"
-        shutil.rmtree(final, ignore_errors=True)
-        self._partial_folder(iteration).rename(final)
+        with self._delete_if_disk_fails(iteration):
+            future.result()
+            if rank() > 0:
+                return
+            final = self.folder / f"{iteration:08d}"
+            shutil.rmtree(final, ignore_errors=True)
+            self._partial_folder(iteration).rename(final)
         for old in self.saved()[: -self.keep]:
             shutil.rmtree(old, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def _delete_if_disk_fails(self, iteration: int) -> Iterator[None]:
+        """Delete the partial checkpoint at once if the disk is full, and raise one line.
+
+        Raises:
+            UserError: with the reason, and the last checkpoint that is complete.
+        """
+        try:
+            yield
+        except (CheckpointException, OSError) as error:
+            shutil.rmtree(self._partial_folder(iteration), ignore_errors=True)
+            if not _is_disk_error(error):
+                raise
+            saved = self.saved()
+            last = f"the last checkpoint is {saved[-1]}" if saved else "no checkpoint was saved yet"
+            raise UserError(
+                f"cannot write the checkpoint of iteration {iteration} to {self.folder} ({_reason(error)}); check that "
+                f"the disk is not full; {last}"
+            ) from None
 
     def load(self, state: Mapping[str, Tensor], path: Path | None = None) -> Path | None:
         """Load a checkpoint into the tensors of `state` and return its folder; None if the run has no checkpoint.
@@ -222,6 +245,12 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, CheckpointException):  # it collects the errors of all ranks; show one
         error = next((failure for failure, _ in error.failures.values()), error)
     return f"{type(error).__name__}: {error}".splitlines()[0].removesuffix(": ")[:100]
+
+
+def _is_disk_error(error: BaseException) -> bool:
+    failures = [failure for failure, _ in error.failures.values()] if isinstance(error, CheckpointException) else []
+    # torch's zip writer hides the error number.
+    return any(isinstance(e, OSError) or "write" in str(e).lower() for e in [error, *failures])
 
 
 def _previous_checkpoint(checkpoint: Path) -> Path | None:

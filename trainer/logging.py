@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from utils.config import Config
+from utils.config_checks import is_number
 from utils.distributed import rank
 from utils.errors import UserError
 from utils.files import open_own_file, writable_folder, write_text
@@ -39,9 +40,8 @@ class MetricsLog:
         if rank() > 0:
             return
         if self.path.exists():
-            lines = self.path.read_text().splitlines()
-            keep = [line for line in lines if line.endswith("}") and json.loads(line)["iteration"] <= iteration]
-            write_text(self.path, "".join(line + "\n" for line in keep))
+            keep = [line for line in read_metrics(self.path) if line["iteration"] <= iteration]
+            write_text(self.path, "".join(json.dumps(line) + "\n" for line in keep))
         if self.train.wandb != "off":
             self._wandb = start_wandb(config, logdir)
 
@@ -82,6 +82,30 @@ class MetricsLog:
             self._wandb.log({f"samples/{path.stem}": wandb.Video(str(path)) for path in files}, step=iteration)
 
 
+def read_metrics(file: Path) -> list[dict[str, float]]:
+    """Return the lines of a metrics.jsonl. Damaged lines, as of a killed run, are skipped with a note.
+
+    Raises:
+        OSError: if the file cannot be read.
+    """
+    texts = [text for text in file.read_text(encoding="utf-8", errors="replace").splitlines() if text.strip()]
+    lines = [line for text in texts if (line := _parse_metrics(text)) is not None]
+    if skipped := len(texts) - len(lines):
+        print(f"note: {skipped} damaged line{'s' * (skipped > 1)} of {file} skipped", flush=True)
+    return lines
+
+
+def _parse_metrics(text: str) -> dict[str, float] | None:
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(line, dict) or not all(map(is_number, line.values())):
+        return None
+    iteration = line.get("iteration")
+    return line if isinstance(iteration, int) else None
+
+
 def read_curves(logdir: Path, smooth: int = 1) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Return the curve of each metric in a run's log file: iterations and values.
 
@@ -89,15 +113,15 @@ def read_curves(logdir: Path, smooth: int = 1) -> dict[str, tuple[np.ndarray, np
         smooth: logged lines to average per point.
 
     Raises:
-        UserError: if the file is missing or broken.
+        UserError: if the file is missing or has no valid line.
     """
     file = logdir / METRICS_FILE
     try:
-        lines = [json.loads(line) for line in file.read_text().splitlines()]
-        if not all(isinstance(line, dict) and "iteration" in line for line in lines):
-            raise ValueError("a line has no iteration")
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {file}: {error}; give the --logdir of a training run") from None
+        lines = read_metrics(file)
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror}; give the --logdir of a training run") from None
+    if not lines and file.stat().st_size:
+        raise UserError(f"{file} has no valid line; give the --logdir of a training run")
     points: dict[str, list[tuple[float, float]]] = {}
     for line in lines:
         for name, value in line.items():

@@ -83,7 +83,7 @@ class VideoSampler:
                 files = VideoFiles(writable_folder(folder), path.stem)
                 with VideoOutput(self.vae, [files], self.config.video.fps, latents.shape[1]) as output:
                     output.emit(latents)
-            except Exception as error:  # any failure, because training does not need the video
+            except (OSError, RuntimeError, ValueError, MemoryError) as error:  # training does not need the video
                 print(f"note: {path} was not written: {type(error).__name__}: {error}", flush=True)
 
     @torch.no_grad()

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from utils import config_checks
@@ -312,7 +312,7 @@ def load_config(path: str, overrides: Sequence[str] = (), for_training: bool = F
     if not os.path.isfile(path):
         raise UserError(f"no config file {path}; choose a file in configs/")
     metadata = read_metadata(path)
-    files = read_yaml_layers(path) if metadata is None else [OmegaConf.create(metadata["config"])]
+    files = read_yaml_layers(path) if metadata is None else [_from_metadata(metadata, path)]
     translation = translate_file(path, files[-1], all_keys(), for_training) if len(files) == 1 else None
     if translation is not None:
         files = [OmegaConf.create(translation.values)]
@@ -332,6 +332,13 @@ def config_flags(path: str) -> dict[str, Any]:
         return {}
     translation = translate_file(path, read_yaml_layers(path)[-1], all_keys())
     return {} if translation is None else translation.flags
+
+
+def _from_metadata(metadata: dict[str, Any], path: str) -> DictConfig:
+    try:
+        return OmegaConf.create(metadata["config"])
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path}: its config is not valid ({str(error).splitlines()[0]})") from None
 
 
 def override_config(config: Config, overrides: Sequence[str]) -> Config:
@@ -372,6 +379,13 @@ def read_metadata(path: str) -> dict[str, Any] | None:
     complete = isinstance(metadata, dict) and {"config", "prompt", "name", "sample"} <= metadata.keys()
     if not complete or not isinstance(metadata["config"], dict):
         raise UserError(f"{path} is not the metadata of a video: it lacks config, prompt, name or sample")
+    for key, kind, example in (("prompt", str, "text"), ("name", str, "text"), ("sample", int, "a whole number")):
+        if not isinstance(metadata[key], kind) or metadata[key] is True or metadata[key] is False:
+            raise UserError(f"{path} is not the metadata of a video: {key} must be {example}, not {metadata[key]!r}")
+    if not isinstance(metadata.get("condition") or "", str):
+        raise UserError(f"{path} is not the metadata of a video: condition must be text, not {metadata['condition']!r}")
+    if not 0 <= metadata["sample"] < config_checks.MAX_VIDEOS:
+        raise UserError(f"{path}: sample must be 0 to {config_checks.MAX_VIDEOS - 1}, not {metadata['sample']}")
     return metadata
 
 

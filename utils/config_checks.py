@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from utils.errors import UserError
@@ -23,6 +24,21 @@ _NOT_NEGATIVE = (
     *("train.ema_start", "train.total_batch_size", "train.first_frame_weight", "train.kl_weight"),
     *("train.sample_every", "distill.critic_learning_rate", "distill.forward_kl_weight"),
 )
+MAX_VIDEOS = 1_000_000
+"""Largest number of videos of a run."""
+_LIMITS = {
+    **dict.fromkeys(("video.num_output_frames", "data.num_frames", "distill.max_rollout_frames"), 1_000_000),
+    **dict.fromkeys(("rollout.block_frames", "train.batch_size", "train.keep_checkpoints"), 1_000_000),
+    **dict.fromkeys(("video.height", "video.width"), 16_384),  # of H.264
+    **dict.fromkeys(("rollout.timestep_shift", "train.timestep_shift", "distill.timestep_shift"), 1000),
+    "teacher.timestep_shift": 1000,
+    "teacher.num_inference_steps": 10_000,
+    "model.text_length": 8192,
+    "video.fps": 999,
+}
+"""Largest values. Beyond them a run would allocate or list without an end, or divide by zero."""
+_MIN_SHIFT = 1e-3
+_MAX_LIST = 1000
 _FINITE = ("model.lora_scale", "teacher.guidance_scale", "distill.guidance_scale")
 
 
@@ -42,6 +58,14 @@ def check_config(config: "Config") -> None:
             value = getattr(getattr(config, section), name)
             if not is_valid(value):  # NaN included
                 raise UserError(f"{key} must be {description}, not {value}")
+    for key, limit in _LIMITS.items():
+        section, name = key.split(".")
+        value = getattr(getattr(config, section), name)
+        if value > limit:
+            raise UserError(f"{key} must be at most {limit}, not {value}")
+        if name == "timestep_shift" and value < _MIN_SHIFT:
+            raise UserError(f"{key} must be at least {_MIN_SHIFT}, not {value}")
+    _check_lists(config)
     _check_rollout(config.rollout)
     _check_train(config.train)
     _check_distill(config)
@@ -50,9 +74,26 @@ def check_config(config: "Config") -> None:
         raise UserError(f"data.sigmas must fall from at most 1 to at least 0, not {sigmas}")
 
 
+def _check_lists(config: "Config") -> None:
+    """Check the elements of lists, because OmegaConf accepts a list in the place of a number."""
+    for section in fields(config):
+        values = getattr(config, section.name)
+        for key in fields(values):
+            content = getattr(values, key.name)
+            if isinstance(content, list) and not all(map(is_number, content)):
+                raise UserError(f"{section.name}.{key.name} must be a list of numbers, not {content}")
+            if isinstance(content, list) and len(content) > _MAX_LIST:
+                raise UserError(f"{section.name}.{key.name} must hold at most {_MAX_LIST} numbers, not {len(content)}")
+
+
+def is_number(value: object) -> bool:
+    """Return whether a value is an int or a float; a bool is neither."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def are_noise_levels(sigmas: Sequence[float]) -> bool:
-    """Return whether `sigmas` (not empty) are strictly decreasing and lie in [0, 1]."""
-    return _is_decreasing(sigmas) and sigmas[0] <= 1 and sigmas[-1] >= 0
+    """Return whether `sigmas` (not empty) are numbers, strictly decreasing, and lie in [0, 1]."""
+    return all(map(is_number, sigmas)) and _is_decreasing(sigmas) and sigmas[0] <= 1 and sigmas[-1] >= 0
 
 
 def _is_decreasing(values: Sequence[float]) -> bool:

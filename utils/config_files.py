@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from utils.errors import UserError
 
@@ -25,17 +26,25 @@ def read_yaml_layers(path: str, children: tuple[str, ...] = ()) -> list[DictConf
         raise UserError(f"{children[-1]} inherits from {path} in a circle; remove one of the `inherit` keys")
     try:
         loaded = OmegaConf.load(path)
-    except OSError:
-        raise UserError(f"{path} cannot be read; correct the key `inherit` in {children[-1]}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {error}") from None
+    except OSError as error:
+        if error.errno is None:  # OmegaConf refuses a file that holds a single value
+            raise UserError(f"{path} must hold a mapping of sections, see docs/config.md") from None
+        advice = f"; correct the key `inherit` in {children[-1]}" if children else ""
+        raise UserError(f"{path} cannot be read ({error.strerror}){advice}") from None
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(loaded, DictConfig):
         raise UserError(f"{path} must hold a mapping of sections, see docs/config.md")
     refuse_functions(loaded, path)  # before `inherit` is read
-    parent = loaded.pop("inherit", None)
+    try:
+        parent = loaded.pop("inherit", None)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path}: the value of inherit is no file name ({str(error).splitlines()[0]})") from None
     if parent is None:
         return [loaded]
-    return [*read_yaml_layers(os.path.join(os.path.dirname(path), str(parent)), (*children, path)), loaded]
+    if not isinstance(parent, str):
+        raise UserError(f"{path} inherits from {parent!r}, which is no file name")
+    return [*read_yaml_layers(os.path.join(os.path.dirname(path), parent), (*children, path)), loaded]
 
 
 def parse_overrides(overrides: Sequence[str]) -> DictConfig:
@@ -50,7 +59,7 @@ def parse_overrides(overrides: Sequence[str]) -> DictConfig:
     try:
         # Quote the empty value of `key=`, because YAML would read it as null.
         changes = OmegaConf.from_dotlist([f"{word}''" if word.endswith("=") else word for word in overrides])
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"cannot read a value in {' '.join(overrides)}: it is not valid YAML ({reason})") from None
     refuse_functions(changes, "the overrides")

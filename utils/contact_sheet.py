@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from utils.errors import UserError
 from utils.files import atomic_path, read_json
 from utils.video import read_video, to_uint8
 
@@ -104,7 +105,12 @@ def read_strip(path: Path, columns: int = 8) -> Strip:
     """
     frames, fps = read_video(path)
     metadata = path.with_suffix(".json")
-    caption = read_json(metadata, "video metadata file")["name"] if metadata.exists() else path.stem
+    caption = path.stem
+    if metadata.exists():
+        content = read_json(metadata, "video metadata file")
+        caption = content.get("name") if isinstance(content, dict) else None
+        if not isinstance(caption, str):
+            raise UserError(f"{metadata} is not the metadata of a video: it has no name; delete it or restore it")
     return _sample(caption, frames, columns, fps)
 
 

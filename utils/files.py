@@ -7,6 +7,7 @@ import json
 import os
 import secrets
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -90,7 +91,35 @@ def writable_folder(path: str | os.PathLike[str]) -> Path:
         tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
         raise UserError(f"cannot write to folder {path}: {error.strerror}; choose another output folder") from None
+    except ValueError:
+        raise UserError(f"cannot write to folder {str(path)!r}: it holds a null byte; choose another one") from None
     return path
+
+
+def output_file(path: str | os.PathLike[str]) -> Path:
+    """Check that a file can be written at `path`, and return it. Creates its folder.
+
+    Raises:
+        UserError: if the folder is not writable, or `path` is a folder or a device, or its name is too long.
+    """
+    path = Path(path)
+    writable_folder(path.parent)
+    require_no_folder(path)
+    return path
+
+
+def require_no_folder(path: Path) -> None:
+    """Raise `UserError` if no file can have this path, because a folder or a device has it, or it is too long."""
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it holds a null byte"
+        raise UserError(f"cannot write {str(path)!r}: {reason}; choose another name") from None
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "no ordinary file"
+        raise UserError(f"cannot write {path}: it is {kind}; move it or choose another name")
 
 
 def fingerprint(folder: Path, patterns: Iterable[str]) -> str:

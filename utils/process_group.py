@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from utils.distributed import world_size
+from utils.distributed import check_launcher, world_size
 
 
 @contextlib.contextmanager
@@ -24,6 +24,7 @@ def process_group(device: torch.device) -> Iterator[None]:
     if dist.is_initialized():
         yield
         return
+    check_launcher()
     backend = "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)  # otherwise barriers and FSDP use the first GPU in every process

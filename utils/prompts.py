@@ -11,6 +11,7 @@ from pathlib import Path
 
 import ftfy
 
+from utils.config_checks import MAX_VIDEOS
 from utils.download_lock import check_loaded
 from utils.errors import UserError
 
@@ -82,16 +83,24 @@ def unique_stems(prompts: Sequence[Prompt], num_samples: int, save_with_index: b
     If an earlier prompt has the same name, " (2)", " (3)", ... is appended. A name depends only on earlier prompts, so
     more samples, more ranks or appended lines never rename an existing video. Each rank must pass all prompts of the
     file, not only its own.
+
+    Raises:
+        UserError: for more than `MAX_VIDEOS` names.
     """
+    if len(prompts) * num_samples > MAX_VIDEOS:
+        raise UserError(f"{len(prompts)} prompts with {num_samples} samples are more than {MAX_VIDEOS:,} videos")
     taken: set[str] = set()
+    numbers: dict[str, int] = {}  # the last number after each name, so that equal prompts take linear time
     stems = []
     for prompt in prompts:
         base = str(prompt.index) if save_with_index else _safe(prompt.name)
-        name, number = base, 1
+        key = _key(base)
+        name, number = base, numbers.get(key, 1)
         while _key(name) in taken:
             number += 1
             name = f"{base} ({number})"
         taken.add(_key(name))
+        numbers[key] = number
         stems.append([f"{name}-{sample}" for sample in range(num_samples)])
     return stems
 

@@ -18,8 +18,10 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
-from utils.errors import report_to_torchrun
+from utils.distributed import check_launcher
+from utils.errors import expected_failure, report_to_torchrun
 
+LOWERS_MEMORY = "--window, --height and --width, model.dtype=bfloat16 or model.offload=true, or use more ranks"
 STARTUP_TIMEOUT = 45.0  # seconds until every rank must have started
 HEARTBEAT_TIMEOUT = 20.0  # seconds without a heartbeat after which a rank on another machine counts as dead
 _POLL_INTERVAL = 0.5
@@ -31,7 +33,9 @@ def connect_store(rank: int, world_size: int) -> dist.Store:
 
     Raises:
         TimeoutError: if no process serves the store.
+        UserError: if an environment variable is missing.
     """
+    check_launcher()
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     torchrun_serves_it = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     try:
@@ -127,7 +131,7 @@ class PeerMonitor:
         with self._lock:  # never released: only one thread of this process may fail
             try:
                 details = self.on_failure()
-            except Exception as error:  # must not hide the reason of the failure
+            except (OSError, RuntimeError, ValueError) as error:  # must not hide the reason of the failure
                 details = f"the unfinished video is lost ({type(error).__name__}: {error})"
             try:
                 is_first = self.store.add("failures", 1) == 1
@@ -145,7 +149,9 @@ class PeerMonitor:
     def fail_after(self, error: BaseException) -> NoReturn:
         """Exit after an exception. The message names a dead rank as the cause if there is one, otherwise this rank."""
         self._fail_with_others()
-        self.fail(f"rank {self.rank} ({self.roles[self.rank]}): {type(error).__name__}: {error}")
+        failure = expected_failure(error, LOWERS_MEMORY)
+        text = failure[0] if failure else f"{type(error).__name__}: {error}"
+        self.fail(f"rank {self.rank} ({self.roles[self.rank]}): {text}")
 
     def _fail_with_others(self) -> None:
         """Exit if a rank dies within a few seconds, or has reported a failure. Connections break before ranks end."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -145,7 +146,11 @@ class RankProfile:
         """
         content = read_json(path, "profile of scripts/pipeline_parallel_inference.py")
         try:
-            return cls._from_dict(content)
+            profile = cls._from_dict(content)
+            for span in profile.spans:
+                if not isinstance(span.name, str) or not 0 <= span.start <= span.end < math.inf:
+                    raise TypeError("a span has no name or no times")
+            return profile
         except (KeyError, TypeError) as error:
             raise UserError(f"{path} is not a profile of scripts/pipeline_parallel_inference.py ({error})") from None
 

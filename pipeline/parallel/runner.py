@@ -24,6 +24,7 @@ from utils.config import Config
 from utils.device import pick_own_device
 from utils.distributed import rank, world_size
 from utils.errors import UserError
+from utils.files import output_file
 from utils.process_group import die_with_launcher
 from utils.prompts import Prompt
 
@@ -77,6 +78,8 @@ def run_pipelines(request: PipelineRequest) -> tuple[RunSummary, list[RankProfil
             f"videos: start at most {most} processes"
         )
     check_request(request.config, request.condition)
+    if request.profile_prefix:
+        check_profile_files(request)
     missing = _missing_stems(request) if rank() == 0 else []
     if world_size() > 1:
         die_with_launcher()
@@ -121,6 +124,25 @@ def run_pipelines(request: PipelineRequest) -> tuple[RunSummary, list[RankProfil
 def _summary(request: PipelineRequest, written: int, seconds: float) -> RunSummary:
     pixel_frames = written * num_pixel_frames(request.config.video.num_output_frames)
     return RunSummary(written, len(request.items) - written, request.folder, seconds, pixel_frames)
+
+
+def check_profile_files(request: PipelineRequest) -> None:
+    """Check that the profile overwrites no file of a video, and that its files can be written.
+
+    Raises:
+        UserError: naming the file.
+    """
+    videos = {Path(request.folder, f"{stem}.mp4").resolve() for _, _, stem in request.items}
+    names = [f"{request.profile_prefix}.png", *(profile_file(request.profile_prefix, r) for r in range(world_size()))]
+    for file in map(output_file, names):
+        video = file.with_suffix(".mp4").resolve()
+        if video in videos or video.exists():
+            raise UserError(f"--profile_output would replace {file}, a file of {video.name}; choose another prefix")
+
+
+def profile_file(prefix: str, number: int) -> Path:
+    """Return the path of the profile of a rank."""
+    return Path(f"{prefix}_rank{number}.json")
 
 
 def _missing_stems(request: PipelineRequest) -> list[str]:
@@ -173,9 +195,7 @@ def _init_process_group(store: dist.Store, device: torch.device) -> None:
 def _collect_profiles(prefix: str, roles: dict[int, str], recorder: Recorder, store: dist.Store) -> list[RankProfile]:
     """Write this rank's profile to PREFIX_rankN.json; on rank 0, return the profiles of all ranks."""
     own = RankProfile(rank(), roles[rank()], recorder.spans())
-    path = Path(f"{prefix}_rank{rank()}.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    own.save(path)
+    own.save(profile_file(prefix, rank()))
     store.set(f"profile/{rank()}", own.to_json())
     if rank() > 0:
         return []

@@ -316,7 +316,7 @@ def test_a_contact_sheet_shows_a_folder(tmp_path, call):
         (write_shapes_clips, "--output {0} --num_clips 0", "must be positive"),
         (write_shapes_clips, "--output {0}/file", "cannot write to folder"),
         (encode_clips, "--base {0}/none --output {0}/out --device cpu", "does not exist"),
-        (encode_clips, "--output {0}/out --seed -1", "--seed must not be negative"),
+        (encode_clips, "--output {0}/out --seed -1", "--seed must be at least 0"),
         (encode_clips, "--base {1} --output {0}/file --device cpu", "cannot write to folder"),
         (encode_clips, "--base {1} --output {0}/out --num_frames 0", "must be positive"),
         (encode_clips, "--base {1} --output {0}/out --device toaster", "no device 'toaster' here"),

@@ -291,7 +291,7 @@ def test_a_file_overrides_the_file_that_it_inherits_from(tmp_path):
 
 @pytest.mark.parametrize(
     ("parent", "message"),
-    [("child.yaml", "in a circle"), ("none.yaml", "cannot be read"), ("3", "cannot be read")],
+    [("child.yaml", "in a circle"), ("none.yaml", "cannot be read"), ("3", "no file name")],
 )
 def test_inheritance_mistakes_are_rejected(tmp_path, parent, message):
     (tmp_path / "child.yaml").write_text(f"inherit: {parent}\n")

@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from trainer.datasets.lmdb import open_latent_lmdb
-from utils.config_checks import are_noise_levels
+from utils.config_checks import are_noise_levels, is_number
 from utils.distributed import rank
 from utils.errors import UserError
 from utils.files import atomic_path, read_json, write_json
@@ -199,9 +199,18 @@ def write_sigmas(folder: Path, sigmas: Sequence[float]) -> None:
 
 
 def read_sigmas(folder: Path) -> list[float] | None:
-    """Return the noise levels of a folder's points, noisy to clean, or None if it has no sigmas.json."""
+    """Return the noise levels of a folder's points, noisy to clean, or None if it has no sigmas.json.
+
+    Raises:
+        UserError: if the file is damaged.
+    """
     file = folder / SIGMAS_FILE
-    return read_json(file, "list of noise levels") if file.exists() else None
+    if not file.exists():
+        return None
+    levels = read_json(file, "list of noise levels")
+    if not isinstance(levels, list) or not all(map(is_number, levels)):
+        raise UserError(f"{file} is not a list of noise levels; correct it or regenerate the pairs")
+    return levels
 
 
 def check_pair_settings(folder: Path, settings: Mapping[str, Any]) -> None:

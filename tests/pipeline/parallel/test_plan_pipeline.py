@@ -29,7 +29,7 @@ def test_a_profile_becomes_a_table(call, tmp_path):
         (["--profile", "data/shapes-wan/model_index.json"], "model_index.json is not a profile of scripts"),
         (
             ["--denoise", "1", "--context", "1", "--decode", "0", "--ranks", "0"],
-            "--ranks and --bandwidth must be positive",
+            "--ranks must be 1 to 1,000",
         ),
     ],
 )
