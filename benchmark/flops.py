@@ -47,7 +47,7 @@ class PassFlops:
         self.bidirectional = cache(self._bidirectional)
 
     def write_then_denoise(self, context: int) -> int:
-        """Return the count of a pass that writes one block next to `context` frames and denoises the next block."""
+        """Return the count of a pass with `context` frames that writes one block and denoises the next."""
         return self.write(context) + self.denoise(min(context + self.block_frames, self.context_frames))
 
     def _denoise(self, context: int) -> int:

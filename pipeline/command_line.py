@@ -68,11 +68,11 @@ def shared_arguments() -> argparse.ArgumentParser:
 
 
 def apply_config_flags(args: argparse.Namespace) -> None:
-    """Fill in the flags that a file of the originals states, where the command line does not."""
+    """Set the flags that are not on the command line from a configuration file of the public code, such as HiAR's."""
     flags = config_flags(args.config_path)
     if args.prompt is not None:
         flags.pop("data_path", None)
-    if "output_folder" in flags:  # of inference.py; the pipeline calls it output_path
+    if "output_folder" in flags:  # --output_folder of inference.py is --output_path of the pipeline script
         flags["output_path"] = flags["output_folder"]
     for flag, value in flags.items():
         if getattr(args, flag, 0) in (None, False):

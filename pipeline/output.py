@@ -77,11 +77,11 @@ class VideoFiles:
 
     @property
     def activity(self) -> str:
-        """What the holder of the lock does, for error messages."""
+        """The work of the process that holds the lock, for error messages."""
         return f"making {self.video}"
 
     def is_complete(self, latents: bool = False) -> bool:
-        """Return whether the video exists, not cut off; with `latents`, its latents must exist, too."""
+        """Return whether the mp4 file exists and is complete; with `latents`, the latents must exist, too."""
         if latents and not (self.latents.exists() and self.latents.stat().st_size):
             return False
         return is_complete_mp4(self.video)
@@ -113,8 +113,8 @@ class VideoJob:
 class VideoOutput:
     """Decodes and writes a batch of videos as their latents arrive. Use it in a `with` statement.
 
-    If the body of the statement fails, all files are deleted. Inside the body, the videos are locked: entering
-    raises `UserError` if another process makes one of them.
+    The videos are locked until the statement ends. Entering it raises `UserError` if another process makes one of them.
+    If the body of the statement fails, all files are deleted.
     """
 
     def __init__(
@@ -183,7 +183,7 @@ class VideoOutput:
             block: number of the block, for error messages.
 
         Raises:
-            UserError: if the latents or their pixels hold NaN or infinity. It names the block and the video.
+            UserError: if latents or pixels hold NaN or infinity. The message names the block and the video.
         """
         part = frame_range(self._num_emitted, latents.shape[1], block)
         self._num_emitted += latents.shape[1]
@@ -259,7 +259,7 @@ def decode_frames(
 
 
 def not_finite(part: str, video: str = "", decoded: bool = False) -> str:
-    """Return the error message for NaN in a part of a video; `decoded`: the VAE made it from finite latents."""
+    """Return the error message for NaN in a part of a video; `decoded`: the latents are finite, the pixels are not."""
     found = f"{part} of {video}" if video else part
     stage = "was decoded to NaN or infinity by the VAE" if decoded else "holds NaN or infinity"
     return f"{found} {stage}; no video is written: try model.dtype=float32, or other weights"

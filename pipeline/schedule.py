@@ -10,7 +10,8 @@ docs/method.md).
     timestep_first, diagonal:    D00 W0   D10 W1 D01 W0   D20 W2 D11 W1   D30 W3 D21 W2 ...
 
 Dbs denoises block b at step s. Wb writes block b into the cache of its sequence. Block-first has one sequence and one
-cache. Timestep-first has one of each per step. `pipeline/rollout.py` executes the ops. docs/extend.md adds a schedule.
+cache. Timestep-first has one of each per step. `pipeline/rollout.py` executes the ops. docs/extend.md shows how to add
+a schedule.
 """
 
 import heapq

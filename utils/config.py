@@ -327,7 +327,7 @@ def all_keys() -> list[str]:
 
 
 def config_flags(path: str) -> dict[str, Any]:
-    """Return the command-line flags that a file of HiAR, Self-Forcing, CausVid or LongLive states."""
+    """Return the command-line flags in a file of HiAR, Self-Forcing, CausVid or LongLive; empty for other files."""
     if not os.path.isfile(path) or path.endswith(".json"):
         return {}
     translation = translate_file(path, read_yaml_layers(path)[-1], all_keys())

@@ -168,9 +168,7 @@ class _StageClock:
             self._work(self.times.add_noise)
             return
         self.clock = max(self.clock, self.arrivals[block])
-        if (
-            block < self.schedule.prefix_blocks + self.schedule.leading_blocks
-        ):  # arrives clean; this rank only sends it on
+        if block < self.schedule.prefix_blocks + self.schedule.leading_blocks:  # clean: send it on unchanged
             self._hand_off(block)
 
     def _after_denoise(self, op: Denoise) -> None:
