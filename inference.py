@@ -23,7 +23,7 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[shared_arguments()]
     )
     parser.add_argument("--output_folder", metavar="FOLDER", help="folder for the videos")
-    parser.add_argument("--batch_size", type=int, default=1, help="videos to generate at once; changes rounding only")
+    parser.add_argument("--batch_size", type=int, default=1, help="videos generated at once; equal up to rounding")
     parser.add_argument("--order", choices=["step_major", "diagonal"], help="same videos; diagonal writes blocks early")
     args = parser.parse_intermixed_args()
     check_arguments(args)

@@ -48,7 +48,9 @@ def shared_arguments() -> argparse.ArgumentParser:
     parser.add_argument("--seed", help="seed of the noise; each sample number gives other noise")
     parser.add_argument("--num_samples", type=int, help="videos per prompt; default: 1")
     parser.add_argument("--save_with_index", action="store_true", help="name files by prompt number, not prompt text")
-    parser.add_argument("--inference_method", choices=METHODS, help="default: the config's rollout.schedule")
+    parser.add_argument(
+        "--inference_method", choices=METHODS, help="HiAR's name of the schedule; default: the config's"
+    )
     parser.add_argument("--num_frame_first_blocks", help="number of leading blocks of hybrid_block0")
     parser.add_argument("--window", help="latent frames that attention spans, current block included; 0: all")
     parser.add_argument("--sink", help="latent frames at the start that stay in the window")
