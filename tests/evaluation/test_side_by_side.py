@@ -131,7 +131,7 @@ def test_long_labels_and_captions_are_truncated(tmp_path):
 def test_videos_are_streamed(tmp_path, monkeypatch):
     videos = [(name, save(tmp_path / f"{name}.mp4", RED, 20)) for name in "ab"]
     read, written, ahead = 0, 0, []
-    decode, write = utils.video._decode, VideoWriter.write
+    decode, write = utils.video._decode_frames, VideoWriter.write
 
     def counting_read(*arguments):
         nonlocal read
@@ -145,7 +145,7 @@ def test_videos_are_streamed(tmp_path, monkeypatch):
         ahead.append(read - 2 * written)
         write(self, frames)
 
-    monkeypatch.setattr(utils.video, "_decode", counting_read)
+    monkeypatch.setattr(utils.video, "_decode_frames", counting_read)
     monkeypatch.setattr(VideoWriter, "write", counting_write)
     write_side_by_side(tmp_path / "both.mp4", videos)
     assert written == 20 and max(ahead) <= 6  # three per video: the decoder and the rate filter hold some back
