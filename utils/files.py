@@ -13,6 +13,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from safetensors import SafetensorError
+
 from utils.errors import UserError
 
 _UMASK = os.umask(0)  # the umask can only be read by setting it, so this happens once, before threads start
@@ -49,12 +51,23 @@ def _share(path: Path) -> None:
             file.chmod(file.stat().st_mode | (0o666 & ~_UMASK))
 
 
+def _full_disk_number(error: BaseException | None) -> int | None:
+    """Return the error number of the full disk that caused `error`, directly or in a library; None if none did."""
+    while error is not None:
+        for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            if getattr(error, "errno", None) == number or f"(os error {number})" in str(error):
+                return number
+        error = error.__cause__ or error.__context__
+    return None
+
+
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path for a file or folder; rename it to `path` if the body succeeds, else delete it.
 
     Raises:
-        OSError: if nothing was written to the temporary path, or it cannot be renamed.
+        OSError: if nothing was written to the temporary path, it cannot be renamed, or the disk is full. A full disk is
+            reported with `path`, also if torch or safetensors raise errors of their own.
     """
     path = Path(path)
     temporary = partial_path(path)
@@ -62,6 +75,11 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield temporary
         _share(temporary)
         os.replace(temporary, path)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        number = _full_disk_number(error)
+        if number is None:
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from None
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)

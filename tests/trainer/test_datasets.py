@@ -5,6 +5,7 @@ a one-line error that names it. Files that are still being written are ignored.
 """
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from safetensors.torch import save_file
 from tiny_model import all_clips
 from torch import Tensor
 
+from trainer.datasets import lmdb as lmdb_module
 from trainer.datasets.clips import open_clips, write_shard
 from trainer.datasets.lmdb import write_lmdb
 from trainer.datasets.ode_pairs import (
@@ -362,6 +364,17 @@ def test_a_file_that_is_not_a_latent_lmdb_is_named(tmp_path):
     with lmdb.open(str(tmp_path / "other")) as environment, environment.begin(write=True) as transaction:
         transaction.put(b"something", b"else")
     assert_error(lambda: open_ode_pairs(str(tmp_path / "other"), LEVELS, POINTS), "has no key latents_shape")
+
+
+def test_a_full_disk_ends_an_lmdb_with_one_line(tmp_path, monkeypatch):
+    arguments = (["a", "b"], torch.zeros(2, *CLIP), CLIP)
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6 - 1000, 1000))
+        assert_error(lambda: write_lmdb(tmp_path / "a", *arguments), r"needs at least 0\.1 MB, but .* has 0\.0 MB free")
+    assert not (tmp_path / "a").exists()
+    open_environment = lmdb_module._open_environment
+    monkeypatch.setattr(lmdb_module, "_open_environment", lambda path, size: open_environment(path, 4096))
+    assert_error(lambda: write_lmdb(tmp_path / "a", *arguments), r"cannot write an LMDB to .*check that the disk")
 
 
 def test_a_truncated_lmdb_is_named(tmp_path):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from utils.errors import UserError, command
@@ -68,6 +69,43 @@ def test_a_failure_keeps_the_older_file_and_leaves_no_temporary_file(tmp_path, e
         temporary.write_text("half")
         raise error
     assert names(tmp_path) == ["a.json"] and path.read_text() == "older"
+
+
+def raise_torch_error() -> None:
+    try:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError:
+        raise RuntimeError("[enforce fail at inline_container.cc] . unexpected pos 768 vs 662")  # noqa: B904 -- as torch
+
+
+def raise_safetensors_error() -> None:
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+def raise_disk_error() -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("fail", [raise_disk_error, raise_torch_error, raise_safetensors_error])
+def test_a_full_disk_is_reported_with_the_final_name(tmp_path, fail):
+    path = tmp_path / "a.pt"
+    path.write_text("older")
+    with (
+        pytest.raises(OSError, match="No space left") as caught,
+        atomic_path(path) as outer,
+        atomic_path(outer) as inner,
+    ):
+        inner.write_text("half")
+        fail()
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(path))
+    assert names(tmp_path) == ["a.pt"] and path.read_text() == "older"
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), PermissionError(errno.EACCES, "Permission denied", "other")])
+def test_other_errors_keep_their_type_and_file(tmp_path, error):
+    with pytest.raises(type(error)) as caught, atomic_path(tmp_path / "a"):
+        raise error
+    assert caught.value is error
 
 
 def test_a_body_that_writes_nothing_is_an_error(tmp_path):

@@ -14,6 +14,7 @@ point. A data set is one environment, or a folder of environments that are read 
 import bisect
 import itertools
 import math
+import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -138,11 +139,38 @@ def write_lmdb(folder: Path, prompts: Sequence[str], latents: Iterable[Tensor], 
 
     Raises:
         ValueError: if an entry has another shape, or the numbers of prompts and latents differ.
-        UserError: if the environment cannot be opened.
+        UserError: if the environment cannot be opened or written.
     """
+    import lmdb
+
     row_bytes = 2 * math.prod(shape)
+    _check_free_bytes(folder, row_bytes * len(prompts) + 2**17)
     map_size = (row_bytes + 65536) * len(prompts) * 2 + 2**24  # an upper bound: the file grows only as needed
     environment = _open_environment(folder, map_size)
+    try:
+        _write_entries(environment, prompts, latents, shape)
+        environment.sync()
+    except lmdb.Error as error:
+        raise UserError(f"cannot write an LMDB to {folder.parent}: {error}; check that the disk is not full") from None
+    finally:
+        environment.close()
+
+
+def _check_free_bytes(folder: Path, needed: int) -> None:
+    """Check that the disk has room for `needed` bytes: lmdb maps a lock file, and a full disk would kill the process.
+
+    Raises:
+        UserError: with both sizes.
+    """
+    place = next(path for path in (folder, *folder.parents) if path.exists())
+    if (free := shutil.disk_usage(place).free) < needed:
+        raise UserError(
+            f"the LMDB needs at least {needed / 1e6:,.1f} MB, but {place} has {free / 1e6:,.1f} MB free: "
+            "No space left on device; choose another --lmdb_path, or free some space"
+        )
+
+
+def _write_entries(environment: Any, prompts: Sequence[str], latents: Iterable[Tensor], shape: Sequence[int]) -> None:
     for index, (prompt, entry) in enumerate(zip(prompts, latents, strict=True)):
         row = entry.to(torch.float16).contiguous().numpy()
         if list(row.shape) != list(shape):
@@ -154,8 +182,6 @@ def write_lmdb(folder: Path, prompts: Sequence[str], latents: Iterable[Tensor], 
         count = len(prompts)
         transaction.put(b"latents_shape", " ".join(map(str, [count, *shape])).encode())
         transaction.put(b"prompts_shape", str(count).encode())
-    environment.sync()
-    environment.close()
 
 
 def _open_environment(folder: Path, map_size: int | None = None) -> Any:
