@@ -146,10 +146,12 @@ def choose_attention_backend(net: AttentionMixin, name: str) -> None:
     """Select one of diffusers' attention backends for all layers of a network.
 
     Raises:
-        UserError: for an unknown backend, or one whose package is not installed.
+        UserError: for an unknown backend, one that runs downloaded code, or one whose package is not installed.
     """
     if name == "native":
         return
+    if name.endswith("_hub"):
+        raise UserError(f"model.attention_backend={name} would download code and run it; choose an installed backend")
     try:
         with attention_backend():  # restores the default of all other networks
             net.set_attention_backend(name)

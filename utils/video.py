@@ -363,7 +363,9 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
     """
     _require_file(Path(path), "image")
     try:
-        with Image.open(path) as opened:
+        Image.init()
+        formats = [name for name in Image.ID if name != "EPS"]  # Pillow reads EPS, a program, with Ghostscript
+        with Image.open(path, formats=formats) as opened:
             image = ImageOps.exif_transpose(opened)
             image.load()
     # Pillow's decoders report broken files with any of these errors.

@@ -67,3 +67,9 @@ def refuse() -> Callable[..., str]:
 def _in_the_repository(monkeypatch):
     """Relative paths of the shipped configurations are those of the repository."""
     monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture(scope="session")
+def run_command() -> Callable[..., tuple[int, str]]:
+    """run_command(main, words): the exit code of a command and what it printed to stderr."""
+    return run
