@@ -108,9 +108,10 @@ def read_strip(path: Path, columns: int = 8) -> Strip:
     caption = path.stem
     if metadata.exists():
         content = read_json(metadata, "video metadata file")
-        caption = content.get("name") if isinstance(content, dict) else None
-        if not isinstance(caption, str):
+        name = content.get("name") if isinstance(content, dict) else None
+        if not isinstance(name, str):
             raise UserError(f"{metadata} is not the metadata of a video: it has no name; delete it or restore it")
+        caption = name
     return _sample(caption, frames, columns, fps)
 
 

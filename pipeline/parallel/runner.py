@@ -133,8 +133,9 @@ def check_profile_files(request: PipelineRequest) -> None:
         UserError: naming the file.
     """
     videos = {Path(request.folder, f"{stem}.mp4").resolve() for _, _, stem in request.items}
-    names = [f"{request.profile_prefix}.png", *(profile_file(request.profile_prefix, r) for r in range(world_size()))]
-    for file in map(output_file, names):
+    plot = Path(f"{request.profile_prefix}.png")
+    profiles = [profile_file(request.profile_prefix, r) for r in range(world_size())]
+    for file in map(output_file, [plot, *profiles]):
         video = file.with_suffix(".mp4").resolve()
         if video in videos or video.exists():
             raise UserError(f"--profile_output would replace {file}, a file of {video.name}; choose another prefix")
