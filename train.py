@@ -80,7 +80,7 @@ def main() -> None:
     from utils.process_group import process_group
 
     check_wandb(config.train.wandb)
-    device = pick_device(config.runtime.device)
+    device = pick_device(config.runtime.device, config.runtime.threads)
     with process_group(device):
         resume = None if args.resume == "auto" else Path(args.resume)
         Trainer(config, build_objective(config, device), args.logdir).train(resume)

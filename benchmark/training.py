@@ -40,7 +40,7 @@ def measure_training(config: Config, iterations: int, peak_flops: float) -> Resu
 
 
 def _train(config: Config, iterations: int) -> Results:
-    device = pick_device(config.runtime.device)
+    device = pick_device(config.runtime.device, config.runtime.threads)
     every = config.distill.generator_every
     with tempfile.TemporaryDirectory() as folder, process_group(device):
         write_random_data(config, Path(folder) / "data")

@@ -28,6 +28,7 @@ KEYS_WITHOUT_EFFECT = {  # (section, key) that does not change the video
     ("model", "offload"),
     ("model", "compile"),
     ("runtime", "device"),
+    ("runtime", "threads"),
 }
 
 
@@ -77,7 +78,7 @@ def generate_videos(
     if not jobs:
         return RunSummary(0, existing, folder)
     check_request(config, condition)
-    pipeline = TextToVideo.load(config, device=pick_device(config.runtime.device))
+    pipeline = TextToVideo.load(config, device=pick_device(config.runtime.device, config.runtime.threads))
     started = time.perf_counter()
     prefix = read_prefix(condition, config, pipeline.vae) if condition else None
     num_ops = pipeline.num_ops(0 if prefix is None else prefix.shape[1])

@@ -213,6 +213,7 @@ class VideoOutput:
             "pixel_frames": self.vae.num_pixel_frames(self.num_frames),
             "seconds": round(seconds, 3),
             "device": device_name(self.vae.net.device),
+            "threads": torch.get_num_threads(),
         }
         for index, (files, metadata) in enumerate(zip(self.files, self.metadata, strict=True)):
             if self._sheets:

@@ -141,7 +141,7 @@ def write_teacher_videos(
     Raises:
         UserError: for wrong files, for a video with NaN, or if another process makes one of the videos.
     """
-    device = pick_device(config.runtime.device)
+    device = pick_device(config.runtime.device, config.runtime.threads)
     teacher, vae = Teacher.load(config, device), load_vae(config, device)
     steps, shift = config.teacher.num_inference_steps, config.teacher.timestep_shift
     batches = [jobs[i : i + batch_size] for i in range(0, len(jobs), batch_size)]

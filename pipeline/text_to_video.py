@@ -76,7 +76,7 @@ class TextToVideo:
         for key in ("base", "generator", "lora"):
             setattr(config.model, key, find_file(getattr(config.model, key)))
         if not isinstance(device, torch.device):
-            device = pick_device(device or config.runtime.device)
+            device = pick_device(device or config.runtime.device, config.runtime.threads)
         cls.check(config, prefix_frames=None)
         return cls(config, load_network(config, device), load_embeddings(config, device), load_vae(config, device))
 

@@ -66,7 +66,8 @@ def main() -> None:
     preset = Preset(args.config_path, args.config_path, []) if args.config_path else PRESETS[args.preset]
     earlier = read_rows(args.against) if args.against else None
     cases = list(make_cases(preset, args.what, vars(args), args.overrides, args.iterations))
-    device = pick_device(cases[0].config.runtime.device)
+    runtime = cases[0].config.runtime
+    device = pick_device(runtime.device, runtime.threads)
     for config in {repr(case.config): case.config for case in cases if case.kind != "training"}.values():
         BenchmarkNetworks(config, device, preset.random).check()
     writable_folder(args.output.parent)

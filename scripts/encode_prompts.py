@@ -38,7 +38,7 @@ def main() -> None:
     # Guidance needs the negative prompt, and training with text dropout needs the empty prompt.
     own_texts = list(dict.fromkeys(["", config.teacher.negative_prompt, *texts]))[rank() :: world_size()]
     dtype = DTYPES[args.dtype] if args.dtype else None
-    cache = load_caption_cache(config, pick_device(config.runtime.device), dtype)
+    cache = load_caption_cache(config, pick_device(config.runtime.device, config.runtime.threads), dtype)
     for text in tqdm(own_texts, unit="prompt", disable=rank() > 0):
         cache.store([text])
 

@@ -269,10 +269,12 @@ class DistillConfig:
 
 @dataclass
 class RuntimeConfig:
-    """Device and seed."""
+    """Device, threads and seed."""
 
     device: str = "auto"
     """auto selects CUDA, else Apple's GPU, else the CPU. A name selects one device: cuda, cuda:1, mps, cpu."""
+    threads: int = 0
+    """CPU threads of torch. 0: torch's default, which is all cores, or one thread under torchrun."""
     seed: int = 0
     """Seed of all random numbers."""
 
@@ -335,6 +337,10 @@ def config_flags(path: str) -> dict[str, Any]:
 
 
 def _from_metadata(metadata: dict[str, Any], path: str) -> DictConfig:
+    """Return a video's configuration with the number of threads that made it: another one changes rounding."""
+    threads, runtime = metadata.get("threads"), metadata["config"].get("runtime")
+    if isinstance(threads, int) and isinstance(runtime, dict) and not runtime.get("threads"):
+        runtime["threads"] = threads
     try:
         return OmegaConf.create(metadata["config"])
     except OmegaConfBaseException as error:

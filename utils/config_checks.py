@@ -22,7 +22,7 @@ _NOT_NEGATIVE = (
     *("rollout.leading_blocks", "rollout.leading_steps", "rollout.window", "rollout.sink", "runtime.seed"),
     *("train.learning_rate", "train.muon_learning_rate", "train.weight_decay", "train.grad_clip", "train.warmup"),
     *("train.ema_start", "train.total_batch_size", "train.first_frame_weight", "train.kl_weight"),
-    *("train.sample_every", "distill.critic_learning_rate", "distill.forward_kl_weight"),
+    *("runtime.threads", "train.sample_every", "distill.critic_learning_rate", "distill.forward_kl_weight"),
 )
 MAX_VIDEOS = 1_000_000
 """Largest number of videos of a run."""
@@ -34,6 +34,7 @@ _LIMITS = {
     "teacher.timestep_shift": 1000,
     "teacher.num_inference_steps": 10_000,
     "model.text_length": 8192,
+    "runtime.threads": 1024,
     "video.fps": 999,
 }
 """Largest values. Beyond them a run would allocate or list without an end, or divide by zero."""

@@ -8,16 +8,19 @@ from utils.errors import UserError
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def pick_device(name: str) -> torch.device:
+def pick_device(name: str, threads: int = 0) -> torch.device:
     """Return the device `name`; if it is a CUDA GPU, make it the current device.
 
     Args:
         name: a torch device, or `auto`: CUDA, else Apple's GPU, else the CPU. Under torchrun, `cuda` is the GPU of
             this rank.
+        threads: CPU threads of torch from now on; 0 changes nothing. The number changes results by rounding.
 
     Raises:
         UserError: for an unknown or missing device.
     """
+    if threads:
+        torch.set_num_threads(threads)
     name = _best_device() if name == "auto" else name
     if name == "cuda":
         name = f"cuda:{local_rank()}"
@@ -31,7 +34,7 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def pick_own_device(name: str) -> torch.device:
+def pick_own_device(name: str, threads: int = 0) -> torch.device:
     """Return a device as `pick_device` does, but never share a GPU between processes, because NCCL does not allow it.
 
     Raises:
@@ -48,7 +51,7 @@ def pick_own_device(name: str) -> torch.device:
         raise UserError(
             f"--device {name} is one GPU, and {processes} processes on this machine need one each: use --device cuda"
         )
-    return pick_device(name)
+    return pick_device(name, threads)
 
 
 def _best_device() -> str:

@@ -90,7 +90,8 @@ def run_pipelines(request: PipelineRequest) -> tuple[RunSummary, list[RankProfil
     started = time.perf_counter()
     try:
         if jobs := _share_jobs(request, missing, store):
-            device = pick_own_device(request.config.runtime.device)  # after joining, so that all ranks see a failure
+            runtime = request.config.runtime
+            device = pick_own_device(runtime.device, runtime.threads)  # after joining, so that all ranks see a failure
             _init_process_group(store, device)
             recorder = Recorder(device, enabled=bool(request.profile_prefix))
             worker = PipelineRank(

@@ -62,7 +62,7 @@ def generate_ode_pairs(
         write_pair_settings(folder, settings)
         return
 
-    teacher = Teacher.load(config, pick_device(config.runtime.device))
+    teacher = Teacher.load(config, pick_device(config.runtime.device, config.runtime.threads))
     teacher_channels = teacher.net.config.in_channels
     if channels not in (None, teacher_channels):
         raise UserError(f"--latent_shape has {channels} channels, but the teacher's latents have {teacher_channels}")
