@@ -10,11 +10,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from utils import config_checks
-from utils.config_files import parse_overrides, read_yaml_layers, refuse_functions, restore_off
+from utils.config_files import (
+    check_metadata,
+    metadata_layer,
+    parse_overrides,
+    read_yaml_layers,
+    refuse_functions,
+    restore_off,
+)
 from utils.distributed import rank
 from utils.errors import UserError
 from utils.files import read_json
@@ -314,7 +321,7 @@ def load_config(path: str, overrides: Sequence[str] = (), for_training: bool = F
     if not os.path.isfile(path):
         raise UserError(f"no config file {path}; choose a file in configs/")
     metadata = read_metadata(path)
-    files = read_yaml_layers(path) if metadata is None else [_from_metadata(metadata, path)]
+    files = read_yaml_layers(path) if metadata is None else [metadata_layer(metadata, path)]
     translation = translate_file(path, files[-1], all_keys(), for_training) if len(files) == 1 else None
     if translation is not None:
         files = [OmegaConf.create(translation.values)]
@@ -336,17 +343,6 @@ def config_flags(path: str) -> dict[str, Any]:
     return {} if translation is None else translation.flags
 
 
-def _from_metadata(metadata: dict[str, Any], path: str) -> DictConfig:
-    """Return a video's configuration with the number of threads that made it: another one changes rounding."""
-    threads, runtime = metadata.get("threads"), metadata["config"].get("runtime")
-    if isinstance(threads, int) and isinstance(runtime, dict) and not runtime.get("threads"):
-        runtime["threads"] = threads
-    try:
-        return OmegaConf.create(metadata["config"])
-    except OmegaConfBaseException as error:
-        raise UserError(f"{path}: its config is not valid ({str(error).splitlines()[0]})") from None
-
-
 def override_config(config: Config, overrides: Sequence[str]) -> Config:
     """Return a copy of a configuration with `section.key=value` overrides applied.
 
@@ -366,7 +362,7 @@ def _merge(layers: list[Any], overrides: Sequence[str], source: str) -> Config:
         config = OmegaConf.to_object(merged)
     except (OmegaConfBaseException, TypeError) as error:
         name = getattr(error, "full_key", "")
-        key = f" (key {name})" if name else ""
+        key = f" (key {name})" if name else f" (among {' '.join(overrides)})" if overrides else ""
         raise UserError(f"in {source} or the overrides: {str(error).splitlines()[0]}{key}") from None
     assert isinstance(config, Config)
     config_checks.check_config(config)
@@ -385,13 +381,7 @@ def read_metadata(path: str) -> dict[str, Any] | None:
     complete = isinstance(metadata, dict) and {"config", "prompt", "name", "sample"} <= metadata.keys()
     if not complete or not isinstance(metadata["config"], dict):
         raise UserError(f"{path} is not the metadata of a video: it lacks config, prompt, name or sample")
-    for key, kind, example in (("prompt", str, "text"), ("name", str, "text"), ("sample", int, "a whole number")):
-        if not isinstance(metadata[key], kind) or metadata[key] is True or metadata[key] is False:
-            raise UserError(f"{path} is not the metadata of a video: {key} must be {example}, not {metadata[key]!r}")
-    if not isinstance(metadata.get("condition") or "", str):
-        raise UserError(f"{path} is not the metadata of a video: condition must be text, not {metadata['condition']!r}")
-    if not 0 <= metadata["sample"] < config_checks.MAX_VIDEOS:
-        raise UserError(f"{path}: sample must be 0 to {config_checks.MAX_VIDEOS - 1}, not {metadata['sample']}")
+    check_metadata(metadata, path)
     return metadata
 
 

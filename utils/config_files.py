@@ -9,6 +9,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from utils.config_checks import MAX_VIDEOS
 from utils.errors import UserError
 
 
@@ -45,6 +46,36 @@ def read_yaml_layers(path: str, children: tuple[str, ...] = ()) -> list[DictConf
     if not isinstance(parent, str):
         raise UserError(f"{path} inherits from {parent!r}, which is no file name")
     return [*read_yaml_layers(os.path.join(os.path.dirname(path), parent), (*children, path)), loaded]
+
+
+def metadata_layer(metadata: dict[str, Any], path: str) -> DictConfig:
+    """Return a video's configuration with the number of threads that made it: another one changes rounding.
+
+    Raises:
+        UserError: for a reference or a key that no configuration can hold.
+    """
+    threads, runtime = metadata.get("threads"), metadata["config"].get("runtime")
+    if isinstance(threads, int) and isinstance(runtime, dict) and not runtime.get("threads"):
+        runtime["threads"] = threads
+    try:
+        return OmegaConf.create(metadata["config"])
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path}: its config is not valid ({str(error).splitlines()[0]})") from None
+
+
+def check_metadata(metadata: dict[str, Any], path: str) -> None:
+    """Check the types in the metadata of a video.
+
+    Raises:
+        UserError: naming the first wrong value.
+    """
+    for key, kind, description in (("prompt", str, "text"), ("name", str, "text"), ("sample", int, "a whole number")):
+        if not isinstance(metadata[key], kind) or isinstance(metadata[key], bool):
+            raise UserError(f"{path} is no metadata of a video: {key} must be {description}, not {metadata[key]!r}")
+    if not isinstance(metadata.get("condition") or "", str):
+        raise UserError(f"{path} is not the metadata of a video: condition must be text, not {metadata['condition']!r}")
+    if not 0 <= metadata["sample"] < MAX_VIDEOS:
+        raise UserError(f"{path}: sample must be 0 to {MAX_VIDEOS - 1}, not {metadata['sample']}")
 
 
 def parse_overrides(overrides: Sequence[str]) -> DictConfig:

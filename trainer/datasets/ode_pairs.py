@@ -208,7 +208,7 @@ def read_sigmas(folder: Path) -> list[float] | None:
     if not file.exists():
         return None
     levels = read_json(file, "list of noise levels")
-    if not isinstance(levels, list) or not all(map(is_number, levels)):
+    if not isinstance(levels, list) or not levels or not all(map(is_number, levels)):
         raise UserError(f"{file} is not a list of noise levels; correct it or regenerate the pairs")
     return levels
 
