@@ -4,13 +4,15 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 # Processes that run tests.
 WORKERS ?= 2
+# Mutants per module in `make mutation`.
+SAMPLE ?= 40
 
 # The newest suitable Python on the PATH, unless PYTHON names one: make demo PYTHON=/opt/python3.12/bin/python
 SUITABLE := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 PYTHON ?= $(shell for python in python3.13 python3.12 python3.11 python3; do \
 	$$python -c "$(SUITABLE)" 2> /dev/null && echo $$python && break; done)
 
-.PHONY: help demo test quick-test lint clean
+.PHONY: help demo test quick-test kills full-disk mutation lint clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -27,13 +29,23 @@ test: $(VENV)/installed-dev  ## run all tests, on the CPU and without network; W
 quick-test: $(VENV)/installed-dev  ## run all tests but the slow ones
 	$(RUN) -m pytest -n $(WORKERS) --dist worksteal -m "not slow"
 
+kills: $(VENV)/installed-dev  ## kill commands at 30 random moments and compare their results bit for bit
+	$(RUN) tests/kills/run.py
+
+full-disk: $(VENV)/installed-dev  ## fill a small disk during every kind of write; needs root on Linux
+	$(RUN) tests/kills/full_disk.py
+
+mutation: $(VENV)/installed-dev requirements-mutation.txt  ## change 40 lines per module and count what the tests notice; SAMPLE=0 changes all
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-mutation.txt
+	$(RUN) tests/mutation/run.py --sample $(SAMPLE)
+
 lint: $(VENV)/installed-dev  ## check style and types
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
 clean:  ## delete .venv and the caches
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) mutation .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(VENV)/installed: requirements.txt
 	@[ -n "$(PYTHON)" ] && $(PYTHON) -c "$(SUITABLE)" 2> /dev/null || \

@@ -48,10 +48,15 @@ def fill(folder: Path, free: int) -> Path:
 
 
 def complete_files(found: dict[str, bytes], expected: dict[str, bytes]) -> list[str]:
-    """Return the names of files that are neither complete nor a log with whole lines."""
+    """Return the names of files that are neither complete nor a log with whole lines.
+
+    Checkpoints that an undisturbed run deletes again are complete, because `contents` could read them.
+    """
     wrong = []
     for name, content in found.items():
         whole = expected.get(name)
+        if whole is None and name.startswith("checkpoints/"):
+            continue
         is_log = name.endswith(".jsonl") and whole is not None and whole.startswith(content)
         if content != whole and not (is_log and (not content or content.endswith(b"\n"))):
             wrong.append(name)

@@ -74,6 +74,10 @@ def test_sigmas_of_self_forcing_and_hiar():
     assert sigmas == pytest.approx([1, 0.9375, 0.833333, 0.625, 0], abs=1e-6)
 
 
+def test_only_a_trailing_zero_is_ignored():
+    assert step_sigmas([1000, 1, 0.5, 0], warp=False, shift=5.0) == [1.0, 0.001, 0.0005, 0.0]
+
+
 def test_sigmas_of_causvid_are_not_shifted():
     assert step_sigmas([1000, 757, 522], warp=False, shift=8.0) == [1.0, 0.757, 0.522, 0.0]
     assert step_sigmas([1000, 757, 522, 0], warp=False, shift=8.0) == [1.0, 0.757, 0.522, 0.0]

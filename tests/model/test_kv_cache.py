@@ -125,6 +125,34 @@ def test_a_block_becomes_context_when_it_is_committed():
     assert cache.read(0)[0].shape[1] == 2 * TOKENS
 
 
+def test_keys_and_values_have_the_given_type_and_device():
+    cache = KVCache(1, 1, 1, 4, 2, 3, 1, dtype=torch.bfloat16, device="meta")
+    for x in cache.read_with_block(0, *[torch.zeros(1, 2, 1, 4, device="meta", dtype=torch.bfloat16)] * 2):
+        assert x.dtype == torch.bfloat16
+    cache.append(0, *[torch.zeros(1, 2, 1, 4, device="meta", dtype=torch.bfloat16)] * 2)
+    cache.commit(1)
+    for x in cache.read(0):
+        assert (x.dtype, x.device.type) == (torch.bfloat16, "meta")
+
+
+@pytest.mark.parametrize("autograd", [False, True])
+@pytest.mark.parametrize("committed", [0, 1, 3, 6])
+def test_uncommitted_frames_of_a_layer_count_as_context(committed, autograd):
+    """A fused pass appends a block layer by layer, and the next block attends to it in the same pass."""
+    cache, other = make(4, 1), make(4, 1)
+    for frames in (committed, 2) if committed else (2,):
+        append(other, frames)
+    if committed:
+        append(cache, committed)
+    new = block(committed, 2, layer=0)
+    cache.append(0, new, -new)
+    own = block(committed + 2, 1, layer=0)
+    with torch.set_grad_enabled(autograd):
+        found = cache.read_with_block(0, own, -own, uncommitted=2)
+        expected = other.read_with_block(0, own, -own)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def test_reset_empties_the_cache_and_keeps_its_memory():
     cache = make(3, sink_frames=1)
     append(cache, 5)

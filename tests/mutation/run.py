@@ -47,6 +47,7 @@ do_not_mutate_patterns =
     raise \\w*Error\\(
     ^\\s*assert
 process_isolation = forkserver
+track_dependencies = false
 """
 
 

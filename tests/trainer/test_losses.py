@@ -113,6 +113,8 @@ def test_forward_kl_against_a_closed_form(own):
         words = (point, next_point, sigma, next_sigma, form, seen if own else None)
         torch.testing.assert_close(forward_kl_loss(flow, *words), expected, rtol=2e-4, atol=1e-5, msg=form)
         assert forward_kl_loss(perfect[form], *words) < 1e-8
+    default = forward_kl_loss(flow, point, next_point, sigma, next_sigma, generator_point=seen if own else None)
+    torch.testing.assert_close(default, forms["x0"], rtol=2e-4, atol=1e-5)
 
 
 def test_forward_kl_is_computed_in_float32():

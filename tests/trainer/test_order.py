@@ -30,6 +30,20 @@ def test_every_epoch_is_another_permutation_that_depends_on_the_key():
     assert DataOrder(7, "clips", 3).at(range(7)).tolist() == epochs[0]
 
 
+def test_an_order_may_start_in_any_epoch():
+    """A resumed run does."""
+    whole = DataOrder(7, "clips", 3).at(range(28))
+    for start in (7, 14, 21):
+        assert torch.equal(DataOrder(7, "clips", 3).at(range(start, start + 7)), whole[start : start + 7])
+
+
+def test_orders_and_levels_are_those_of_earlier_versions():
+    """Otherwise a resumed run would repeat some items and skip others."""
+    assert DataOrder(7, "clips", 3).at(range(14)).tolist() == [1, 2, 0, 5, 3, 4, 6, 4, 0, 6, 3, 2, 5, 1]
+    levels = ClipRandom(make(), "levels", 5, 0).stratified()[:, 0]
+    assert (4 * levels).long().tolist() == [3, 0, 1, 2]
+
+
 def test_a_permutation_is_computed_once_per_epoch(monkeypatch):
     order = DataOrder(50, "clips", 0)
     drawn = []
@@ -112,6 +126,17 @@ def test_numbers_are_uniform():
     assert (torch.stack([(integers == i).float().mean() for i in range(4)]) - 0.25).abs().max() < 0.03
     normal = random.normal((4000,))
     assert abs(normal.mean()) < 0.05 and abs(normal.std() - 1) < 0.05
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_intervals_are_drawn_anew_in_every_iteration(count):
+    def intervals(purpose: str, iteration: int) -> list[int]:
+        values = ClipRandom(make(8, 8), purpose, iteration, 0).stratified(count)
+        return (values.flatten() * 8 * count).long().tolist()
+
+    first = intervals("levels", 0)
+    assert intervals("levels", 0) == first
+    assert intervals("levels", 1) != first != intervals("critic", 0)
 
 
 @pytest.mark.parametrize("count", [1, 3])

@@ -165,8 +165,8 @@ def _check_free_bytes(folder: Path, needed: int) -> None:
     place = next(path for path in (folder, *folder.parents) if path.exists())
     if (free := shutil.disk_usage(place).free) < needed:
         raise UserError(
-            f"the LMDB needs at least {needed / 1e6:,.1f} MB, but {place} has {free / 1e6:,.1f} MB free: "
-            "No space left on device; choose another --lmdb_path, or free some space"
+            f"the LMDB needs at least {needed / 1e6:,.1f} MB, but the disk has {free / 1e6:,.1f} MB: "
+            "No space left on device; choose another --lmdb_path, or delete files"
         )
 
 

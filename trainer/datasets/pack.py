@@ -36,8 +36,8 @@ def pack_lmdb(source: Path, target: Path, shards: int) -> str:
         for shard in range(shards):
             start, end = (count * number // shards for number in (shard, shard + 1))
             entries = itertools.islice(latents, end - start)
-            entries = tqdm(entries, desc=f"shard {shard}", total=end - start, unit=unit[:-1])
-            write_lmdb(folder if shards == 1 else folder / f"{shard:05d}", prompts[start:end], entries, shape)
+            with tqdm(entries, desc=f"shard {shard}", total=end - start, unit=unit[:-1]) as bar:
+                write_lmdb(folder if shards == 1 else folder / f"{shard:05d}", prompts[start:end], bar, shape)
         if unit == "pairs" and (source / SIGMAS_FILE).exists():
             shutil.copy(source / SIGMAS_FILE, folder)
     return f"{count} {unit}"
