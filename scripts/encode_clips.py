@@ -19,6 +19,7 @@ from utils.arguments import MAX_COUNT, require_range
 from utils.device import pick_device
 from utils.errors import command
 from utils.files import writable_folder
+from utils.locks import lock_output
 
 
 @command
@@ -36,14 +37,15 @@ def main() -> None:
     require_range(args, 0, math.inf, "seed")
     folder = writable_folder(args.output)
     clips = [world.sample_clip(args.seed, index) for index in range(args.num_clips)]
-    encode_clips(
-        [clip.scene.caption for clip in clips],
-        lambda index: world.to_pixels(world.render(clips[index], 4 * (args.num_frames - 1) + 1)),
-        args.num_frames,
-        folder,
-        ModelDirectory.open(args.base),
-        pick_device(args.device),
-    )
+    with lock_output(folder, "encoding clips in"):
+        encode_clips(
+            [clip.scene.caption for clip in clips],
+            lambda index: world.to_pixels(world.render(clips[index], 4 * (args.num_frames - 1) + 1)),
+            args.num_frames,
+            folder,
+            ModelDirectory.open(args.base),
+            pick_device(args.device),
+        )
 
 
 if __name__ == "__main__":

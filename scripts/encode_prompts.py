@@ -20,6 +20,8 @@ from utils.config import load_config
 from utils.device import DTYPES, pick_device
 from utils.distributed import rank, world_size
 from utils.errors import UserError, command
+from utils.files import writable_folder
+from utils.locks import lock_output
 from utils.prompts import read_prompts
 
 
@@ -38,9 +40,10 @@ def main() -> None:
     # Guidance needs the negative prompt, and training with text dropout needs the empty prompt.
     own_texts = list(dict.fromkeys(["", config.teacher.negative_prompt, *texts]))[rank() :: world_size()]
     dtype = DTYPES[args.dtype] if args.dtype else None
-    cache = load_caption_cache(config, pick_device(config.runtime.device, config.runtime.threads), dtype)
-    for text in tqdm(own_texts, unit="prompt", disable=rank() > 0):
-        cache.store([text])
+    with lock_output(writable_folder(config.model.text_cache), "encoding prompts in"):
+        cache = load_caption_cache(config, pick_device(config.runtime.device, config.runtime.threads), dtype)
+        for text in tqdm(own_texts, unit="prompt", disable=rank() > 0):
+            cache.store([text])
 
 
 if __name__ == "__main__":

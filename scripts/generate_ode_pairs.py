@@ -19,6 +19,7 @@ from trainer.datasets.generate_pairs import generate_ode_pairs
 from utils.config import load_config
 from utils.errors import UserError, command
 from utils.files import writable_folder
+from utils.locks import lock_output
 from utils.prompts import read_prompts
 
 # Flags that set a key of the configuration.
@@ -75,7 +76,8 @@ def main() -> None:
     config = load_config(args.config_path, [*overrides, *args.overrides])
     prompts = read_prompts(args.caption_path)[: args.num_prompts]
     folder = writable_folder(args.output_folder)
-    generate_ode_pairs(config, prompts, folder, args.save_indices or (), args.dtype, args.batch_size, channels)
+    with lock_output(folder, "generating ODE pairs in"):
+        generate_ode_pairs(config, prompts, folder, args.save_indices or (), args.dtype, args.batch_size, channels)
 
 
 if __name__ == "__main__":

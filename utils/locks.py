@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from utils.distributed import rank
 from utils.errors import UserError
 from utils.files import open_own_file
 
@@ -16,16 +17,28 @@ _RETRIES = 20  # 10 ms apart: another process may test the lock just now
 
 
 @contextlib.contextmanager
-def lock_folder(folder: Path, activity: str) -> Iterator[None]:
+def lock_folder(folder: Path, activity: str, keep: bool = True) -> Iterator[None]:
     """Lock `folder` for this process inside the `with` block.
 
     Args:
         activity: what holds the lock, for the error message, such as "training in".
+        keep: leave the unlocked file; false deletes it.
 
     Raises:
         UserError: if another process holds the lock, or `.lock` is a symbolic link. It names the holder.
     """
-    with lock_file(folder / ".lock", f"{activity} {folder}"):
+    with lock_file(folder / ".lock", f"{activity} {folder}", keep):
+        yield
+
+
+@contextlib.contextmanager
+def lock_output(folder: Path, activity: str) -> Iterator[None]:
+    """Lock an output folder for all ranks of this run inside the `with` block. Rank 0 holds the lock.
+
+    Raises:
+        UserError: on rank 0, if another run holds the lock; torchrun then ends the other ranks.
+    """
+    with lock_folder(folder, activity, keep=False) if rank() == 0 else contextlib.nullcontext():
         yield
 
 

@@ -76,6 +76,8 @@ def make_config(model) -> Callable[..., Config]:
         config.model.base, config.model.text_length, config.model.dtype = str(model), 24, "float32"
         config.data.path = str(path)
         config.runtime.device = "cpu"
+        config.video.height = config.video.width = 32
+        config.data.num_frames = 6
         small = dict(network="tiny", batch_size=2, max_iterations=6, warmup=2, log_every=1, checkpoint_every=2)
         for key, value in (small | train).items():
             assert hasattr(config.train, key), key

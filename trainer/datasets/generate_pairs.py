@@ -16,6 +16,7 @@ from pipeline.build import latent_size, rollout_sigmas
 from pipeline.teacher import Teacher, sample_euler
 from trainer.datasets.ode_pairs import check_pair_settings, load_pair, pair_file, write_ode_pair, write_pair_settings
 from utils.config import Config, DType, VideoConfig
+from utils.config_checks import are_noise_levels
 from utils.device import DTYPES, pick_device
 from utils.distributed import rank, world_size
 from utils.errors import UserError
@@ -43,14 +44,20 @@ def generate_ode_pairs(
         channels: expected number of latent channels; None accepts any.
 
     Raises:
-        UserError: if an index is out of range, or the folder holds pairs of other settings or prompts.
+        UserError: if an index is out of range, no training could read these points, or the folder holds pairs of other
+            settings or prompts.
     """
     sigmas = solver_sigmas(config.teacher.num_inference_steps, config.teacher.timestep_shift)
     num_points = len(sigmas)
     saved = list(save_indices) or nearest_indices(sigmas, loss_sigmas(config))
     if any(not -num_points <= index < num_points for index in saved):
         raise UserError(f"--save_indices {saved} must be among the {num_points} points 0..{num_points - 1}, -1")
-    settings = pair_settings(config, [sigmas[index] for index in saved], dtype)
+    levels = [sigmas[index] for index in saved]
+    if len(levels) < 2 or not are_noise_levels(levels):
+        raise UserError(
+            f"--save_indices {saved} fit no training: name at least two points in rising order, such as 0 12 24 36 -1"
+        )
+    settings = pair_settings(config, levels, dtype)
     check_pair_settings(folder, settings)
     own = prompts[rank() :: world_size()]
     existing = [prompt for prompt in own if pair_file(folder, prompt.index).exists()]

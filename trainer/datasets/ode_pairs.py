@@ -10,6 +10,7 @@ not on the levels of its own steps.
 """
 
 import pickle
+import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from model.weight_checks import check_zip, is_finite
 from trainer.datasets.lmdb import open_latent_lmdb
 from utils.config_checks import are_noise_levels, is_number
 from utils.distributed import rank
@@ -64,6 +66,35 @@ class ODEPairs:
         """Return trajectories [B, P, F, C, h, w] in their stored type, or only the points with indices `points`."""
         chosen = slice(None) if points is None else list(points)
         return torch.stack([self._trajectories.read(index)[chosen] for index in indices])
+
+    def check_size(self, frames: int, size: tuple[int, int], source: str) -> None:
+        """Check that clips have this number of latent frames and this height and width.
+
+        Args:
+            source: name of the folder, for the message.
+
+        Raises:
+            UserError: if they do not.
+        """
+        found = (self.shape[1], *self.shape[3:])
+        if found != (frames, *size):
+            raise UserError(
+                f"the ODE pairs in {source} have {found[0]} latent frames of {found[1]}x{found[2]}, but the "
+                f"configuration has {frames} of {size[0]}x{size[1]} (data.num_frames; video.height, video.width / 8);"
+                " change these keys or regenerate the pairs"
+            )
+
+    def check_channels(self, channels: int, source: str) -> None:
+        """Check that the latents have as many channels as the network.
+
+        Raises:
+            UserError: if they do not.
+        """
+        if self.shape[2] != channels:
+            raise UserError(
+                f"the ODE pairs in {source} have {self.shape[2]} channels, but the network has {channels}; regenerate "
+                "the pairs with its own model"
+            )
 
     def check_blocks(self, block_frames: int, source: str) -> None:
         """Check that blocks of `block_frames` frames divide the clips; `source` is the folder's name for the message.
@@ -128,6 +159,7 @@ class PairFolder:
         self.files = sorted(file for file in folder.glob("*.pt") if not file.name.startswith("."))
         if not self.files:
             raise UserError(f"no ODE pairs in {folder}; generate them with scripts/generate_ode_pairs.py")
+        self._checked: set[int] = set()  # files of which the checksums are right
         self.prompts: list[str] = []
         self.shape: tuple[int, ...] = ()
         quiet = len(self.files) < _PROGRESS_FROM or rank() > 0
@@ -139,7 +171,14 @@ class PairFolder:
                 raise UserError(f"{file} differs in size from {self.files[0]}; keep pairs of one size in a folder")
 
     def read(self, index: int) -> Tensor:
-        """Return trajectory `index`, [P, F, C, h, w]."""
+        """Return trajectory `index`, [P, F, C, h, w]. The first read of a file compares its checksums.
+
+        Raises:
+            UserError: if the file is damaged.
+        """
+        if index not in self._checked and zipfile.is_zipfile(self.files[index]):
+            check_zip(self.files[index])
+            self._checked.add(index)
         return load_pair(self.files[index])[1]
 
 
@@ -175,8 +214,14 @@ def pair_file(folder: Path, index: int) -> Path:
 
 
 def write_ode_pair(file: Path, prompt: str, points: Tensor) -> None:
-    """Write one pair atomically; `points` is its trajectory [P, F, C, h, w], noisy to clean."""
+    """Write one pair atomically; `points` is its trajectory [P, F, C, h, w], noisy to clean.
+
+    Raises:
+        UserError: if it holds NaN or infinity.
+    """
     # torch.save writes the whole storage of a view, and given a path, it writes the file's (temporary) name too.
+    if not is_finite(points):
+        raise UserError(f"the trajectory of {prompt!r:.60} holds NaN or infinity in {points.dtype}; no pair is written")
     with atomic_path(file) as path, path.open("xb") as stream:
         torch.save({prompt: points[None].cpu().clone()}, stream)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from model.attention import BlockCausalMask
 from model.denoiser import clip_flow
 from model.flow import flow_to_x0
-from pipeline.build import context_frames, rollout_sigmas
+from pipeline.build import context_frames, latent_size, rollout_sigmas
 from trainer.datasets.captions import CaptionEmbeddings
 from trainer.datasets.ode_pairs import ODEPairs, open_ode_pairs
 from trainer.datasets.order import DataOrder
@@ -29,6 +29,7 @@ def open_forward_kl_pairs(config: Config) -> ODEPairs:
     """
     path, distill = config.data.path, config.distill
     pairs = open_ode_pairs(path, config.data.sigmas, distill.forward_kl_steps + 1)
+    pairs.check_size(config.data.num_frames, latent_size(config.video), path)
     pairs.check_blocks(config.rollout.block_frames, path)
     if distill.forward_kl_mode == "rollout" and len(pairs.sigmas) > len(rollout_sigmas(config.rollout)):
         raise UserError(
@@ -52,6 +53,7 @@ class ForwardKL:
     def __init__(self, config: Config, pairs: ODEPairs, self_rollout: SelfRollout, text: CaptionEmbeddings):
         self.config, self.pairs, self.self_rollout, self.text = config, pairs, self_rollout, text
         self.generator, self.device = self_rollout.generator, self_rollout.device
+        pairs.check_channels(self.generator.config.in_channels, config.data.path)
         self.order = DataOrder(len(pairs), "pairs", config.runtime.seed)
 
     def backward(self, iteration: int, positions: Sequence[int], scale: float, last: bool) -> dict[str, float]:

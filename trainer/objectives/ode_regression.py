@@ -6,7 +6,7 @@ from torch import Tensor
 from model.attention import BlockCausalMask
 from model.denoiser import clip_flow
 from model.flow import flow_to_x0
-from pipeline.build import rollout_sigmas
+from pipeline.build import latent_size, rollout_sigmas
 from trainer.datasets.captions import CaptionEmbeddings
 from trainer.datasets.ode_pairs import open_ode_pairs
 from trainer.datasets.order import ClipRandom, DataOrder, batch_positions
@@ -40,6 +40,8 @@ class ODERegression(SingleNetObjective):
                 f"the trajectories in {path} end at the noise level {self.pairs.sigmas[-1]:.4g}, but ODE regression "
                 "needs clean ends; regenerate them with --save_indices ... -1"
             )
+        self.pairs.check_size(config.data.num_frames, latent_size(config.video), path)
+        self.pairs.check_channels(self.net.config.in_channels, path)
         self.pairs.check_blocks(config.rollout.block_frames, path)
         self.sigmas = torch.tensor(self.pairs.sigmas)  # the teacher's levels: the network must be conditioned on these
         self.text = CaptionEmbeddings(config, self.pairs.prompts, device)
