@@ -29,6 +29,7 @@ from shapes.metrics import ShapesWorld
 from utils.arguments import MAX_COUNT, require_range
 from utils.errors import UserError, command
 from utils.files import writable_folder
+from utils.locks import lock_output
 from utils.prompts import read_prompts
 from utils.tables import markdown_table
 
@@ -46,19 +47,20 @@ def main() -> None:
     output = writable_folder(args.output)
     cache_folder = writable_folder(args.cache or output / "observed")
 
-    options = EvaluationOptions(world, args.block_frames, args.max_frames, cache_folder)
-    methods = measure_folders(folders, options, args.processes)
-    plotted_curves = [*(world.plotted_curves if world else ()), *PLOTTED_PIXEL_CURVES]
-    results = EvaluationResults(methods, metrics, table_metrics, plotted_curves)
-    if world and args.floor_videos:
-        from shapes.noise_floors import measure_noise_floors  # imports diffusers, which takes seconds
+    with lock_output(output, "evaluating in"):
+        options = EvaluationOptions(world, args.block_frames, args.max_frames, cache_folder)
+        methods = measure_folders(folders, options, args.processes)
+        plotted_curves = [*(world.plotted_curves if world else ()), *PLOTTED_PIXEL_CURVES]
+        results = EvaluationResults(methods, metrics, table_metrics, plotted_curves)
+        if world and args.floor_videos:
+            from shapes.noise_floors import measure_noise_floors  # imports diffusers, which takes seconds
 
-        results.noise_floors = measure_noise_floors(methods[0], args.floor_videos, args.base, args.block_frames)
-    for table in results.tables:
-        print(f"{table.title}\n\n{markdown_table(table.rows)}\n")
-    examples = report_examples(folders, args.examples, args.max_frames)
-    results.write(output, folders, examples, shlex.join(["python", *sys.argv]))
-    print(f"wrote report.html, evaluation.json, videos.csv and curves.png to {output}")
+            results.noise_floors = measure_noise_floors(methods[0], args.floor_videos, args.base, args.block_frames)
+        for table in results.tables:
+            print(f"{table.title}\n\n{markdown_table(table.rows)}\n")
+        examples = report_examples(folders, args.examples, args.max_frames)
+        results.write(output, folders, examples, shlex.join(["python", *sys.argv]))
+        print(f"wrote report.html, evaluation.json, videos.csv and curves.png to {output}")
 
 
 def parse_arguments() -> argparse.Namespace:
