@@ -22,6 +22,10 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[shared_arguments()]
     )
+    parser.add_argument(
+        "--i2v", nargs="?", const="", metavar="PATH",
+        help="folder or JSON with an image per prompt, see docs/migrate.md; default: --data_path",
+    )  # fmt: skip
     parser.add_argument("--output_folder", metavar="FOLDER", help="folder for the videos")
     parser.add_argument("--batch_size", type=int, default=1, help="videos generated at once; equal up to rounding")
     parser.add_argument("--order", choices=["step_major", "diagonal"], help="same videos; diagonal writes blocks early")

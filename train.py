@@ -69,6 +69,10 @@ def main() -> None:
         raise UserError("choose a folder for checkpoints and logs: --logdir DIR")
     if not config.train.objective:
         raise UserError(f"{args.config_path} sets no train.objective; use a file such as configs/hiar.yaml")
+    if Path(args.resume).is_file():
+        raise UserError(
+            f"--resume {args.resume} is no checkpoint folder; to start from its weights: train.init={args.resume}"
+        )
     num_micro_batches(config.train, world_size())  # raises an error if the batch does not divide evenly
 
     # Import heavy modules after the arguments are checked, so that errors appear at once.

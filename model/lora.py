@@ -1,28 +1,27 @@
 """LoRA weights, fused into a transformer."""
 
+from pathlib import Path
+
 from diffusers.loaders import WanLoraLoaderMixin
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from model.causal_wan import CausalWanModel
 from model.weight_checks import check_weights
+from model.weight_files import read_lora
 from utils.errors import UserError
 
 
 def fuse_lora(net: CausalWanModel, path: str, scale: float = 1.0) -> None:
-    """Add `scale` times the low-rank updates in a safetensors file to the weights of `net`.
+    """Add `scale` times the low-rank updates in a safetensors or torch file to the weights of `net`.
 
     Layers may have diffusers' names (`transformer.blocks.0.attn1.to_q.lora_A.weight`) or Wan's
     (`diffusion_model.blocks.0.self_attn.q.lora_A.weight`), both with or without the prefix. Wan's names may also be
-    `...lora_down...` and `lora_unet_...`.
+    `...lora_down...` and `lora_unet_...`. A torch file of LongLive holds them under
+    the key `generator_lora`.
 
     Raises:
         UserError: if the file is missing or broken, holds NaN, or does not fit the network.
     """
-    try:
-        state = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot read LoRA weights {path} ({error}); give a .safetensors file") from None
+    state = read_lora(Path(path))
     check_weights({name: value for name, value in state.items() if not name.endswith(".alpha")}, path)
     if any(name.startswith("blocks.") and ".self_attn." in name for name in state):
         state = {f"diffusion_model.{name}": value for name, value in state.items()}

@@ -68,6 +68,21 @@ def read_state(path: Path, use_ema: bool = False) -> State:
     raise UserError(f"{path} has no {' or '.join(keys)} weights but holds {held}; {advice}")
 
 
+def read_lora(path: Path) -> State:
+    """Return the low-rank factors in a file, without wrappers' prefixes: all of it, or its `generator_lora`.
+
+    Raises:
+        UserError: if the file is missing, cut off, unsafe to read, or holds anything else.
+    """
+    if not path.is_file():
+        raise UserError(f"cannot read LoRA weights {path}: there is no such file")
+    content = _read_file(path)
+    state = content.get("generator_lora", content)
+    if not _is_state(state):
+        raise UserError(f"{path} holds no LoRA weights but {join_names(map(str, content), 9) or 'nothing'}")
+    return {re.sub(r"^base_model\.(model\.)*", "", without_wrappers(name)): value for name, value in state.items()}
+
+
 def save_weights(path: Path, content: dict[str, Any]) -> None:
     """Write weights atomically: as safetensors if `path` has this suffix, else with torch.save."""
     output_file(path)

@@ -171,11 +171,12 @@ def build_schedule(rollout: RolloutConfig, num_frames: int, prefix_frames: int =
     """Build the schedule of a video of `num_frames` latent frames, of which the prefix fills `prefix_frames`.
 
     Raises:
-        UserError: if the frames to generate do not fill whole blocks, with the nearest lengths that work.
+        UserError: if the frames do not fill whole blocks, with the nearest lengths that work. After a prefix, the last
+            block may be short.
     """
     block = rollout.block_frames
     generated = num_frames - prefix_frames
-    if generated <= 0 or generated % block:
+    if generated <= 0 or (generated % block and not prefix_frames):
         lower = prefix_frames + max(1, generated // block) * block
         choices = " or ".join(str(n) for n in dict.fromkeys([lower, lower + block]))
         after = f" after a prefix of {prefix_frames}" if prefix_frames else ""
@@ -187,7 +188,7 @@ def build_schedule(rollout: RolloutConfig, num_frames: int, prefix_frames: int =
     try:
         return Schedule(
             num_steps=len(rollout_sigmas(rollout)) - 1,
-            num_blocks=layout.prefix_blocks + generated // block,
+            num_blocks=layout.prefix_blocks - -generated // block,  # rounded up
             method=rollout.schedule,
             context=rollout.context,
             leading_blocks=rollout.leading_blocks,
@@ -224,7 +225,10 @@ def build_rollout(
         options: further arguments of `rollout_class`. They replace arguments that this function computes.
     """
     net, rollout = denoiser.net, config.rollout
-    layout = BlockLayout(rollout.block_frames, 0 if prefix is None else prefix.shape[1])
+    layout = BlockLayout(rollout.block_frames)
+    if prefix is not None:
+        length = num_frames or config.video.num_output_frames
+        layout = BlockLayout(rollout.block_frames, prefix.shape[1], length)
     height, width = size or latent_size(config.video)
     context, sink = context_frames(rollout, num_frames or config.video.num_output_frames)
     cache_dtype = dtype or DTYPES[config.model.dtype]

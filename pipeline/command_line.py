@@ -5,11 +5,14 @@ This module imports no torch, so wrong arguments are reported without delay.
 
 import argparse
 import json
+import os
+from collections.abc import Sequence
 from typing import Any
 
 from utils.config import Config, config_flags, load_config
 from utils.config_checks import MAX_VIDEOS
 from utils.errors import UserError
+from utils.image_prompts import read_image_prompts
 from utils.prompts import Prompt, read_prompts, unique_stems
 
 # Flags with the names of the original code, and the configuration keys that they set.
@@ -39,7 +42,12 @@ def shared_arguments() -> argparse.ArgumentParser:
     parser.add_argument("--config_path", required=True, help="YAML under configs/, or the JSON file beside a video")
     parser.add_argument("--checkpoint_path", help="weights of the generator; default: the config's model.generator")
     parser.add_argument("--prompt", metavar="TEXT", help="one prompt")
-    parser.add_argument("--data_path", metavar="FILE", help="file of prompts, one per line")
+    parser.add_argument(
+        "--checkpoint_folder",
+        metavar="FOLDER",
+        help="folder with model.pt, as CausVid writes: weights of the generator",
+    )
+    parser.add_argument("--data_path", "--prompt_file_path", metavar="FILE", help="file of prompts, one per line")
     parser.add_argument(
         "--extended_prompt_path", metavar="FILE", help="file with an extended text per line of --data_path"
     )
@@ -83,6 +91,14 @@ def apply_config_flags(args: argparse.Namespace) -> None:
         args.num_samples = 1
 
 
+def whole_numbers(flag: str, words: Sequence[str] | None) -> list[int]:
+    """Return the numbers of a flag, separated by spaces or commas."""
+    try:
+        return [int(number) for word in words or () for number in word.split(",") if number]
+    except ValueError:
+        raise UserError(f"--{flag} takes whole numbers, not {' '.join(words or ())}") from None
+
+
 def check_arguments(args: argparse.Namespace) -> None:
     """Complete the flags from the configuration file; check values and flags that exclude each other.
 
@@ -90,6 +106,14 @@ def check_arguments(args: argparse.Namespace) -> None:
         UserError: for the first such flag.
     """
     apply_config_flags(args)
+    if args.checkpoint_folder:
+        if args.checkpoint_path:
+            raise UserError("give --checkpoint_path or --checkpoint_folder, not both")
+        args.checkpoint_path = os.path.join(args.checkpoint_folder, "model.pt")
+        if not os.path.isfile(args.checkpoint_path):
+            raise UserError(
+                f"--checkpoint_folder {args.checkpoint_folder} holds no model.pt; use --checkpoint_path FILE"
+            )
     if args.prompt is not None and (args.data_path or not args.prompt.strip()):
         raise UserError("give --prompt TEXT or --data_path FILE")
     if args.extended_prompt_path and not args.data_path:
@@ -133,10 +157,15 @@ def requested_videos(args: argparse.Namespace, metadata: dict[str, Any] | None) 
     Raises:
         UserError: if there is no prompt.
     """
-    if args.prompt is None and not args.data_path and metadata is not None:
+    images = getattr(args, "i2v", None)
+    if images is None and args.prompt is None and not args.data_path and metadata is not None:
         prompt, sample = Prompt(0, metadata["prompt"], metadata["name"]), metadata["sample"]
         return [(prompt, sample, unique_stems([prompt], sample + 1, args.save_with_index)[0][sample])]
-    if args.prompt is not None:
+    if images is not None:
+        if args.prompt is not None or args.image or args.video or args.extended_prompt_path:
+            raise UserError("--i2v reads prompts and images itself; leave out --prompt, --image and --video")
+        prompts = read_image_prompts(images or args.data_path or "")
+    elif args.prompt is not None:
         prompts = [Prompt(0, args.prompt.strip(), args.prompt.strip())]
     elif args.data_path:
         prompts = read_prompts(args.data_path, args.extended_prompt_path)

@@ -1,11 +1,13 @@
 """Generate the videos that a folder lacks. Each block is decoded and written as soon as it is finished."""
 
+import functools
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -77,11 +79,13 @@ def generate_videos(
     existing = len(items) - len(jobs)
     if not jobs:
         return RunSummary(0, existing, folder)
-    check_request(config, condition)
+    for path in dict.fromkeys(job.prompt.image or condition for job in jobs):
+        check_request(config, path)
     pipeline = TextToVideo.load(config, device=pick_device(config.runtime.device, config.runtime.threads))
     started = time.perf_counter()
-    prefix = read_prefix(condition, config, pipeline.vae) if condition else None
-    num_ops = pipeline.num_ops(0 if prefix is None else prefix.shape[1])
+    read = functools.lru_cache(maxsize=batch_size)(lambda path: read_prefix(path, config, pipeline.vae))
+    first = jobs[0].prompt.image or condition
+    num_ops = pipeline.num_ops(read(first).shape[1] if first else 0)
     pipeline.embeddings.encode([job.prompt.text for job in jobs])
     interval = 0.5 if sys.stderr.isatty() else 15
     batches = [jobs[i : i + batch_size] for i in range(0, len(jobs), batch_size)]
@@ -91,6 +95,8 @@ def generate_videos(
             started_videos = number * batch_size + len(batch)
             bar.set_description(f"video {started_videos}/{len(jobs)}", refresh=False)
             if overwrite or not all(job.files.is_complete(save_latents) for job in batch):
+                paths = [job.prompt.image or condition for job in batch]
+                prefix = torch.cat([read(path) for path in paths]) if paths[0] else None
                 make_videos(pipeline, batch, prefix, condition, save_latents, bar)
     pixel_frames = len(jobs) * num_pixel_frames(config.video.num_output_frames)
     return RunSummary(len(jobs), existing, folder, time.perf_counter() - started, pixel_frames)
@@ -172,7 +178,7 @@ def make_videos(
 
     with VideoOutput.for_jobs(pipeline.config, pipeline.vae, batch, condition, save_latents) as output:
         if prefix is not None:
-            output.emit(prefix.expand(len(batch), -1, -1, -1, -1))
+            output.emit(prefix)
         prompts, samples = [job.prompt.text for job in batch], [job.sample for job in batch]
         first = pipeline.schedule(0 if prefix is None else prefix.shape[1]).prefix_blocks
         blocks = pipeline.generate_blocks(prompts, samples, prefix, show_progress)

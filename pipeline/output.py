@@ -128,6 +128,7 @@ class VideoOutput:
         contact_sheet: bool = False,
         save_latents: bool = False,
         seconds: float = 0.0,
+        crf: int = 10,
     ):
         """
         Args:
@@ -136,9 +137,10 @@ class VideoOutput:
             metadata: `video_metadata` of each video, for its JSON file.
             contact_sheet: write the PNG file; needs metadata.
             save_latents: write the safetensors file.
+            crf: see `VideoConfig.crf`.
             seconds: time spent on the batch so far, for the metadata.
         """
-        self.vae, self.files, self.fps, self.num_frames = vae, files, fps, num_frames
+        self.vae, self.files, self.fps, self.num_frames, self.crf = vae, files, fps, num_frames, crf
         self.metadata, self.contact_sheet, self.save_latents = metadata, contact_sheet, save_latents
         num_pixel_frames = vae.num_pixel_frames(num_frames)
         self._sheets = [ContactSheetSampler(num_pixel_frames, fps=fps) for _ in files] if contact_sheet else []
@@ -162,6 +164,7 @@ class VideoOutput:
             metadata=[video_metadata(config, job.prompt, job.sample, condition) for job in jobs],
             contact_sheet=True,
             save_latents=save_latents,
+            crf=config.video.crf,
         )
 
     def __enter__(self) -> "VideoOutput":
@@ -169,7 +172,9 @@ class VideoOutput:
             for files in self.files:
                 stack.enter_context(lock_file(files.lock, files.activity, keep=False))
                 files.remove_leftovers()
-            self._videos = [stack.enter_context(VideoWriter(files.video, fps=self.fps)) for files in self.files]
+            self._videos = [
+                stack.enter_context(VideoWriter(files.video, fps=self.fps, crf=self.crf)) for files in self.files
+            ]
             if self.save_latents:
                 writers = [LatentsWriter(files.latents, self.num_frames) for files in self.files]
                 self._latents = [stack.enter_context(writer) for writer in writers]
@@ -270,12 +275,12 @@ def not_finite(part: str, video: str = "", decoded: bool = False) -> str:
 
 
 def video_metadata(config: Config, prompt: Prompt, sample: int, condition: str) -> dict[str, Any]:
-    """Return all settings that determine a video. `condition`: path of the prefix, or empty."""
+    """Return all settings that determine a video. `condition`: path of the prefix, if the prompt has no image."""
     return {
         "prompt": prompt.text,
         "name": prompt.name,
         "sample": sample,
-        "condition": os.path.abspath(condition) if condition else "",
+        "condition": os.path.abspath(start) if (start := prompt.image or condition) else "",
         "command": shlex.join(["python", *sys.argv]),
         "config": asdict(config),
         "versions": {

@@ -10,9 +10,8 @@ from model.weight_checks import is_finite
 from pipeline.output import read_latents
 from utils.config import Config
 from utils.errors import UserError
+from utils.image_prompts import IMAGE_SUFFIXES
 from utils.video import fit, read_image, read_video
-
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 
 def is_image(path: str) -> bool:

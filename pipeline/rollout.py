@@ -53,6 +53,7 @@ class BlockLayout:
 
     block_frames: int
     prefix_frames: int = 0
+    num_frames: int | None = None  # of the video, whose last block may be short; None: all later blocks are whole
 
     @property
     def prefix_blocks(self) -> int:
@@ -74,7 +75,8 @@ class BlockLayout:
 
     def frames(self, block: int) -> int:
         """Return the number of frames of a block."""
-        return self.start(block + 1) - self.start(block)
+        end = self.start(block + 1)
+        return (end if self.num_frames is None else min(end, self.num_frames)) - self.start(block)
 
 
 class Rollout:

@@ -148,7 +148,10 @@ def write_teacher_videos(
     for batch in tqdm(batches, unit="batch", disable=rank() > 0):
         with contextlib.ExitStack() as stack:  # locks the videos before they are sampled
             length = config.data.num_frames
-            outputs = [stack.enter_context(VideoOutput(vae, [job.files], config.video.fps, length)) for job in batch]
+            outputs = [
+                stack.enter_context(VideoOutput(vae, [job.files], config.video.fps, length, crf=config.video.crf))
+                for job in batch
+            ]
             flow = teacher.flow([job.prompt.text for job in batch])
             noise = teacher.noise(config.runtime.seed, [job.sample for job in batch])
             if solver == "unipc":

@@ -75,6 +75,7 @@ class Video:
             metadata=[self.metadata],
             save_latents=save_latents,
             seconds=self._seconds,
+            crf=self.metadata["config"]["video"]["crf"],
         ) as output:
             for latents in self.latents[None].to(self._vae.net.device).split(1, dim=1):
                 output.emit(latents)

@@ -15,10 +15,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline.build import pixel_size
+from pipeline.command_line import whole_numbers
 from trainer.datasets.generate_pairs import generate_ode_pairs
 from utils.config import load_config
 from utils.errors import UserError, command
 from utils.files import writable_folder
+from utils.foreign_keys import model_folder
 from utils.locks import lock_output
 from utils.prompts import read_prompts
 
@@ -45,12 +47,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--timestep_shift", type=float, help="default: teacher.timestep_shift")
     parser.add_argument("--num_prompts", type=int, help="use only the first N prompts; default: all")
     parser.add_argument("--num_frames", type=int, help="latent frames; default: data.num_frames")
-    parser.add_argument("--save_indices", type=int, nargs="+", help="saved points; default: those that training reads")
+    parser.add_argument(
+        "--save_indices", nargs="+", help="saved points, such as 0,12,24,36,-1; default: those that training reads"
+    )
     parser.add_argument(
         "--dtype", choices=["float32", "float16", "bfloat16"], default="float32", help="of saved latents"
     )
-    parser.add_argument("--latent_shape", type=int, nargs=3, metavar=("C", "H", "W"), help="default: the video size")
-    parser.add_argument("--model_name", help="model directory of the teacher; default: model.base")
+    parser.add_argument("--latent_shape", nargs="+", help="C H W or 1,F,C,H,W; default: the video size and length")
+    parser.add_argument("--model_name", help="teacher: a folder, or its name under wan_models/; default: model.base")
     parser.add_argument("--resume", action="store_true", help="has no effect: existing pairs are always kept")
     parser.add_argument("--batch_size", type=int, default=1, help="trajectories at a time")
     parser.add_argument("--seed", type=int, help="default: runtime.seed")
@@ -61,6 +65,10 @@ def parse_arguments() -> argparse.Namespace:
         value = getattr(args, flag)
         if value is not None and value < 1:
             raise UserError(f"--{flag} must be at least 1, not {value}")
+    for flag in ("save_indices", "latent_shape"):
+        setattr(args, flag, whole_numbers(flag, getattr(args, flag)))
+    if args.model_name:
+        args.model_name = model_folder(args.model_name)
     return args
 
 
@@ -70,14 +78,20 @@ def main() -> None:
     values = {key: getattr(args, flag) for flag, key in CONFIG_KEYS.items()}
     channels = None
     if args.latent_shape:
-        channels, *size = args.latent_shape
-        values |= dict(zip(("video.height", "video.width"), pixel_size(*size), strict=True))
+        shape = args.latent_shape
+        if len(shape) not in (3, 5) or (len(shape) == 5 and shape[0] != 1):
+            raise UserError(f"--latent_shape must be C H W or 1,F,C,H,W, not {shape}")
+        *frames, channels, height, width = shape
+        if frames and args.num_frames not in (None, frames[1]):
+            raise UserError(f"--num_frames {args.num_frames} and --latent_shape {shape} disagree")
+        values["data.num_frames"] = frames[1] if frames else args.num_frames
+        values |= dict(zip(("video.height", "video.width"), pixel_size(height, width), strict=True))
     overrides = [f"{key}={value}" for key, value in values.items() if value is not None]
     config = load_config(args.config_path, [*overrides, *args.overrides])
     prompts = read_prompts(args.caption_path)[: args.num_prompts]
     folder = writable_folder(args.output_folder)
     with lock_output(folder, "generating ODE pairs in"):
-        generate_ode_pairs(config, prompts, folder, args.save_indices or (), args.dtype, args.batch_size, channels)
+        generate_ode_pairs(config, prompts, folder, args.save_indices, args.dtype, args.batch_size, channels)
 
 
 if __name__ == "__main__":

@@ -13,13 +13,16 @@ cd "$(dirname "$0")/.."
 : "${CAPTION_PATH:?set CAPTION_PATH to a file of prompts}" "${OUTPUT_FOLDER:?set OUTPUT_FOLDER to a folder for the pairs}"
 gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)
 words=(--config_path "${CONFIG_PATH:-configs/hiar.yaml}" --caption_path "$CAPTION_PATH" --output_folder "$OUTPUT_FOLDER")
-for name in GUIDANCE_SCALE NUM_INFERENCE_STEPS TIMESTEP_SHIFT NUM_FRAMES NUM_PROMPTS SAVE_INDICES SEED DTYPE MODEL_NAME; do
+for name in GUIDANCE_SCALE NUM_INFERENCE_STEPS TIMESTEP_SHIFT NUM_FRAMES NUM_PROMPTS SAVE_INDICES SEED DTYPE MODEL_NAME LATENT_SHAPE; do
     if [[ -n ${!name:-} ]]; then
         # shellcheck disable=SC2206 # SAVE_INDICES holds several words
         words+=("--${name,,}" ${!name})
     fi
 done
+if [[ -n ${RESUME_FLAG:-} ]]; then
+    words+=(--resume)
+fi
 exec "${PYTHON:-python}" -m torch.distributed.run \
-    --nnodes="${NNODES:-1}" --node_rank="${NODE_RANK:-0}" --nproc_per_node="${NUM_GPUS:-$((gpus > 0 ? gpus : 1))}" \
+    --nnodes="${NNODES:-1}" --node_rank="${NODE_RANK:-0}" --nproc_per_node="${NPROC_PER_NODE:-${NUM_GPUS:-$((gpus > 0 ? gpus : 1))}}" \
     --master_addr="${MASTER_ADDR:-127.0.0.1}" --master_port="${MASTER_PORT:-29500}" \
     scripts/generate_ode_pairs.py "${words[@]}" "$@"

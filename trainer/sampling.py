@@ -71,7 +71,7 @@ class VideoSampler:
         sharded, dtype = self.config.train.sharding != "replicate", DTYPES[self.config.train.dtype]
         net = unsharded_copy(self.net, dtype) if sharded else self.net
         pipeline = TextToVideo(self.config, net, self.embeddings.cache, self.vae)
-        prompts = self.prompts
+        prompts, video = self.prompts, self.config.video
         negative = [self.config.teacher.negative_prompt] if self.bidirectional else []
         self.embeddings.encode([*(prompt.text for prompt in prompts), *negative])
         stems = unique_stems(prompts, 1)
@@ -81,7 +81,7 @@ class VideoSampler:
                 with mixed_precision(self.config, net.device):
                     latents = self.latents(pipeline, prompt.text)
                 files = VideoFiles(writable_folder(folder), path.stem)
-                with VideoOutput(self.vae, [files], self.config.video.fps, latents.shape[1]) as output:
+                with VideoOutput(self.vae, [files], video.fps, latents.shape[1], crf=video.crf) as output:
                     output.emit(latents)
             except (OSError, RuntimeError, ValueError, MemoryError) as error:  # training does not need the video
                 print(f"note: {path} was not written: {type(error).__name__}: {error}", flush=True)

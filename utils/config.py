@@ -5,7 +5,6 @@ The string after each field documents it; `scripts/write_config_docs.py` turns t
 """
 
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
@@ -22,16 +21,15 @@ from utils.config_files import (
     refuse_functions,
     restore_off,
 )
-from utils.distributed import rank
 from utils.errors import UserError
 from utils.files import read_json
 from utils.foreign_config import translate_file
+from utils.prompts import NEGATIVE_PROMPT
 
 DType = Literal["float32", "bfloat16", "float16"]
 ObjectiveName = Literal[
     "", "text_attributes", "vae_reconstruction", "flow_matching", "ode_regression", "score_distillation"
 ]
-CONVERT = "scripts/convert_config.py"
 DIT_OBJECTIVES = ("flow_matching", "ode_regression", "score_distillation")
 """Objectives that train a DiT. The others train the miniature's text encoder and VAE."""
 
@@ -100,13 +98,6 @@ class RolloutConfig:
     """Latent frames at the start of the video that always stay in the window."""
 
 
-NEGATIVE_PROMPT = (
-    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"
-    "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，"
-    "杂乱的背景，三条腿，背景人很多，倒着走"
-)  # Wan2.1's own negative prompt; its weights expect exactly this string
-
-
 @dataclass
 class TeacherConfig:
     """The bidirectional teacher, and how it generates videos."""
@@ -135,6 +126,8 @@ class VideoConfig:
     """Width in pixels."""
     fps: int = 16
     """Pixel frames per second of the video file."""
+    crf: int = 10
+    """Quality of the mp4 file: x264's crf, from 0 (lossless) to 51. HiAR writes 10."""
     num_output_frames: int = 21
     """Length in latent frames F, including the prefix. The video has 4 (F - 1) + 1 pixel frames."""
 
@@ -307,13 +300,13 @@ class Config:
 def load_config(path: str, overrides: Sequence[str] = (), for_training: bool = False) -> Config:
     """Load a YAML file on top of the defaults, then apply the overrides.
 
-    The key `inherit: other.yaml` names a file that is loaded first; its path is relative to the inheriting file. A file
-    of HiAR, Self-Forcing, CausVid or LongLive is translated, and the translation is printed to stderr.
+    The key `inherit: other.yaml` names a file that is loaded first; its path is relative to the inheriting file.
+    A file of HiAR, Self-Forcing, CausVid or LongLive is translated, and the translation is printed to stderr.
 
     Args:
         path: YAML file, or the metadata (.json) beside a generated video, which contains its configuration.
-        for_training: refuse a file of theirs that training cannot honour.
         overrides: `section.key=value` arguments; `section.key=` sets an empty string.
+        for_training: refuse a file of theirs that training cannot honour.
 
     Raises:
         UserError: for an unreadable file, an unknown key, a wrong type or an invalid value. The message names the key.
@@ -325,21 +318,18 @@ def load_config(path: str, overrides: Sequence[str] = (), for_training: bool = F
     translation = translate_file(path, files[-1], all_keys(), for_training) if len(files) == 1 else None
     if translation is not None:
         files = [OmegaConf.create(translation.values)]
-        if rank() == 0:
-            print(f"{path} is translated ({CONVERT} writes it to a file):\n{translation}", file=sys.stderr)
+        translation.show(path)
     return _merge([OmegaConf.structured(Config), *files], overrides, path)
 
 
-def all_keys() -> list[str]:
-    """Return all keys of the schema, as section.key."""
+def all_keys() -> list[str]:  # as section.key
     return [f"{section.name}.{key.name}" for section in fields(Config) for key in fields(section.type)]  # type: ignore[arg-type]
 
 
 def config_flags(path: str) -> dict[str, Any]:
     """Return the command-line flags in a file of HiAR, Self-Forcing, CausVid or LongLive; empty for other files."""
-    if not os.path.isfile(path) or path.endswith(".json"):
-        return {}
-    translation = translate_file(path, read_yaml_layers(path)[-1], all_keys())
+    is_yaml = os.path.isfile(path) and not path.endswith(".json")
+    translation = translate_file(path, read_yaml_layers(path)[-1], all_keys()) if is_yaml else None
     return {} if translation is None else translation.flags
 
 

@@ -70,6 +70,8 @@ def check_config(config: "Config") -> None:
     _check_rollout(config.rollout)
     _check_train(config.train)
     _check_distill(config)
+    if not 0 <= config.video.crf <= 51:
+        raise UserError(f"video.crf must be from 0 (lossless) to 51, not {config.video.crf}")
     sigmas = config.data.sigmas
     if sigmas and not are_noise_levels(sigmas):
         raise UserError(f"data.sigmas must fall from at most 1 to at least 0, not {sigmas}")

@@ -6,6 +6,7 @@ listed as having no effect here, or an error: none is dropped silently.
 
 import difflib
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -14,7 +15,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from utils.config_files import read_yaml_layers
-from utils.distributed import world_size
+from utils.distributed import rank, world_size
 from utils.errors import UserError
 from utils.foreign_keys import NO_EFFECT, NOT_TRAINABLE, TABLE, TRAINING_ONLY, Flag, Only, Unsupported, Value
 
@@ -43,6 +44,11 @@ class Translation:
             lines.append(f"  no effect here: {', '.join(self.no_effect)}")
         lines += [f"  inference only: {reason}" for reason in self.not_trainable]
         return "\n".join(lines)
+
+    def show(self, path: str) -> None:
+        """Print the translation to stderr, on the first rank."""
+        if rank() == 0:
+            print(f"{path} is translated (scripts/convert_config.py writes it to a file):\n{self}", file=sys.stderr)
 
 
 def translate_file(

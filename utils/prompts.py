@@ -15,6 +15,11 @@ from utils.config_checks import MAX_VIDEOS
 from utils.download_lock import check_loaded
 from utils.errors import UserError
 
+NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"
+    "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，"
+    "杂乱的背景，三条腿，背景人很多，倒着走"
+)  # Wan2.1's own negative prompt; its weights expect exactly this string
 _NAME_CHARACTERS = 100  # characters of the prompt in a file name, as in Self-Forcing
 _NAME_BYTES = 160  # leaves room for hash, number, sample and suffix within 200 bytes; file systems allow 255
 _RESERVED = re.compile(r'[<>:"/\\|?*]+')  # forbidden in file names on Linux, macOS or Windows
@@ -29,11 +34,13 @@ class Prompt:
         index: number of the prompt in its file, from 0. Blank lines are not counted.
         text: text to encode: the extended prompt if there is one, else the line.
         name: the line itself; it names the output files.
+        image: path of the image that the video starts with; empty for none, or for one that all videos share.
     """
 
     index: int
     text: str
     name: str
+    image: str = ""
 
 
 def read_prompts(path: str | os.PathLike[str], extended_path: str | os.PathLike[str] | None = None) -> list[Prompt]:
@@ -41,19 +48,27 @@ def read_prompts(path: str | os.PathLike[str], extended_path: str | os.PathLike[
 
     Args:
         path: prompts, which also name the output files.
-        extended_path: longer versions of the same prompts in the same order. They replace `text`, not `name`.
+        extended_path: longer versions of the same prompts, on the same lines. They replace `text`, not `name`.
 
     Raises:
-        UserError: if a file cannot be read, is not UTF-8 or has no prompts, or if the files have different counts.
+        UserError: if a file cannot be read, is not UTF-8 or has no prompts, or if the lines of the files do not match.
     """
     names = _read_lines(path)
     texts = names if extended_path is None else _read_lines(extended_path)
     if len(texts) != len(names):
         raise UserError(
-            f"{path} has {len(names)} prompts, but {extended_path} has {len(texts)}: "
-            "give one extended prompt per prompt, in the same order"
+            f"{path} has {len(names)} lines, but {extended_path} has {len(texts)}: "
+            "write each extended prompt on the line of its prompt"
         )
-    return [Prompt(index, text, name) for index, (text, name) in enumerate(zip(texts, names, strict=True))]
+    for number, (name, text) in enumerate(zip(names, texts, strict=True), 1):
+        if bool(name) != bool(text):
+            blank, other = (path, extended_path) if text else (extended_path, path)
+            raise UserError(
+                f"line {number} is blank in {blank} but not in {other}: write each extended prompt on the line of its "
+                "prompt"
+            )
+    pairs = [(text, name) for text, name in zip(texts, names, strict=True) if name]
+    return [Prompt(index, text, name) for index, (text, name) in enumerate(pairs)]
 
 
 def clean_prompt(text: str) -> str:
@@ -106,6 +121,7 @@ def unique_stems(prompts: Sequence[Prompt], num_samples: int, save_with_index: b
 
 
 def _read_lines(path: str | os.PathLike[str]) -> list[str]:
+    """Return the stripped lines of a file, without blank lines at its end."""
     path = Path(path)
     check_loaded(path)
     try:
@@ -115,7 +131,8 @@ def _read_lines(path: str | os.PathLike[str]) -> list[str]:
         raise UserError(f"prompt file {path} is not UTF-8 (byte {error.start}): save it as UTF-8 text") from None
     except OSError as error:
         raise UserError(f"cannot read prompt file {path}: {error.strerror}") from None
-    lines = [line for line in lines if line]
+    while lines and not lines[-1]:
+        lines.pop()
     if not lines:
         raise UserError(f"prompt file {path} holds no prompts: write one prompt per line")
     return lines

@@ -1,7 +1,6 @@
 """Video and image files: a writer of mp4 files for streamed frames, and readers of videos and images.
 
-Frames are uint8 RGB arrays [T, H, W, 3].
-"""
+Frames are uint8 RGB arrays [T, H, W, 3]."""
 
 import contextlib
 import itertools
@@ -24,8 +23,6 @@ from utils.errors import DISK_ERRORS, UserError
 from utils.files import atomic_path
 
 _QUEUED_FRAMES = 16  # frames that may wait for the encoder, so that it works while the next block is generated
-_BT709 = 1  # FFmpeg's number for BT.709 matrix, primaries and transfer
-_LIMITED_RANGE = 1
 _ROTATIONS = {90: "transpose=cclock", -90: "transpose=clock", 180: "hflip,vflip", -180: "hflip,vflip"}
 
 
@@ -173,17 +170,22 @@ class _Encoder:
         filters = [graph.add("scale", conversion), graph.add("format", "pix_fmts=yuv420p"), graph.add("buffersink")]
         graph.link_nodes(rgb, *filters).configure()
 
-        muxing = {"movflags": "frag_keyframe+empty_moov+default_base_moof", "fflags": "+bitexact", "flush_packets": "1"}
+        muxing = {
+            "movflags": "frag_keyframe+empty_moov+default_base_moof+negative_cts_offsets",
+            "fflags": "+bitexact",
+            "flush_packets": "1",
+        }
         self._container = av.open(f"file:{path}", "w", format="mp4", container_options=muxing)
         group = max(1, round(rate))  # one key frame, hence one fragment, per second
-        # No B frames, so that time starts at 0 in every player. A short look-ahead writes frames early.
-        options = options | {"g": str(group), "bf": "0", "rc-lookahead": str(min(group, 16)), "flags": "+bitexact"}
+        # Negative offsets let time start at 0 despite B-frames. A short look-ahead writes frames early. With mbtree and
+        # B-frames, x264's bytes differ from run to run.
+        options = options | {"g": str(group), "mbtree": "0", "rc-lookahead": str(min(group, 16)), "flags": "+bitexact"}
         self._stream = self._container.add_stream("libx264", rate=rate, options=options)
         self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, "yuv420p"
         codec = self._stream.codec_context
         codec.time_base, codec.thread_count = self._time_base, 1
-        codec.colorspace = codec.color_primaries = codec.color_trc = _BT709
-        codec.color_range = _LIMITED_RANGE
+        codec.colorspace = codec.color_primaries = codec.color_trc = 1  # BT.709
+        codec.color_range = 1  # limited
         self._container.start_encoding()
         self._thread = ThreadPoolExecutor(1)
         self._queue: deque[Future[None]] = deque()
@@ -227,7 +229,7 @@ def _frame_rate(fps: float | Fraction) -> Fraction:
 
 def _remux(fragmented: Path, target: Path) -> int:
     """Copy the packets of an mp4 into an ordinary mp4 with its index first; return the number of frames."""
-    num_frames = 0
+    num_frames = start = 0
     options = {"movflags": "+faststart", "fflags": "+bitexact"}
     with (
         av.open(f"file:{fragmented}") as source,
@@ -236,6 +238,8 @@ def _remux(fragmented: Path, target: Path) -> int:
         stream = output.add_stream_from_template(source.streams.video[0])
         for packet in source.demux(source.streams.video[0]):
             if packet.size:  # the last packet is empty
+                start = start if num_frames else packet.pts or 0  # B-frames delay the first frame
+                packet.pts, packet.dts = (packet.pts or 0) - start, (packet.dts or 0) - start
                 packet.stream = stream
                 output.mux(packet)
                 num_frames += 1
@@ -350,9 +354,6 @@ def _resample(container: av.container.InputContainer, stream: av.VideoStream, ra
         with contextlib.suppress(av.error.BlockingIOError, av.error.EOFError):
             while True:
                 yield graph.vpull().to_ndarray()
-
-
-# ---- Images ----
 
 
 def read_image(path: str | os.PathLike[str]) -> np.ndarray:

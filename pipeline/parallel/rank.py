@@ -262,4 +262,6 @@ class PipelineRank:
         self.output = None
 
     def _layout(self, prefix: Tensor | None) -> BlockLayout:
-        return BlockLayout(self.config.rollout.block_frames, 0 if prefix is None else prefix.shape[1])
+        if prefix is None:
+            return BlockLayout(self.config.rollout.block_frames)
+        return BlockLayout(self.config.rollout.block_frames, prefix.shape[1], self.config.video.num_output_frames)

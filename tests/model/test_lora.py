@@ -67,6 +67,18 @@ def test_weights_of_another_network_are_refused(make_net, tmp_path, layer, messa
         fuse_lora(make_net(num_layers=1), str(tmp_path / "lora.safetensors"))
 
 
+@pytest.mark.parametrize("prefix", ["", "base_model.model.", "model.base_model.model."])
+def test_torch_files_are_read(make_net, tmp_path, prefix):
+    net = make_net(num_layers=1)
+    before = net.get_submodule("blocks.0.attn1.to_q").weight.clone()
+    down, up = torch.randn(RANK, before.shape[1]), torch.randn(before.shape[0], RANK)
+    name = f"{prefix}blocks.0.self_attn.q"
+    state = {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
+    torch.save({"generator_lora": state, "critic_lora": {}} if prefix else state, tmp_path / "lora.pt")
+    fuse_lora(net, str(tmp_path / "lora.pt"))
+    torch.testing.assert_close(net.get_submodule("blocks.0.attn1.to_q").weight, before + up @ down)
+
+
 def test_a_missing_file_is_refused(net, tmp_path):
     with pytest.raises(UserError, match="cannot read LoRA"):
         fuse_lora(net, str(tmp_path / "none.safetensors"))

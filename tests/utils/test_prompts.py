@@ -37,7 +37,7 @@ def test_blank_lines_and_byte_order_mark_are_skipped(tmp_path):
 def test_extended_prompts_replace_the_text_but_not_the_name(tmp_path):
     short, long = tmp_path / "short.txt", tmp_path / "long.txt"
     short.write_text("a cat\n\na dog\n")
-    long.write_text("a fluffy cat\na quick dog\n")
+    long.write_text("a fluffy cat\n\na quick dog\n\n")
     assert read_prompts(short, long) == [Prompt(0, "a fluffy cat", "a cat"), Prompt(1, "a quick dog", "a dog")]
 
 
@@ -45,8 +45,21 @@ def test_a_different_number_of_extended_prompts_is_an_error_with_both_counts(tmp
     short, long = tmp_path / "short.txt", tmp_path / "long.txt"
     short.write_text("a cat\na dog\n")
     long.write_text("a fluffy cat\n\na\nb\n")
-    with pytest.raises(UserError, match=r"short\.txt has 2 prompts.*long\.txt has 3"):
+    with pytest.raises(UserError, match=r"short\.txt has 2 lines.*long\.txt has 4"):
         read_prompts(short, long)
+
+
+def test_extended_prompts_are_paired_by_line(tmp_path):
+    short, long = tmp_path / "short.txt", tmp_path / "long.txt"
+    short.write_text("a cat\n\na dog\n")
+    long.write_text("a fluffy cat\na quick dog\n\n\n")
+    with pytest.raises(UserError, match=r"has 3 lines.*has 2"):
+        read_prompts(short, long)
+    long.write_text("a fluffy cat\na quick dog\nmore\n")
+    with pytest.raises(UserError, match=r"line 2 is blank in \S*short\.txt but not in \S*long\.txt"):
+        read_prompts(short, long)
+    with pytest.raises(UserError, match=r"line 2 is blank in \S*short\.txt but not in \S*long\.txt"):
+        read_prompts(long, short)
 
 
 @pytest.mark.parametrize("content", [b"", b"\n \n\t\n", b"\xef\xbb\xbf\n"])

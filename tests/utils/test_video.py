@@ -76,7 +76,8 @@ def test_colours_survive_and_are_tagged_bt709(out):
         assert np.abs(decoded.astype(int) - colour).max() <= 4
     with av.open(str(out / "red.mp4")) as container:
         codec = container.streams.video[0].codec_context
-        assert (codec.name, codec.pix_fmt, codec.has_b_frames) == ("h264", "yuv420p", False)
+        assert (codec.name, codec.pix_fmt, codec.has_b_frames) == ("h264", "yuv420p", True)
+        assert next(container.demux(video=0)).pts == 0
         # 1 is BT.709 for matrix, primaries and transfer, and limited range.
         assert (codec.colorspace, codec.color_primaries, codec.color_trc, codec.color_range) == (1, 1, 1, 1)
 

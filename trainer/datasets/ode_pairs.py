@@ -28,6 +28,9 @@ from utils.files import atomic_path, read_json, write_json
 
 SIGMAS_FILE = "sigmas.json"
 SETTINGS_FILE = "pairs.json"
+_HIAR_SIGMAS = (  # sigma = 8 u / (1 + 7 u) at u = 1 - i/48
+    "HiAR's defaults (48 steps, shift 8, save_indices 0,12,24,36,-1) are data.sigmas=[1,0.96,0.888889,0.727273,0]"
+)
 _PROGRESS_FROM = 1000  # files; reading fewer takes too little time for a progress bar
 
 
@@ -130,7 +133,7 @@ def open_ode_pairs(folder: str, sigmas: Sequence[float], num_points: int) -> ODE
     if levels is None or len(levels) != trajectories.shape[0]:
         raise UserError(
             f"{folder} has no {SIGMAS_FILE} for its {trajectories.shape[0]} points; "
-            "set data.sigmas to their noise levels"
+            f"set data.sigmas to their noise levels; {_HIAR_SIGMAS}"
         )
     if not are_noise_levels(levels):
         raise UserError(
