@@ -77,14 +77,8 @@ def config_docs() -> str:
     for section in fields(Config):
         schema = section.type
         assert isinstance(schema, type)
-        lines += [
-            f"## {section.name}",
-            "",
-            f"{schema.__doc__}",
-            "",
-            "| key | type | default | meaning |",
-            "|---|---|---|---|",
-        ]
+        lines += [f"## {section.name}", "", f"{schema.__doc__}", ""]
+        lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
         docs = field_docs(schema)
         for key in fields(schema):
             lines.append(f"| `{key.name}` | {type_text(key.type)} | {default_text(key)} | {docs[key.name]} |")

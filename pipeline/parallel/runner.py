@@ -94,17 +94,8 @@ def run_pipelines(request: PipelineRequest) -> tuple[RunSummary, list[RankProfil
             device = pick_own_device(runtime.device, runtime.threads)  # after joining, so that all ranks see a failure
             _init_process_group(store, device)
             recorder = Recorder(device, enabled=bool(request.profile_prefix))
-            worker = PipelineRank(
-                request.config,
-                pipelines,
-                rank(),
-                store,
-                device,
-                request.condition,
-                request.save_latents,
-                request.send_after_write,
-                recorder,
-            )
+            options = request.condition, request.save_latents, request.send_after_write
+            worker = PipelineRank(request.config, pipelines, rank(), store, device, *options, recorder)
             dist.barrier()
             recorder.restart()
             started = time.perf_counter()

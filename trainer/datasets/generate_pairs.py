@@ -74,11 +74,25 @@ def generate_ode_pairs(
     if channels not in (None, teacher_channels):
         raise UserError(f"--latent_shape has {channels} channels, but the teacher's latents have {teacher_channels}")
     write_pair_settings(folder, settings)
+    _write_missing_pairs(folder, teacher, missing, sigmas, saved, dtype, batch_size)
+
+
+def _write_missing_pairs(
+    folder: Path,
+    teacher: Teacher,
+    missing: Sequence[Prompt],
+    sigmas: list[float],
+    saved: Sequence[int],
+    dtype: DType,
+    batch_size: int,
+) -> None:
+    """Solve the teacher's ODE for the missing prompts, batch by batch, and write the saved points of each prompt."""
+    seed = teacher.config.runtime.seed
     batches = [missing[i : i + batch_size] for i in range(0, len(missing), batch_size)]
     with tqdm(total=len(missing) * len(sigmas[1:]), unit="step", disable=rank() != 0) as bar:
         for batch in batches:
             flow = teacher.flow([prompt.text for prompt in batch])
-            noise = teacher.noise(config.runtime.seed, [prompt.index for prompt in batch])
+            noise = teacher.noise(seed, [prompt.index for prompt in batch])
 
             def advance(_step: int, count: int = len(batch)) -> None:
                 bar.update(count)
