@@ -97,6 +97,11 @@ def test_the_learning_rate_rises_then_falls_to_a_twentieth():
     assert learning_rate_scale(0, TrainConfig(max_iterations=1, warmup=0)) == 1
 
 
+def test_a_constant_learning_rate_stays_after_the_warm_up():
+    config = TrainConfig(max_iterations=110, warmup=4, decay="constant")
+    assert [learning_rate_scale(i, config) for i in (0, 3, 4, 60, 109, 500)] == [0.25, 1.0, 1.0, 1.0, 1.0, 1.0]
+
+
 def test_muon_updates_the_inner_matrices_and_adamw_the_rest(make_net):
     net = make_net()
     adamw, muon = build_optimizers(net, TrainConfig(optimizer="muon"), 1e-3)
