@@ -43,6 +43,8 @@ pytest_add_cli_args =
     no:cacheprovider
     -m
     not slow
+    --deselect
+    tests/pipeline/test_schedule.py::test_the_module_imports_no_torch
 do_not_mutate_patterns =
     raise \\w*Error\\(
     ^\\s*assert

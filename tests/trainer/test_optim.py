@@ -118,6 +118,13 @@ def test_muon_updates_the_inner_matrices_and_adamw_the_rest(make_net):
     assert len(only.param_groups[0]["params"]) == len(names)
 
 
+def test_optimizers_have_the_configured_rates_betas_and_weight_decay(make_net):
+    config = TrainConfig(optimizer="muon", betas=[0.8, 0.95], weight_decay=0.3, muon_learning_rate=0.02)
+    adamw, muon = (optimizer.param_groups[0] for optimizer in build_optimizers(make_net(), config, 1e-3))
+    assert (adamw["lr"], adamw["peak"], adamw["betas"], adamw["weight_decay"]) == (1e-3, 1e-3, (0.8, 0.95), 0.3)
+    assert (muon["lr"], muon["peak"], muon["weight_decay"], muon["momentum"]) == (0.02, 0.02, 0.3, 0.95)
+
+
 def test_frozen_parameters_have_no_optimizer():
     net = nn.Linear(3, 3).requires_grad_(False)
     net.bias.requires_grad_(True)
