@@ -126,7 +126,6 @@ def test_relative_paths_are_looked_up_here_then_in_the_repository(tmp_path, monk
         (lambda pipe: TextToVideo.load("none.yaml"), "no config file none.yaml"),
         (lambda pipe: TextToVideo.load(pipe.config, "rollout.order=random"), "rollout.order"),
     ],
-    ids=str,
 )
 def test_mistakes_are_user_errors(pipe, call, message):
     with pytest.raises(UserError, match=message):
