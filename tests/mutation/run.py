@@ -25,7 +25,7 @@ TESTS = {
     "model/flow.py": ["model/test_flow.py"],
     "model/kv_cache.py": ["model/test_kv_cache.py"],
     "pipeline/rollout.py": ["pipeline/test_rollout.py"],
-    "pipeline/schedule.py": ["pipeline/test_schedule.py", "pipeline/test_rollout.py"],
+    "pipeline/schedule.py": ["pipeline/test_schedule.py", "pipeline/test_rollout.py", "pipeline/test_training_rollout.py"],
     "trainer/datasets/order.py": ["trainer/test_order.py"],
     "trainer/objectives/losses.py": ["trainer/test_losses.py"],
     "trainer/optim.py": ["trainer/test_optim.py", "trainer/test_trainer.py"],
