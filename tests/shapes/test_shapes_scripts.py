@@ -313,12 +313,12 @@ def test_a_contact_sheet_shows_a_folder(tmp_path, call):
 @pytest.mark.parametrize(
     ("module", "words", "message"),
     [
-        (write_shapes_clips, "--output {0} --num_clips 0", "must be positive"),
+        (write_shapes_clips, "--output {0} --num_clips 0", "--num_clips must be 1 to 1,000,000, not 0"),
         (write_shapes_clips, "--output {0}/file", "cannot write to folder"),
         (encode_clips, "--base {0}/none --output {0}/out --device cpu", "does not exist"),
         (encode_clips, "--output {0}/out --seed -1", "--seed must be at least 0"),
         (encode_clips, "--base {1} --output {0}/file --device cpu", "cannot write to folder"),
-        (encode_clips, "--base {1} --output {0}/out --num_frames 0", "must be positive"),
+        (encode_clips, "--base {1} --output {0}/out --num_frames 0", "--num_frames must be 1 to 25,000, not 0"),
         (encode_clips, "--base {1} --output {0}/out --device toaster", "no device 'toaster' here"),
         (generate_ode_pairs, "--num_inference_steps 0", "--num_inference_steps must be at least 1, not 0"),
         (generate_ode_pairs, "--num_inference_steps 3 --save_indices 0 4", "must be among the 4 points 0..3"),
@@ -330,7 +330,7 @@ def test_a_contact_sheet_shows_a_folder(tmp_path, call):
         (contact_sheet, "{0}", "no mp4 files"),
         (contact_sheet, "{0}/none", "no mp4 files"),
         (contact_sheet, "{0} --columns 0", "no mp4 files"),
-        (contact_sheet, "{0}/videos --columns 1", "--columns must be at least 2"),
+        (contact_sheet, "{0}/videos --columns 1", "--columns must be 2 to 100, not 1"),
         (contact_sheet, "{0}/videos --videos 0", "--videos must be at least 1"),
         (contact_sheet, "{0}/videos", "cannot read video"),
     ],

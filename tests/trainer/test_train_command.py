@@ -43,8 +43,8 @@ def test_train_makes_a_model_from_random_weights_that_diffusers_opens(tmp_path, 
     for name, output, changes in runs:
         section = dict(network="tiny", max_iterations=2, batch_size=2, warmup=1, log_every=1, ema_decay=0.5)
         section |= {"objective": name, "output": str(output)} | changes
-        path = {"flow_matching": str(clips), "ode_regression": str(pairs)}.get(name, "")
-        config = write_config(tmp_path / "config.yaml", model, train=section, data={"path": path})
+        data = {"flow_matching": {"path": str(clips)}, "ode_regression": {"path": str(pairs), "num_frames": 6}}
+        config = write_config(tmp_path / "config.yaml", model, train=section, data=data.get(name, {}))
         code = run_train(monkeypatch, "--config_path", config, "--logdir", tmp_path / name, "--no_save")
         captured = capsys.readouterr()
         assert code == 0, captured.err

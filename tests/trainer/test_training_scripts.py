@@ -334,7 +334,7 @@ def test_metrics_that_cannot_be_plotted_are_refused(run, tmp_path, call):
         ((run.logdir, "--only", "nonsense"), "no.png", "no run has logged nonsense"),
         ((tmp_path,), "no.png", "cannot read"),
         ((tmp_path / "new",), "no.png", "these runs have no logged metrics yet"),
-        ((tmp_path / "other",), "no.png", "a line has no iteration"),
+        ((tmp_path / "other",), "no.png", "has no valid line"),
         ((run.logdir,), "no.jpg", "ends in .png"),
         ((run.logdir,), "", "ends in .png"),
         ((run.logdir,), "new/metrics.jsonl/no.png", "cannot write"),
