@@ -1,4 +1,4 @@
-"""utils/files.py: no file is written through a symbolic link that somebody planted at its name."""
+"""utils/files.py: no file is written through a symbolic link planted at its name."""
 
 from pathlib import Path
 
