@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 import torch.distributed as dist
 from torch import Tensor, tensor
 
+from model.weight_checks import is_finite
 from trainer.banner import next_command, training_banner
 from trainer.checkpoints import CONFIG_FILE, Checkpoints
 from trainer.divergence import DivergenceCheck
@@ -223,7 +224,7 @@ class Trainer:
 
     def _not_finite(self, state: Mapping[str, Tensor]) -> str:
         """Return the name of a tensor with NaN or infinity on any rank; empty if there is none."""
-        bad = [name for name, value in state.items() if not local_shard(value).isfinite().all()]
+        bad = [name for name, value in state.items() if not is_finite(local_shard(value))]
         found = max_over_ranks(len(bad), self.device) > 0
         return (bad[0] if bad else "a tensor of another rank") if found else ""
 

@@ -1,46 +1,22 @@
 """Tools of the tables of bad input: every case runs in this process and must end with one line."""
 
-import contextlib
-import io
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from unittest import mock
 
 import pytest
-from tiny_model import ROOT, write_config, write_model
-
-
-@dataclass(frozen=True)
-class World:
-    """Good files, of which tests make bad ones. Tests do not change them."""
-
-    folder: Path
-    model: Path
-    config: Path
-    prompts: Path
+from commands import World, run_main, write_world
+from tiny_model import ROOT
 
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory) -> World:
     """A tiny model, its configuration, and a file of two prompts."""
-    folder = tmp_path_factory.mktemp("bad_input")
-    model = write_model(folder / "model")
-    (folder / "prompts.txt").write_text("a red circle\na blue square\n", encoding="utf-8")
-    return World(folder, model, write_config(folder / "tiny.yaml", model), folder / "prompts.txt")
+    return write_world(tmp_path_factory.mktemp("bad_input"), "a red circle\na blue square\n")
 
 
 def run(main: Callable[[], None], words: tuple[object, ...]) -> tuple[int, str]:
     """Run a command's `main` in this process; return its exit code and what it printed to stderr."""
-    out, err = io.StringIO(), io.StringIO()
-    argv = ["command", *map(str, words)]
-    with mock.patch.object(sys, "argv", argv), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            main()
-        except SystemExit as end:
-            return int(end.code or 0), err.getvalue()
-    return 0, err.getvalue()
+    result = run_main(main, *words)
+    return result.code, result.err
 
 
 @pytest.fixture(scope="session")
