@@ -58,7 +58,7 @@ def main() -> None:
         config,
         items[rank() :: world_size()],
         folder=args.output_folder,
-        condition=args.image or args.video or (metadata or {}).get("condition") or "",
+        prefix_path=args.image or args.video or (metadata or {}).get("prefix") or "",
         save_latents=args.save_latents,
         overwrite=args.overwrite,
         batch_size=args.batch_size,

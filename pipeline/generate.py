@@ -57,7 +57,7 @@ def generate_videos(
     config: Config,
     items: list[tuple[Prompt, int, str]],
     folder: str,
-    condition: str = "",
+    prefix_path: str = "",
     save_latents: bool = False,
     overwrite: bool = False,
     batch_size: int = 1,
@@ -67,7 +67,7 @@ def generate_videos(
     With a batch size of 1, a video does not depend on the other videos. Larger batches change it by rounding only.
 
     Args:
-        condition: path of the prefix (an image, a video or saved latents) of every video; empty for none.
+        prefix_path: path of the prefix (an image, a video or saved latents) of every video; empty for none.
         save_latents: also write `latents` [F, C, h, w] as float32 safetensors.
         overwrite: replace existing videos.
         batch_size: number of videos to generate at once.
@@ -75,16 +75,16 @@ def generate_videos(
     Raises:
         UserError: for wrong settings or files, for a video with NaN, or if another process makes one of these videos.
     """
-    jobs = missing_videos(config, items, folder, condition, save_latents, overwrite)
+    jobs = missing_videos(config, items, folder, prefix_path, save_latents, overwrite)
     existing = len(items) - len(jobs)
     if not jobs:
         return RunSummary(0, existing, folder)
-    for path in dict.fromkeys(job.prompt.image or condition for job in jobs):
+    for path in dict.fromkeys(job.prompt.image or prefix_path for job in jobs):
         check_request(config, path)
     pipeline = TextToVideo.load(config, device=pick_device(config.runtime.device, config.runtime.threads))
     started = time.perf_counter()
     read = functools.lru_cache(maxsize=batch_size)(lambda path: read_prefix(path, config, pipeline.vae))
-    first = jobs[0].prompt.image or condition
+    first = jobs[0].prompt.image or prefix_path
     num_ops = pipeline.num_ops(read(first).shape[1] if first else 0)
     pipeline.embeddings.encode([job.prompt.text for job in jobs])
     interval = 0.5 if sys.stderr.isatty() else 15
@@ -95,9 +95,9 @@ def generate_videos(
             started_videos = number * batch_size + len(batch)
             bar.set_description(f"video {started_videos}/{len(jobs)}", refresh=False)
             if overwrite or not all(job.files.is_complete(save_latents) for job in batch):
-                paths = [job.prompt.image or condition for job in batch]
+                paths = [job.prompt.image or prefix_path for job in batch]
                 prefix = torch.cat([read(path) for path in paths]) if paths[0] else None
-                make_videos(pipeline, batch, prefix, condition, save_latents, bar)
+                make_videos(pipeline, batch, prefix, prefix_path, save_latents, bar)
     pixel_frames = len(jobs) * num_pixel_frames(config.video.num_output_frames)
     return RunSummary(len(jobs), existing, folder, time.perf_counter() - started, pixel_frames)
 
@@ -106,7 +106,7 @@ def missing_videos(
     config: Config,
     items: Sequence[tuple[Prompt, int, str]],
     folder: str,
-    condition: str,
+    prefix_path: str,
     save_latents: bool,
     overwrite: bool,
 ) -> list[VideoJob]:
@@ -124,7 +124,7 @@ def missing_videos(
             check_unlocked(files.lock, files.activity)
             jobs.append(VideoJob(prompt, sample, files))
         else:
-            print_changed_settings(files, video_metadata(config, prompt, sample, condition))
+            print_changed_settings(files, video_metadata(config, prompt, sample, prefix_path))
     if len(jobs) < len(items):
         print(f"{len(items) - len(jobs)} of {len(items)} videos exist already and are kept")
     return jobs
@@ -136,13 +136,14 @@ def print_changed_settings(files: VideoFiles, metadata: dict[str, Any]) -> None:
         return
     try:
         before = read_json(files.metadata, "metadata file of a video")
+        before.setdefault("prefix", before.get("condition"))  # its key in older files
         changed = [
             f"{name}.{key}"
             for name in ("model", "rollout", "video", "runtime")
             for key, value in metadata["config"][name].items()
             if before["config"].get(name, {}).get(key) != value and (name, key) not in KEYS_WITHOUT_EFFECT
         ]
-        changed += [key for key in ("prompt", "condition") if before.get(key) != metadata[key]]
+        changed += [key for key in ("prompt", "prefix") if before.get(key) != metadata[key]]
     except (UserError, KeyError, TypeError, AttributeError):
         print(f"kept {files.video}, although its metadata {files.metadata} is damaged; --overwrite replaces both")
         return
@@ -150,23 +151,23 @@ def print_changed_settings(files: VideoFiles, metadata: dict[str, Any]) -> None:
         print(f"kept {files.video}, made with other settings ({', '.join(changed)}); --overwrite replaces it")
 
 
-def check_request(config: Config, condition: str) -> None:
+def check_request(config: Config, prefix_path: str) -> None:
     """Check before weights are loaded that the size, length and prefix file of the videos are valid.
 
     Raises:
         UserError: with values that work.
     """
-    if condition:
-        check_prefix_exists(condition)
+    if prefix_path:
+        check_prefix_exists(prefix_path)
     # An image is one latent frame. The length of a clip is unknown until it is read.
-    TextToVideo.check(config, prefix_frames=0 if not condition else 1 if is_image(condition) else None)
+    TextToVideo.check(config, prefix_frames=0 if not prefix_path else 1 if is_image(prefix_path) else None)
 
 
 def make_videos(
     pipeline: TextToVideo,
     batch: Sequence[VideoJob],
     prefix: Tensor | None,
-    condition: str,
+    prefix_path: str,
     save_latents: bool,
     bar: tqdm,
 ) -> None:
@@ -176,7 +177,7 @@ def make_videos(
         bar.set_postfix_str(f"block {op.block + 1}", refresh=False)
         bar.update()
 
-    with VideoOutput.for_jobs(pipeline.config, pipeline.vae, batch, condition, save_latents) as output:
+    with VideoOutput.for_jobs(pipeline.config, pipeline.vae, batch, prefix_path, save_latents) as output:
         if prefix is not None:
             output.emit(prefix)
         prompts, samples = [job.prompt.text for job in batch], [job.sample for job in batch]

@@ -153,15 +153,15 @@ class VideoOutput:
 
     @classmethod
     def for_jobs(
-        cls, config: Config, vae: WanVAE, jobs: Sequence[VideoJob], condition: str, save_latents: bool
+        cls, config: Config, vae: WanVAE, jobs: Sequence[VideoJob], prefix_path: str, save_latents: bool
     ) -> "VideoOutput":
-        """Return an output that writes all files of a batch of jobs. `condition`: path of the prefix, or empty."""
+        """Return an output that writes all files of a batch of jobs. `prefix_path`: path of the prefix, or empty."""
         return cls(
             vae,
             [job.files for job in jobs],
             config.video.fps,
             config.video.num_output_frames,
-            metadata=[video_metadata(config, job.prompt, job.sample, condition) for job in jobs],
+            metadata=[video_metadata(config, job.prompt, job.sample, prefix_path) for job in jobs],
             contact_sheet=True,
             save_latents=save_latents,
             crf=config.video.crf,
@@ -274,13 +274,13 @@ def not_finite(part: str, video: str = "", decoded: bool = False) -> str:
 # ---- Metadata ----
 
 
-def video_metadata(config: Config, prompt: Prompt, sample: int, condition: str) -> dict[str, Any]:
-    """Return all settings that determine a video. `condition`: path of the prefix, if the prompt has no image."""
+def video_metadata(config: Config, prompt: Prompt, sample: int, prefix_path: str) -> dict[str, Any]:
+    """Return all settings that determine a video. `prefix_path`: path of the prefix, if the prompt has no image."""
     return {
         "prompt": prompt.text,
         "name": prompt.name,
         "sample": sample,
-        "condition": os.path.abspath(start) if (start := prompt.image or condition) else "",
+        "prefix": os.path.abspath(start) if (start := prompt.image or prefix_path) else "",
         "command": shlex.join(["python", *sys.argv]),
         "config": asdict(config),
         "versions": {

@@ -120,13 +120,13 @@ class TextToVideo:
         """
         started = time.perf_counter()
         pipe = self._with(seed, num_frames)
-        condition = _prefix_path(image, video)
+        prefix_path = _prefix_path(image, video)
         blocks: list[Tensor] = []
-        for part, latents in pipe._blocks_of(prompt, sample, condition):
+        for part, latents in pipe._blocks_of(prompt, sample, prefix_path):
             blocks.append(latents.cpu())
             if not is_finite(blocks[-1]):
                 raise UserError(not_finite(part))
-        metadata = video_metadata(pipe.config, _as_prompt(prompt), sample, condition)
+        metadata = video_metadata(pipe.config, _as_prompt(prompt), sample, prefix_path)
         latents = torch.cat(blocks, dim=1)[0]
         return Video(latents, self.vae, pipe.config.video.fps, metadata, time.perf_counter() - started)
 
@@ -162,9 +162,9 @@ class TextToVideo:
         pipe.config = override_config(config, [])  # checks the values
         return pipe
 
-    def _blocks_of(self, prompt: str, sample: int, condition: str) -> Iterator[tuple[str, Tensor]]:
+    def _blocks_of(self, prompt: str, sample: int, prefix_path: str) -> Iterator[tuple[str, Tensor]]:
         """Yield a name for messages and the latents [1, F, C, h, w] of the prefix, if there is one, and each block."""
-        prefix = read_prefix(condition, self.config, self.vae) if condition else None
+        prefix = read_prefix(prefix_path, self.config, self.vae) if prefix_path else None
         frames = 0 if prefix is None else prefix.shape[1]
         if prefix is not None:
             yield "the prefix", prefix

@@ -61,14 +61,14 @@ def generate(args: argparse.Namespace, config: Config) -> None:
     from pipeline.parallel.stages import describe_assignment
 
     metadata = read_metadata(args.config_path)
-    condition = args.image or args.video or (metadata or {}).get("condition") or ""
+    prefix_path = args.image or args.video or (metadata or {}).get("prefix") or ""
     if args.plan:
-        print(describe_assignment(*plan_ranks(config, condition)) + "\n" if rank() == 0 else "", end="")
+        print(describe_assignment(*plan_ranks(config, prefix_path)) + "\n" if rank() == 0 else "", end="")
         return
     folder, items = list_outputs(args, metadata)
     prefix = args.profile_output if args.profile else ""
     request = PipelineRequest(
-        config, folder, items, condition, args.save_latents, args.overwrite, args.no_dac, profile_prefix=prefix
+        config, folder, items, prefix_path, args.save_latents, args.overwrite, args.no_dac, profile_prefix=prefix
     )
     summary, profiles = run_pipelines(request)
     if rank() == 0:

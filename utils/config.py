@@ -371,6 +371,7 @@ def read_metadata(path: str) -> dict[str, Any] | None:
     complete = isinstance(metadata, dict) and {"config", "prompt", "name", "sample"} <= metadata.keys()
     if not complete or not isinstance(metadata["config"], dict):
         raise UserError(f"{path} is not the metadata of a video: it lacks config, prompt, name or sample")
+    metadata.setdefault("prefix", metadata.get("condition"))  # its key in older files
     check_metadata(metadata, path)
     return metadata
 

@@ -72,8 +72,8 @@ def check_metadata(metadata: dict[str, Any], path: str) -> None:
     for key, kind, description in (("prompt", str, "text"), ("name", str, "text"), ("sample", int, "a whole number")):
         if not isinstance(metadata[key], kind) or isinstance(metadata[key], bool):
             raise UserError(f"{path} is no metadata of a video: {key} must be {description}, not {metadata[key]!r}")
-    if not isinstance(metadata.get("condition") or "", str):
-        raise UserError(f"{path} is not the metadata of a video: condition must be text, not {metadata['condition']!r}")
+    if not isinstance(metadata.get("prefix") or "", str):
+        raise UserError(f"{path} is no metadata of a video: prefix must be text, not {metadata['prefix']!r}")
     if not 0 <= metadata["sample"] < MAX_VIDEOS:
         raise UserError(f"{path}: sample must be 0 to {MAX_VIDEOS - 1}, not {metadata['sample']}")
 

@@ -49,7 +49,7 @@ class PipelineRank:
         rank: int,
         store: dist.Store,
         device: torch.device,
-        condition: str = "",
+        prefix_path: str = "",
         save_latents: bool = False,
         send_after_write: bool = False,
         recorder: Recorder | None = None,
@@ -58,7 +58,7 @@ class PipelineRank:
 
         Args:
             store: key-value store of all ranks, for small values.
-            condition: path of the image, clip or latents that videos start with; empty for none.
+            prefix_path: path of the image, clip or latents that videos start with; empty for none.
             save_latents: also write X.safetensors.
             send_after_write: send blocks only after their context write.
             recorder: records spans for a profile.
@@ -67,7 +67,7 @@ class PipelineRank:
             UserError: for missing or broken files.
         """
         self.config, self.rank, self.store, self.device = config, rank, store, device
-        self.condition, self.save_latents, self.send_after_write = condition, save_latents, send_after_write
+        self.prefix_path, self.save_latents, self.send_after_write = prefix_path, save_latents, send_after_write
         self.recorder = recorder or Recorder(device, enabled=False)
         self.pipeline_number = next(number for number, p in enumerate(pipelines) if rank in p.ranks)
         self.pipeline = pipelines[self.pipeline_number]
@@ -128,11 +128,11 @@ class PipelineRank:
 
     def _share_prefix(self) -> Tensor | None:
         """Return the latents [1, F, C, h, w] that videos start with. The decoder rank encodes and sends them."""
-        if not self.condition:
+        if not self.prefix_path:
             return None
         key, stages = f"pipeline {self.pipeline_number} prefix shape", self.pipeline.stage_ranks
         if self.vae is not None:
-            prefix = read_prefix(self.condition, self.config, self.vae).to(self.device)
+            prefix = read_prefix(self.prefix_path, self.config, self.vae).to(self.device)
             self.store.set(key, json.dumps(list(prefix.shape)))
             for rank in stages:
                 if rank != self.rank:
@@ -246,7 +246,10 @@ class PipelineRank:
         total = self.config.video.num_output_frames
         interval = 0.5 if sys.stderr.isatty() else 15
         bar = tqdm(total=total, desc=job.files.stem[:40], unit="latent frame", mininterval=interval)
-        with bar, VideoOutput.for_jobs(self.config, self.vae, [job], self.condition, self.save_latents) as self.output:
+        with (
+            bar,
+            VideoOutput.for_jobs(self.config, self.vae, [job], self.prefix_path, self.save_latents) as self.output,
+        ):
             try:
                 if prefix is not None:
                     self.output.emit(prefix)

@@ -37,7 +37,7 @@ class PipelineRequest:
     folder: str
     items: Sequence[tuple[Prompt, int, str]]
     """Prompt, sample and file stem of every video."""
-    condition: str = ""
+    prefix_path: str = ""
     """Path of the image, clip or latents that every video starts with; empty for none."""
     save_latents: bool = False
     overwrite: bool = False
@@ -47,14 +47,14 @@ class PipelineRequest:
     """Path prefix of profile files; empty for no profile."""
 
 
-def plan_ranks(config: Config, condition: str) -> tuple[list[Pipeline], Schedule]:
+def plan_ranks(config: Config, prefix_path: str) -> tuple[list[Pipeline], Schedule]:
     """Return the pipelines of all ranks of this run, and the schedule that they share.
 
     Raises:
         UserError: if the video does not consist of whole blocks.
     """
     # The assignment depends on the steps only. The prefix is not read yet, so use any length that fits.
-    frames = config.rollout.block_frames if condition else config.video.num_output_frames
+    frames = config.rollout.block_frames if prefix_path else config.video.num_output_frames
     schedule = build_schedule(config.rollout, frames)
     return plan_pipelines(world_size(), schedule), schedule
 
@@ -70,14 +70,14 @@ def run_pipelines(request: PipelineRequest) -> tuple[RunSummary, list[RankProfil
     Raises:
         UserError: for a request that cannot be fulfilled, before any weights are loaded.
     """
-    pipelines, schedule = plan_ranks(request.config, request.condition)
+    pipelines, schedule = plan_ranks(request.config, request.prefix_path)
     if len(pipelines) > len(request.items):
         most = len(pipelines[0].ranks) * len(request.items)
         raise UserError(
             f"{world_size()} processes form {len(pipelines)} pipelines, but there are only {len(request.items)} "
             f"videos: start at most {most} processes"
         )
-    check_request(request.config, request.condition)
+    check_request(request.config, request.prefix_path)
     if request.profile_prefix:
         check_profile_files(request)
     missing = _missing_stems(request) if rank() == 0 else []
@@ -94,7 +94,7 @@ def run_pipelines(request: PipelineRequest) -> tuple[RunSummary, list[RankProfil
             device = pick_own_device(runtime.device, runtime.threads)  # after joining, so that all ranks see a failure
             _init_process_group(store, device)
             recorder = Recorder(device, enabled=bool(request.profile_prefix))
-            options = request.condition, request.save_latents, request.send_after_write
+            options = request.prefix_path, request.save_latents, request.send_after_write
             worker = PipelineRank(request.config, pipelines, rank(), store, device, *options, recorder)
             dist.barrier()
             recorder.restart()
@@ -140,7 +140,7 @@ def profile_file(prefix: str, number: int) -> Path:
 
 def _missing_stems(request: PipelineRequest) -> list[str]:
     jobs = missing_videos(
-        request.config, request.items, request.folder, request.condition, request.save_latents, request.overwrite
+        request.config, request.items, request.folder, request.prefix_path, request.save_latents, request.overwrite
     )
     return [job.files.stem for job in jobs]
 

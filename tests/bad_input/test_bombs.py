@@ -410,7 +410,7 @@ CODE = [
 ]
 
 
-TEXTS = "prompt", "condition"  # of the metadata; the rest are keys of its configuration
+TEXTS = "prompt", "prefix"  # of the metadata; the rest are keys of its configuration
 PLACES = *TEXTS, "generator", "text_cache", "attention_backend", "negative_prompt"
 
 
@@ -423,7 +423,7 @@ def test_code_in_the_metadata_of_a_video_runs_nothing(world, tmp_path, marker, m
     code = json.loads(json.dumps(code).replace("%s", str(marker)))
     config: dict[str, Any] = json.loads(world.config.read_text())
     config["video"]["num_output_frames"] = 3
-    content: dict[str, Any] = {"prompt": "a", "name": "a", "sample": 0, "condition": "", "config": config}
+    content: dict[str, Any] = {"prompt": "a", "name": "a", "sample": 0, "prefix": "", "config": config}
     section = "teacher" if place == "negative_prompt" else "model"
     (content if place in content else config[section])[place] = code
     (tmp_path / "video.json").write_text(json.dumps(content))

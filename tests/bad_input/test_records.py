@@ -32,7 +32,7 @@ def video(world, tmp_path_factory, request) -> Path:
 
 
 VALUES = {"prompt": (None, 3, True, [1], {"a": 1}, 1.5), "sample": (None, "x", True, -1, [1], 1.5, 10**9)}
-VALUES |= {"name": VALUES["prompt"], "condition": (3, [1], {"a": 1}, True), "config": (None, [], 3, "x", {"x": 1})}
+VALUES |= {"name": VALUES["prompt"], "prefix": (3, [1], {"a": 1}, True), "config": (None, [], 3, "x", {"x": 1})}
 
 
 @pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in VALUES.items() for value in values])
@@ -61,6 +61,13 @@ def test_damaged_metadata_beside_a_finished_video_is_a_note(world, video, capsys
         file.write_text(good)
     assert "is damaged; --overwrite" in capsys.readouterr().out
     assert (video / "a-0.mp4").read_bytes() == before
+
+
+def test_older_metadata_names_the_prefix_differently(tmp_path):
+    content = {"config": {}, "prompt": "a", "name": "a", "sample": 0, "condition": "start.png"}
+    (tmp_path / "x.json").write_text(json.dumps(content))
+    metadata = read_metadata(str(tmp_path / "x.json"))
+    assert metadata is not None and metadata["prefix"] == "start.png"
 
 
 @pytest.mark.parametrize("text", JSON, ids=lambda text: text[:30])

@@ -143,7 +143,7 @@ def test_every_prompt_starts_with_its_image(config, images, tmp_path, monkeypatc
     assert one.shape[0] == 21 and torch.equal(one, single)
     torch.testing.assert_close(batch, one, rtol=0, atol=1e-4)
     metadata = json.loads((tmp_path / "one" / "a blue one-0.json").read_text())
-    assert metadata["condition"] == str(images / "two.png")
+    assert metadata["prefix"] == str(images / "two.png")
     first = read_latents(tmp_path / "one" / "a red circle-0.safetensors")[0]
     assert not torch.equal(first, one[0])
 
