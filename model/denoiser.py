@@ -16,13 +16,16 @@ class Denoiser:
         self.net = net
         self.text = text
 
-    def denoise(self, x: Tensor, sigma: float, first_frame: int, cache: KVCache, write: bool = False) -> Tensor:
+    def denoise(self, x: Tensor, sigma: float, first_frame: int, cache: KVCache | None, write: bool = False) -> Tensor:
         """Predict the block's x0, float32 [B, F, C, h, w], from x at noise level sigma and the cache's context.
 
         Args:
             first_frame: absolute index of the block's first frame.
+            cache: None: the block is the whole clip, and the pass is bidirectional with one timestep per clip.
             write: also append the block, at this noise level, to the cache.
         """
+        if cache is None:
+            return flow_to_x0(x, clip_flow(self.net, x, sigma, self.text), sigma)
         timestep = timesteps(x, sigma)
         flow = self.net.denoise_block(x.transpose(1, 2), timestep, self.text, cache, first_frame, append=write)
         return flow_to_x0(x, flow.transpose(1, 2), sigma)

@@ -55,10 +55,15 @@ def tokens_per_frame(video: VideoConfig, patch_size: Sequence[int]) -> int:
     return (height // patch_size[1]) * (width // patch_size[2])
 
 
+def frames_per_block(rollout: RolloutConfig, num_frames: int) -> int:
+    """Return the latent frames per block of a video of `num_frames` frames. A bidirectional video is one block."""
+    return num_frames if rollout.schedule == "bidirectional" else rollout.block_frames
+
+
 def context_frames(rollout: RolloutConfig, num_frames: int) -> tuple[int, int]:
     """Return (context frames that a cache holds, sink frames among them) for a video of `num_frames` latent frames."""
     window = min(rollout.window or num_frames, num_frames)
-    context = max(0, window - rollout.block_frames)
+    context = max(0, window - frames_per_block(rollout, num_frames))
     return context, min(rollout.sink, context)
 
 
@@ -172,10 +177,15 @@ def build_schedule(rollout: RolloutConfig, num_frames: int, prefix_frames: int =
 
     Raises:
         UserError: if the frames do not fill whole blocks, with the nearest lengths that work. After a prefix, the last
-            block may be short.
+            block may be short. Also for a bidirectional schedule with a prefix.
     """
-    block = rollout.block_frames
+    block = frames_per_block(rollout, num_frames)
     generated = num_frames - prefix_frames
+    if rollout.schedule == "bidirectional" and prefix_frames:
+        raise UserError(
+            "rollout.schedule=bidirectional cannot continue an image or a clip: the network has one noise level per "
+            "video; use block_first or timestep_first with a causal generator"
+        )
     if generated <= 0 or (generated % block and not prefix_frames):
         lower = prefix_frames + max(1, generated // block) * block
         choices = " or ".join(str(n) for n in dict.fromkeys([lower, lower + block]))
@@ -189,7 +199,7 @@ def build_schedule(rollout: RolloutConfig, num_frames: int, prefix_frames: int =
         return Schedule(
             num_steps=len(rollout_sigmas(rollout)) - 1,
             num_blocks=layout.prefix_blocks - -generated // block,  # rounded up
-            method=rollout.schedule,
+            method="timestep_first" if rollout.schedule == "timestep_first" else "block_first",
             context=rollout.context,
             leading_blocks=rollout.leading_blocks,
             leading_steps=rollout.leading_steps,
@@ -225,12 +235,12 @@ def build_rollout(
         options: further arguments of `rollout_class`. They replace arguments that this function computes.
     """
     net, rollout = denoiser.net, config.rollout
-    layout = BlockLayout(rollout.block_frames)
+    length = num_frames or config.video.num_output_frames
+    layout = BlockLayout(frames_per_block(rollout, length))
     if prefix is not None:
-        length = num_frames or config.video.num_output_frames
         layout = BlockLayout(rollout.block_frames, prefix.shape[1], length)
     height, width = size or latent_size(config.video)
-    context, sink = context_frames(rollout, num_frames or config.video.num_output_frames)
+    context, sink = context_frames(rollout, length)
     cache_dtype = dtype or DTYPES[config.model.dtype]
 
     def noise(block: int, step: int) -> Tensor:
@@ -240,7 +250,9 @@ def build_rollout(
             drawn = drawn.pin_memory()
         return drawn.to(net.device, non_blocking=True)
 
-    def new_cache() -> KVCache:
+    def new_cache() -> KVCache | None:
+        if rollout.schedule == "bidirectional":
+            return None
         return net.new_cache(
             len(samples), height, width, context, rollout.block_frames, sink, history_frames, cache_dtype
         )

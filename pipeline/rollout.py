@@ -16,7 +16,7 @@ from torch import Tensor
 from model.flow import add_noise
 from pipeline.schedule import Denoise, DenoiseAndWrite, Op, WriteContext, WriteThenDenoise
 
-Cache = Any  # the denoiser's context store; a KVCache for the causal DiT
+Cache = Any  # the denoiser's context store: a KVCache for the causal DiT, None for a bidirectional network
 
 
 class BlockDenoiser(Protocol):
@@ -238,5 +238,6 @@ class Rollout:
 
     def _release_cache(self, number: int) -> None:
         cache = self.caches.pop(number)
-        cache.reset()
+        if cache is not None:
+            cache.reset()
         self._free_caches.append(cache)

@@ -49,7 +49,8 @@ class TrainingRollout(Rollout):
         cache must still hold the block's context (`history_frames` of `build_rollout`).
         """
         inputs = self.exit_inputs[block]
-        inputs.cache.freeze()
+        if inputs.cache is not None:
+            inputs.cache.freeze()
         with torch.enable_grad():
             return self.denoiser.denoise(inputs.x, inputs.sigma, inputs.first_frame, inputs.cache)
 

@@ -118,7 +118,8 @@ def _check_rollout(rollout: "RolloutConfig") -> None:
         )
     if rollout.leading_steps > len(timesteps):
         raise UserError(f"rollout.leading_steps must be at most {len(timesteps)} steps, not {rollout.leading_steps}")
-    if rollout.window and rollout.window < rollout.block_frames + rollout.sink:
+    causal = rollout.schedule != "bidirectional"
+    if causal and rollout.window and rollout.window < rollout.block_frames + rollout.sink:
         raise UserError(
             f"rollout.window must be at least a block ({rollout.block_frames} frames) plus the sink "
             f"({rollout.sink} frames), or 0 for the whole video, not {rollout.window}"

@@ -21,6 +21,7 @@ from model.denoiser import Denoiser
 from pipeline.build import (
     build_rollout,
     build_schedule,
+    frames_per_block,
     latent_size,
     load_embeddings,
     load_network,
@@ -266,5 +267,5 @@ class PipelineRank:
 
     def _layout(self, prefix: Tensor | None) -> BlockLayout:
         if prefix is None:
-            return BlockLayout(self.config.rollout.block_frames)
+            return BlockLayout(frames_per_block(self.config.rollout, self.config.video.num_output_frames))
         return BlockLayout(self.config.rollout.block_frames, prefix.shape[1], self.config.video.num_output_frames)

@@ -1,0 +1,71 @@
+"""Bidirectional rollouts: one block that holds the whole video, without a cache."""
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+
+from model.denoiser import Denoiser
+from model.flow import add_noise
+from pipeline.build import build_rollout, build_schedule, rollout_sigmas
+from pipeline.schedule import Denoise
+from tests.conftest import TINY
+from utils.config import Config
+from utils.errors import UserError
+from utils.rng import keyed_noise
+
+FRAMES, SHAPE = 5, (5, 4, 4, 6)
+
+
+@pytest.fixture
+def config() -> Config:
+    config = Config()
+    config.rollout.schedule = "bidirectional"
+    config.video.num_output_frames, config.video.height, config.video.width = FRAMES, 32, 48
+    config.model.dtype = "float32"
+    return config
+
+
+def run(config: Config, denoiser, samples=(0,)) -> torch.Tensor:
+    """Return the latents of a rollout with one block."""
+    schedule = build_schedule(config.rollout, config.video.num_output_frames)
+    rollout = build_rollout(config, denoiser, samples)
+    [(block, latents)] = rollout.run(list(schedule.ops(config.rollout.order)), schedule.caches)
+    assert block == 0
+    return latents
+
+
+def test_a_bidirectional_video_is_one_block_of_any_length(config):
+    for frames in (1, 5, 23):  # also longer than the window, and lengths that blocks of three do not divide
+        schedule = build_schedule(config.rollout, frames)
+        assert list(schedule.ops()) == [Denoise(0, step, 0) for step in range(4)]
+        assert list(schedule.ops("diagonal", fuse_context=True)) == list(schedule.ops())
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_it_equals_a_loop_over_the_network_of_diffusers(config, net, text, deterministic):
+    config.rollout.use_ode_trajectory = deterministic
+    theirs = WanTransformer3DModel(**TINY).eval()
+    theirs.load_state_dict(net.state_dict())
+    embeddings = torch.randn(1, 5, TINY["text_dim"], generator=torch.Generator().manual_seed(1))
+    sigmas = rollout_sigmas(config.rollout)
+    x = keyed_noise(0, 3, 0, 0, SHAPE)[None]
+    with torch.no_grad():
+        for step, sigma in enumerate(sigmas[:-1]):
+            flow = theirs(x.transpose(1, 2), torch.tensor([1000 * sigma]), embeddings)[0].transpose(1, 2)
+            if deterministic:
+                x = x + (sigmas[step + 1] - sigma) * flow
+            else:
+                x = add_noise(x - sigma * flow, keyed_noise(0, 3, 0, step + 1, SHAPE)[None], sigmas[step + 1])
+    torch.testing.assert_close(run(config, Denoiser(net, text), [3]), x, atol=2e-4, rtol=1e-4)
+
+
+def test_it_needs_no_cache_and_no_window(config, net, text):
+    reference = run(config, Denoiser(net, text))
+    config.rollout.window, config.rollout.sink, config.rollout.block_frames = 3, 1, 2
+    assert build_rollout(config, Denoiser(net, text), [0]).new_cache() is None
+    assert torch.equal(run(config, Denoiser(net, text)), reference)
+
+
+def test_it_cannot_continue_a_prefix(config):
+    with pytest.raises(UserError, match="bidirectional cannot continue an image or a clip"):
+        build_schedule(config.rollout, 5, prefix_frames=1)
