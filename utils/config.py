@@ -298,6 +298,9 @@ class Config:
         return OmegaConf.to_yaml(OmegaConf.structured(self))
 
 
+_SCHEMA = OmegaConf.structured(Config)  # made once, because that takes longer than reading a file
+
+
 def load_config(path: str, overrides: Sequence[str] = (), for_training: bool = False) -> Config:
     """Load a YAML file on top of the defaults, then apply the overrides.
 
@@ -320,7 +323,7 @@ def load_config(path: str, overrides: Sequence[str] = (), for_training: bool = F
     if translation is not None:
         files = [OmegaConf.create(translation.values)]
         translation.show(path)
-    return _merge([OmegaConf.structured(Config), *files], overrides, path)
+    return _merge([_SCHEMA, *files], overrides, path)
 
 
 def all_keys() -> list[str]:  # as section.key
