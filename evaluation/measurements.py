@@ -16,9 +16,9 @@ import numpy as np
 
 from evaluation import video_metrics
 from evaluation.metrics import Metric, MetricCurve
-from utils import video
+from utils import clips
+from utils.clips import VideoReader, read_video
 from utils.files import atomic_path
-from utils.video import VideoReader, read_video
 
 _DETECTION = "found_"  # prefix of a detection's array in a cache file
 
@@ -114,7 +114,7 @@ def measure_file(path: Path, world: World | None, max_frames: int | None = None)
 
 def _cache_key(path: Path, world: World | None) -> str:
     status = path.stat()
-    sources = (str(video.__file__), str(video_metrics.__file__), *(map(str, world.source_files) if world else ()))
+    sources = (str(clips.__file__), str(video_metrics.__file__), *(map(str, world.source_files) if world else ()))
     parts = path.resolve(), status.st_size, status.st_mtime_ns, world is not None, _code_hash(sources)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 

@@ -20,9 +20,9 @@ from evaluation.side_by_side import write_side_by_side
 from evaluation.tables import difference_table, mean_table
 from evaluation.video_metrics import STRIDE
 from evaluation.videos import VideoFolder
+from utils.clips import VideoReader
 from utils.contact_sheet import ContactSheetSampler
 from utils.files import atomic_path, write_json
-from utils.video import VideoReader
 
 MAX_POINTS = 100  # per plotted curve
 STRIP_FRAMES = 6  # per example in the report

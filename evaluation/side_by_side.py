@@ -12,8 +12,9 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from utils.clips import VideoReader
 from utils.contact_sheet import format_time, wrap_text
-from utils.video import VideoReader, VideoWriter
+from utils.video import VideoWriter
 
 _MAX_COLUMNS = 4
 _LEGIBLE = 256  # pixels; a panel of this size has room for its label

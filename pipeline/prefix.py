@@ -8,10 +8,10 @@ from torch import Tensor
 from model.vae import WanVAE
 from model.weight_checks import is_finite
 from pipeline.output import read_latents
+from utils.clips import read_image, read_video, resize_and_crop
 from utils.config import Config
 from utils.errors import UserError
 from utils.image_prompts import IMAGE_SUFFIXES
-from utils.video import fit, read_image, read_video
 
 
 def is_image(path: str) -> bool:
@@ -56,7 +56,7 @@ def read_prefix(path: str, config: Config, vae: WanVAE) -> Tensor:
             )
     stride = vae.temporal_stride
     frames = frames[: (len(frames) - 1) // stride * stride + 1]
-    pixels = torch.from_numpy(fit(frames, video.height, video.width).copy()).permute(0, 3, 1, 2)[None]
+    pixels = torch.from_numpy(resize_and_crop(frames, video.height, video.width).copy()).permute(0, 3, 1, 2)[None]
     latents = vae.encode(pixels.float() / 127.5 - 1).cpu().contiguous()  # torch.distributed sends contiguous tensors
     if not is_finite(latents):
         raise UserError(f"{path} is encoded to NaN or infinity by the VAE; try model.dtype=float32")

@@ -14,10 +14,10 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from utils.arguments import require_range
+from utils.clips import read_video
 from utils.config import read_metadata
 from utils.errors import UserError, command
 from utils.files import atomic_path, output_file
-from utils.video import read_video
 
 GAP, LINE = 10, 14  # pixels
 BACKGROUND, TEXT = (24, 26, 31), (214, 218, 226)  # legible beside light and dark pages

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from utils.clips import read_video
 from utils.errors import UserError
 from utils.files import atomic_path, read_json
-from utils.video import read_video, to_uint8
+from utils.video import to_uint8
 
 _THUMBNAIL_MIN, _THUMBNAIL_MAX = 128, 320  # pixels of a thumbnail's longer side
 _MARGIN, _GAP = 12, 4  # pixels

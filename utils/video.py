@@ -1,11 +1,9 @@
-"""Video and image files: a writer of mp4 files for streamed frames, and readers of videos and images.
+"""A writer of mp4 files for streamed frames; utils/clips.py reads videos.
 
 Frames are uint8 RGB arrays [T, H, W, 3]."""
 
 import contextlib
-import itertools
 import os
-import struct
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -17,16 +15,11 @@ from typing import Any
 import av
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 
 from utils.errors import DISK_ERRORS, UserError
 from utils.files import atomic_path
 
 _QUEUED_FRAMES = 16  # frames that may wait for the encoder, so that it works while the next block is generated
-_ROTATIONS = {90: "transpose=cclock", -90: "transpose=clock", 180: "hflip,vflip", -180: "hflip,vflip"}
-
-
-# ---- Write videos ----
 
 
 def to_uint8(frames: np.ndarray | torch.Tensor) -> np.ndarray:
@@ -137,7 +130,7 @@ class VideoWriter:
         if height % 2 or width % 2:
             raise UserError(f"cannot write {self.path}: H.264 video needs even sides, not {width}x{height} pixels")
         assert self.partial is not None
-        rate, options = _frame_rate(self._fps), {"crf": str(self._crf), "preset": self._preset}
+        rate, options = frame_rate(self._fps), {"crf": str(self._crf), "preset": self._preset}
         encoder = _Encoder(self.partial, height, width, rate, options)
         self._cleanup.callback(encoder.stop)
         return encoder
@@ -223,8 +216,9 @@ class _Encoder:
         self._container.mux(self._stream.encode(self._to_yuv.vpull()))
 
 
-def _frame_rate(fps: float | Fraction) -> Fraction:
-    return Fraction(fps).limit_denominator(1001000)  # as FFmpeg does for its option -framerate
+def frame_rate(fps: float | Fraction) -> Fraction:
+    """Return a frame rate as FFmpeg stores it, a fraction of limited size."""
+    return Fraction(fps).limit_denominator(1001000)
 
 
 def _remux(fragmented: Path, target: Path) -> int:
@@ -257,144 +251,3 @@ def _ffmpeg_errors(path: Path) -> Iterator[None]:
         raise UserError(
             f"cannot write {path}: the encoder failed ({error.strerror}); check the folder and the disk"
         ) from None
-
-
-# ---- Read videos ----
-
-
-class VideoReader:
-    """Reads a video frame by frame, upright and at a constant frame rate. Memory does not grow with the video's length.
-
-    Inside a `with` block, the frames, uint8 [H, W, 3], can be iterated once. Entering the block raises `UserError` if
-    the file is missing or has no video that can be decoded.
-
-    Attributes:
-        path: any file that FFmpeg can decode, including the growing file of a `VideoWriter`.
-        fps: frames per second; set inside the `with` block.
-        height, width: size of the first frame in pixels; set inside the `with` block.
-    """
-
-    def __init__(self, path: str | os.PathLike[str], max_frames: int | None = None, fps: float | None = None):
-        """
-        Args:
-            path: video file.
-            max_frames: number of frames to read. None: all.
-            fps: resample to this frame rate by dropping or repeating frames. None: the frame rate of the video.
-        """
-        self.path = Path(path)
-        self._max_frames, self._requested_fps = max_frames, fps
-
-    def __enter__(self) -> "VideoReader":
-        _require_file(self.path, "video")
-        with contextlib.ExitStack() as cleanup:
-            try:
-                container = cleanup.enter_context(av.open(f"file:{self.path}"))
-            except av.FFmpegError as error:
-                raise UserError(f"cannot read video {self.path}: {error.strerror}") from None
-            if not container.streams.video:
-                raise UserError(f"cannot read video {self.path}: it has no video stream")
-            stream = container.streams.video[0]
-            rate = _frame_rate(self._requested_fps or stream.guessed_rate or 25)
-            self.fps = float(rate)
-            frames = itertools.islice(_resample(container, stream, rate), self._max_frames)
-            first = next(frames, None)
-            if first is None:
-                raise UserError(f"cannot read video {self.path}: it has no frames")
-            self.height, self.width = first.shape[:2]
-            self._frames = itertools.chain([first], frames)
-            self._cleanup = cleanup.pop_all()
-        return self
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        return self._frames
-
-    def __exit__(self, *exception: Any) -> None:
-        self._cleanup.close()
-
-
-def read_video(
-    path: str | os.PathLike[str], max_frames: int | None = None, fps: float | None = None
-) -> tuple[np.ndarray, float]:
-    """Return a whole video as (frames uint8 [T, H, W, 3], frames per second). Arguments as in `VideoReader`.
-
-    Raises:
-        UserError: if the file is missing or has no video that can be decoded.
-    """
-    with VideoReader(path, max_frames, fps) as video:
-        return np.stack(list(video)), video.fps
-
-
-def _decode_frames(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.VideoFrame]:
-    """Yield the frames of a stream; skip broken packets, and end where the file is cut off."""
-    packets = container.demux(stream)
-    while True:
-        try:
-            packet = next(packets)
-        except (StopIteration, av.FFmpegError):
-            break
-        with contextlib.suppress(av.FFmpegError):
-            yield from packet.decode()
-    with contextlib.suppress(av.FFmpegError):
-        yield from stream.decode(None)  # the decoder holds frames back
-
-
-def _resample(container: av.container.InputContainer, stream: av.VideoStream, rate: Fraction) -> Iterator[np.ndarray]:
-    """Yield the frames of a stream as RGB arrays, upright and at a constant rate."""
-    graph = None
-    for frame in itertools.chain(_decode_frames(container, stream), [None]):
-        if graph is None:
-            if frame is None:
-                return
-            graph = av.filter.Graph()
-            filters = [f"fps={rate}", *_ROTATIONS.get(round(frame.rotation), "").split(","), "format=pix_fmts=rgb24"]
-            nodes = [graph.add(*text.split("=", 1)) for text in filters if text]
-            graph.link_nodes(graph.add_buffer(template=stream), *nodes, graph.add("buffersink")).configure()
-        graph.vpush(frame)  # None: end of the stream
-        # BlockingIOError: no frame is ready. EOFError: there are no more frames.
-        with contextlib.suppress(av.error.BlockingIOError, av.error.EOFError):
-            while True:
-                yield graph.vpull().to_ndarray()
-
-
-def read_image(path: str | os.PathLike[str]) -> np.ndarray:
-    """Return an image as uint8 [H, W, 3]: upright by its EXIF tag, transparency on white, 16 bits reduced to 8.
-
-    Raises:
-        UserError: if the file is missing, broken or holds floats of unknown range.
-    """
-    _require_file(Path(path), "image")
-    try:
-        Image.init()
-        formats = [name for name in Image.ID if name != "EPS"]  # Pillow reads EPS, a program, with Ghostscript
-        with Image.open(path, formats=formats) as opened:
-            image = ImageOps.exif_transpose(opened)
-            image.load()
-    # Pillow's decoders report broken files with any of these errors.
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
-        raise UserError(f"cannot read image {path}: {error}") from None
-    if image.mode == "F":
-        raise UserError(f"cannot read image {path}: it holds floats of unknown range; save it with 8 or 16 bits")
-    if image.mode.startswith("I"):
-        grey = np.asarray(image, np.int64).clip(0, 65535) / 257
-        return np.repeat(grey.round().astype(np.uint8)[..., None], 3, axis=2)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return np.array(image.convert("RGB"))
-
-
-def fit(frames: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resize frames [T, H, W, 3] to cover height x width pixels, then crop the centre; keeps the aspect ratio."""
-    images = [Image.fromarray(frame) for frame in to_uint8(frames)]
-    fitted = [ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS) for image in images]
-    return np.stack([np.asarray(image) for image in fitted]) if fitted else np.empty((0, height, width, 3), np.uint8)
-
-
-def _require_file(path: Path, kind: str) -> None:
-    """Raise a one-line error if `path` is missing, unreadable or empty."""
-    try:
-        with path.open("rb") as file:
-            if not file.read(1):
-                raise UserError(f"cannot read {kind} {path}: the file is empty")
-    except OSError as error:
-        raise UserError(f"cannot read {kind} {path}: {error.strerror}") from None

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from scripts import compare_videos
-from utils.video import VideoWriter, read_video
+from utils.clips import read_video
+from utils.video import VideoWriter
 
 
 def save(path: Path, prompt: str = "", name: str = "", seed: int = 0, sample: int = 0, grey: int = 90) -> Path:

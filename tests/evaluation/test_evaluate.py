@@ -22,8 +22,9 @@ from scripts import evaluate
 from shapes import world
 from shapes.metrics import SHAPE_METRICS
 from shapes.world import Clip
+from utils.clips import read_video
 from utils.tables import markdown_table
-from utils.video import VideoWriter, read_video
+from utils.video import VideoWriter
 
 FRAMES = 17
 

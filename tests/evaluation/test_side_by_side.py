@@ -7,8 +7,9 @@ import pytest
 
 import utils.video
 from evaluation.side_by_side import write_side_by_side
+from utils.clips import read_video
 from utils.errors import UserError
-from utils.video import VideoWriter, read_video
+from utils.video import VideoWriter
 
 RED, GREEN, BLUE = (220, 30, 30), (30, 180, 40), (30, 60, 220)
 BARS = (238, 238, 238)

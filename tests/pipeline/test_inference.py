@@ -33,9 +33,10 @@ from model.weight_names import export_state
 from model.weights import ModelDirectory
 from pipeline import generate, output
 from pipeline.text_to_video import TextToVideo
+from utils.clips import read_video, resize_and_crop
 from utils.config import load_config
 from utils.prompts import Prompt
-from utils.video import VideoWriter, fit, read_video
+from utils.video import VideoWriter
 
 
 def latents(folder: Path) -> dict[str, torch.Tensor]:
@@ -359,7 +360,7 @@ def encode(world):
     vae = WanVAE(ModelDirectory.open(world.model).load_vae(torch.float32))
 
     def run(frames: np.ndarray) -> torch.Tensor:
-        pixels = torch.from_numpy(fit(frames, 32, 32).copy()).permute(0, 3, 1, 2)[None]
+        pixels = torch.from_numpy(resize_and_crop(frames, 32, 32).copy()).permute(0, 3, 1, 2)[None]
         return vae.encode(pixels / 127.5 - 1)[0]
 
     return run

@@ -24,10 +24,11 @@ from scripts import contact_sheet, encode_clips, evaluate_vae, generate_ode_pair
 from shapes import world
 from shapes.objectives import VAEReconstruction
 from trainer.datasets.generate_pairs import loss_sigmas, nearest_indices
+from utils.clips import read_video
 from utils.config import load_config
 from utils.contact_sheet import read_strip, save_contact_sheet
 from utils.rng import keyed_noise
-from utils.video import VideoWriter, read_video
+from utils.video import VideoWriter
 
 
 @pytest.fixture(scope="module")

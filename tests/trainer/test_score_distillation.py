@@ -18,8 +18,8 @@ from trainer.datasets.ode_pairs import write_ode_pair, write_sigmas
 from trainer.objectives.score_distillation import ScoreDistillation
 from trainer.objectives.self_rollout import GeneratedClip
 from trainer.trainer import Trainer
+from utils.clips import read_video
 from utils.errors import UserError
-from utils.video import read_video
 
 CPU = torch.device("cpu")
 Make = Callable[..., ScoreDistillation]

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from rank_processes import CONTEXT, run_torchrun
 
-from utils.video import read_video
+from utils.clips import read_video
 
 LONG = ("--num_output_frames", "3000", "--window", "6")
 RANKS = range(4)
