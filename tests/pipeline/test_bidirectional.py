@@ -8,7 +8,6 @@ from model.denoiser import Denoiser
 from model.flow import add_noise
 from pipeline.build import build_rollout, build_schedule, rollout_sigmas
 from pipeline.schedule import Denoise
-from tests.conftest import TINY
 from utils.config import Config
 from utils.errors import UserError
 from utils.rng import keyed_noise
@@ -44,9 +43,9 @@ def test_a_bidirectional_video_is_one_block_of_any_length(config):
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_it_equals_a_loop_over_the_network_of_diffusers(config, net, text, deterministic):
     config.rollout.use_ode_trajectory = deterministic
-    theirs = WanTransformer3DModel(**TINY).eval()
+    theirs = WanTransformer3DModel.from_config(net.config).eval()
     theirs.load_state_dict(net.state_dict())
-    embeddings = torch.randn(1, 5, TINY["text_dim"], generator=torch.Generator().manual_seed(1))
+    embeddings = torch.randn(1, 5, net.config.text_dim, generator=torch.Generator().manual_seed(1))
     sigmas = rollout_sigmas(config.rollout)
     x = keyed_noise(0, 3, 0, 0, SHAPE)[None]
     with torch.no_grad():
