@@ -1,11 +1,13 @@
 """Denoiser of a rollout: predicts x0 from noisy latents [B, F, C, h, w] and a sigma with the causal DiT."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from model.attention import BlockCausalMask
 from model.causal_wan import CausalWanModel, TextContext
-from model.flow import flow_to_x0
+from model.flow import flow_to_x0, guide
 from model.kv_cache import KVCache
 
 
@@ -52,6 +54,59 @@ class Denoiser:
             first_frame,
         )
         return flow_to_x0(x, flow.transpose(1, 2), sigma)
+
+
+@dataclass(frozen=True)
+class GuidedCache:
+    """Contexts of the two branches of a `GuidedDenoiser`; None for whole clips."""
+
+    conditional: KVCache | None
+    unconditional: KVCache | None
+
+    def reset(self) -> None:
+        """Empty both caches; see `KVCache.reset`."""
+        for cache in (self.conditional, self.unconditional):
+            if cache is not None:
+                cache.reset()
+
+
+class GuidedDenoiser:
+    """A denoiser with classifier-free guidance (arXiv 2207.12598). Each branch has its own text and its own context."""
+
+    def __init__(self, conditional: Denoiser, unconditional: Denoiser, scale: float):
+        """
+        Args:
+            scale: s of unconditional + s (conditional - unconditional).
+        """
+        self.conditional, self.unconditional, self.scale = conditional, unconditional, scale
+
+    @property
+    def net(self) -> CausalWanModel:
+        """The network, which both branches share."""
+        return self.conditional.net
+
+    def denoise(self, x: Tensor, sigma: float, first_frame: int, cache: GuidedCache, write: bool = False) -> Tensor:
+        """Run `Denoiser.denoise` for both branches; return the guided x0."""
+        conditional = self.conditional.denoise(x, sigma, first_frame, cache.conditional, write)
+        return self._guide(conditional, self.unconditional.denoise(x, sigma, first_frame, cache.unconditional, write))
+
+    def write_context(self, x: Tensor, sigma: float, first_frame: int, cache: GuidedCache) -> None:
+        """Run `Denoiser.write_context` for both branches."""
+        assert cache.conditional is not None and cache.unconditional is not None
+        self.conditional.write_context(x, sigma, first_frame, cache.conditional)
+        self.unconditional.write_context(x, sigma, first_frame, cache.unconditional)
+
+    def write_then_denoise(
+        self, context: Tensor, context_sigma: float, x: Tensor, sigma: float, first_frame: int, cache: GuidedCache
+    ) -> Tensor:
+        """Run `Denoiser.write_then_denoise` for both branches; return the guided x0."""
+        assert cache.conditional is not None and cache.unconditional is not None
+        blocks = context, context_sigma, x, sigma, first_frame
+        conditional = self.conditional.write_then_denoise(*blocks, cache.conditional)
+        return self._guide(conditional, self.unconditional.write_then_denoise(*blocks, cache.unconditional))
+
+    def _guide(self, conditional: Tensor, unconditional: Tensor) -> Tensor:
+        return guide(conditional, unconditional, self.scale)
 
 
 def timesteps(x: Tensor, sigma: float) -> Tensor:

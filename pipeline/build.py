@@ -10,9 +10,9 @@ from diffusers.models.attention_dispatch import attention_backend
 from torch import Tensor
 
 from model.causal_wan import CausalWanModel
-from model.denoiser import Denoiser
+from model.denoiser import Denoiser, GuidedCache, GuidedDenoiser
 from model.embeddings import EmbeddingCache
-from model.flow import step_sigmas
+from model.flow import solver_sigmas, step_sigmas
 from model.kv_cache import KVCache
 from model.lora import fuse_lora
 from model.vae import WanVAE
@@ -169,6 +169,8 @@ def choose_attention_backend(net: AttentionMixin, name: str) -> None:
 
 def rollout_sigmas(rollout: RolloutConfig) -> list[float]:
     """Return the S + 1 sigmas of a rollout, from the first step's input down to 0."""
+    if rollout.num_steps:
+        return solver_sigmas(rollout.num_steps, rollout.timestep_shift)
     return step_sigmas(rollout.denoising_step_list, rollout.warp_denoising_step, rollout.timestep_shift)
 
 
@@ -211,7 +213,7 @@ def build_schedule(rollout: RolloutConfig, num_frames: int, prefix_frames: int =
 
 def build_rollout(
     config: Config,
-    denoiser: Denoiser,
+    denoiser: Denoiser | GuidedDenoiser,
     samples: Sequence[int],
     *,
     prefix: Tensor | None = None,
@@ -250,12 +252,15 @@ def build_rollout(
             drawn = drawn.pin_memory()
         return drawn.to(net.device, non_blocking=True)
 
-    def new_cache() -> KVCache | None:
+    def empty_cache() -> KVCache | None:
         if rollout.schedule == "bidirectional":
             return None
         return net.new_cache(
             len(samples), height, width, context, rollout.block_frames, sink, history_frames, cache_dtype
         )
+
+    def new_cache() -> KVCache | GuidedCache | None:
+        return GuidedCache(empty_cache(), empty_cache()) if isinstance(denoiser, GuidedDenoiser) else empty_cache()
 
     if prefix is not None:
         prefix = prefix.to(net.device, torch.float32).expand(len(samples), -1, -1, -1, -1)

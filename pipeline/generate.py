@@ -4,7 +4,7 @@ import functools
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -86,7 +86,7 @@ def generate_videos(
     read = functools.lru_cache(maxsize=batch_size)(lambda path: read_prefix(path, config, pipeline.vae))
     first = jobs[0].prompt.image or prefix_path
     num_ops = pipeline.num_ops(read(first).shape[1] if first else 0)
-    pipeline.embeddings.encode([job.prompt.text for job in jobs])
+    pipeline.encode_prompts([job.prompt.text for job in jobs])
     interval = 0.5 if sys.stderr.isatty() else 15
     batches = [jobs[i : i + batch_size] for i in range(0, len(jobs), batch_size)]
     total, hidden = num_ops * len(batches), rank() != 0
@@ -137,18 +137,27 @@ def print_changed_settings(files: VideoFiles, metadata: dict[str, Any]) -> None:
     try:
         before = read_json(files.metadata, "metadata file of a video")
         before.setdefault("prefix", before.get("condition"))  # its key in older files
-        changed = [
-            f"{name}.{key}"
-            for name in ("model", "rollout", "video", "runtime")
-            for key, value in metadata["config"][name].items()
-            if before["config"].get(name, {}).get(key) != value and (name, key) not in KEYS_WITHOUT_EFFECT
-        ]
+        changed = _changed_keys(before["config"], metadata["config"])
         changed += [key for key in ("prompt", "prefix") if before.get(key) != metadata[key]]
     except (UserError, KeyError, TypeError, AttributeError):
         print(f"kept {files.video}, although its metadata {files.metadata} is damaged; --overwrite replaces both")
         return
     if changed:
         print(f"kept {files.video}, made with other settings ({', '.join(changed)}); --overwrite replaces it")
+
+
+def _changed_keys(before: dict[str, Any], config: dict[str, Any]) -> list[str]:
+    """Return the keys, as section.key, whose values affect the video and differ between two configurations."""
+    defaults = asdict(Config())  # of keys that older files lack
+    keys = [(name, key) for name in ("model", "rollout", "video", "runtime") for key in config[name]]
+    if config["rollout"]["guidance_scale"] != 1:
+        keys.append(("teacher", "negative_prompt"))
+    return [
+        f"{name}.{key}"
+        for name, key in keys
+        if before.get(name, {}).get(key, defaults[name][key]) != config[name][key]
+        and (name, key) not in KEYS_WITHOUT_EFFECT
+    ]
 
 
 def check_request(config: Config, prefix_path: str) -> None:

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.causal_wan import CausalWanModel
-from model.denoiser import Denoiser
+from model.causal_wan import CausalWanModel, TextContext
+from model.denoiser import Denoiser, GuidedDenoiser
 from model.embeddings import EmbeddingCache
 from model.vae import WanVAE
 from model.weight_checks import is_finite
@@ -204,9 +204,25 @@ class TextToVideo:
     ) -> Rollout:
         """Return the rollout that `generate_blocks` runs with the same arguments."""
         assert len(prompts) == len(samples)
-        with torch.no_grad():
-            text = self.net.encode_text(self.embeddings.of(prompts).to(self.net.device))
-        return build_rollout(self.config, Denoiser(self.net, text), samples, prefix=prefix, on_op=on_op)
+        return build_rollout(self.config, self._denoiser(prompts), samples, prefix=prefix, on_op=on_op)
+
+    def _denoiser(self, prompts: Sequence[str]) -> Denoiser | GuidedDenoiser:
+        """Return a denoiser for these prompts, with guidance if it is configured."""
+        scale = self.config.rollout.guidance_scale
+        denoiser = Denoiser(self.net, self._encode_text(prompts))
+        if scale == 1:
+            return denoiser
+        negative = self._encode_text([self.config.teacher.negative_prompt] * len(prompts))
+        return GuidedDenoiser(denoiser, Denoiser(self.net, negative), scale)
+
+    @torch.no_grad()
+    def _encode_text(self, prompts: Sequence[str]) -> TextContext:
+        return self.net.encode_text(self.embeddings.of(prompts).to(self.net.device))
+
+    def encode_prompts(self, prompts: Sequence[str]) -> None:
+        """Encode all prompts of a run at once, with the negative prompt if guidance needs it."""
+        guided = self.config.rollout.guidance_scale != 1
+        self.embeddings.encode([*prompts, *[self.config.teacher.negative_prompt] * guided])
 
     def schedule(self, prefix_frames: int = 0) -> Schedule:
         """Return the schedule of a video with a prefix of `prefix_frames` latent frames.

@@ -72,7 +72,8 @@ class VideoSampler:
         net = unsharded_copy(self.net, dtype) if sharded else self.net
         pipeline = TextToVideo(self.config, net, self.embeddings.cache, self.vae)
         prompts, video = self.prompts, self.config.video
-        negative = [self.config.teacher.negative_prompt] if self.bidirectional else []
+        guided = self.bidirectional or self.config.rollout.guidance_scale != 1
+        negative = [self.config.teacher.negative_prompt] if guided else []
         self.embeddings.encode([*(prompt.text for prompt in prompts), *negative])
         stems = unique_stems(prompts, 1)
         for prompt in prompts[rank() :: world_size()]:

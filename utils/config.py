@@ -91,6 +91,11 @@ class RolloutConfig:
     """Apply `timestep_shift` to denoising_step_list. false uses the listed timesteps unchanged."""
     timestep_shift: float = 5.0
     """Shift s of the noise levels: sigma = s u / (1 + (s - 1) u), where u is the unshifted level."""
+    num_steps: int = 0
+    """Number of steps at evenly spaced levels, shifted by `timestep_shift`, as teachers use. 0: denoising_step_list."""
+    guidance_scale: float = 1.0
+    """Scale s of classifier-free guidance: unconditional + s (conditional - unconditional), with
+    `teacher.negative_prompt`. Networks that are not distilled need it. 1: no guidance, and half the passes."""
     use_ode_trajectory: bool = False
     """true takes an Euler step along the flow between steps (deterministic). false adds fresh noise to predicted x0."""
     window: int = 21

@@ -20,6 +20,7 @@ _POSITIVE = (
 )
 _NOT_NEGATIVE = (
     *("rollout.leading_blocks", "rollout.leading_steps", "rollout.window", "rollout.sink", "runtime.seed"),
+    "rollout.num_steps",
     *("train.learning_rate", "train.muon_learning_rate", "train.weight_decay", "train.grad_clip", "train.warmup"),
     *("train.ema_start", "train.total_batch_size", "train.first_frame_weight", "train.kl_weight"),
     *("runtime.threads", "train.sample_every", "distill.critic_learning_rate", "distill.forward_kl_weight"),
@@ -33,6 +34,7 @@ _LIMITS = {
     **dict.fromkeys(("rollout.timestep_shift", "train.timestep_shift", "distill.timestep_shift"), 1000),
     "teacher.timestep_shift": 1000,
     "teacher.num_inference_steps": 10_000,
+    "rollout.num_steps": 10_000,
     "model.text_length": 8192,
     "runtime.threads": 1024,
     "video.fps": 999,
@@ -40,7 +42,7 @@ _LIMITS = {
 """Largest values. Beyond them a run would allocate or list without an end, or divide by zero."""
 _MIN_SHIFT = 1e-3
 _MAX_LIST = 1000
-_FINITE = ("model.lora_scale", "teacher.guidance_scale", "distill.guidance_scale")
+_FINITE = ("model.lora_scale", "rollout.guidance_scale", "teacher.guidance_scale", "distill.guidance_scale")
 
 
 def check_config(config: "Config") -> None:
@@ -110,14 +112,19 @@ def _noisy_timesteps(rollout: "RolloutConfig") -> list[float]:
     return timesteps[:-1] if timesteps and timesteps[-1] == 0 else timesteps
 
 
+def _num_steps(rollout: "RolloutConfig") -> int:
+    return rollout.num_steps or len(_noisy_timesteps(rollout))
+
+
 def _check_rollout(rollout: "RolloutConfig") -> None:
     timesteps = _noisy_timesteps(rollout)
     if not timesteps or not _is_decreasing([*timesteps, 0]) or not timesteps[0] <= 1000:
         raise UserError(
             f"rollout.denoising_step_list must fall from at most 1000 towards 0, not {rollout.denoising_step_list}"
         )
-    if rollout.leading_steps > len(timesteps):
-        raise UserError(f"rollout.leading_steps must be at most {len(timesteps)} steps, not {rollout.leading_steps}")
+    num_steps = _num_steps(rollout)
+    if rollout.leading_steps > num_steps:
+        raise UserError(f"rollout.leading_steps must be at most {num_steps} steps, not {rollout.leading_steps}")
     causal = rollout.schedule != "bidirectional"
     if causal and rollout.window and rollout.window < rollout.block_frames + rollout.sink:
         raise UserError(
@@ -144,7 +151,7 @@ def _check_train(train: "TrainConfig") -> None:
 
 
 def _check_distill(config: "Config") -> None:
-    distill, num_steps = config.distill, len(_noisy_timesteps(config.rollout))
+    distill, num_steps = config.distill, _num_steps(config.rollout)
     if not 0 <= distill.min_exit_step < num_steps:
         raise UserError(f"distill.min_exit_step must be 0 to {num_steps - 1}, not {distill.min_exit_step}")
     if distill.forward_kl_steps > num_steps:
@@ -153,6 +160,11 @@ def _check_distill(config: "Config") -> None:
         raise UserError(
             "distill.min_timestep and distill.max_timestep must rise from above 0 to at most 1000, not "
             f"{distill.min_timestep} and {distill.max_timestep}"
+        )
+    if config.train.objective == "score_distillation" and config.rollout.guidance_scale != 1:
+        raise UserError(
+            "rollout.guidance_scale must be 1 for train.objective=score_distillation: the generator learns the "
+            "teacher's guidance, distill.guidance_scale"
         )
     if config.train.objective == "score_distillation" and distill.max_rollout_frames < config.data.num_frames:
         raise UserError(

@@ -51,8 +51,13 @@ def plan_ranks(config: Config, prefix_path: str) -> tuple[list[Pipeline], Schedu
     """Return the pipelines of all ranks of this run, and the schedule that they share.
 
     Raises:
-        UserError: if the video does not consist of whole blocks.
+        UserError: if the video does not consist of whole blocks, or needs guidance.
     """
+    if config.rollout.guidance_scale != 1:
+        raise UserError(
+            "ranks of a pipeline run without guidance: set rollout.guidance_scale=1, or use inference.py, where the "
+            "ranks share the videos"
+        )
     # The assignment depends on the steps only. The prefix is not read yet, so use any length that fits.
     frames = config.rollout.block_frames if prefix_path else config.video.num_output_frames
     schedule = build_schedule(config.rollout, frames)
