@@ -143,9 +143,10 @@ class DataConfig:
     """The training data."""
 
     path: str = ""
-    """Folder or LMDB: encoded clips for flow_matching, ODE pairs for ode_regression and for the forward KL loss."""
+    """Folder or LMDB: encoded clips for flow_matching and for distill.backward_simulation=false, ODE pairs for
+    ode_regression and for the forward KL loss."""
     prompts: str = ""
-    """File with one prompt per line for score_distillation. Empty: the prompts of the ODE pairs."""
+    """File with one prompt per line for the rollouts of score_distillation. Empty: the prompts of the ODE pairs."""
     num_frames: int = 21
     """Latent frames per training clip."""
     sigmas: list[float] = field(default_factory=list)
@@ -241,7 +242,7 @@ class TrainConfig:
 
 @dataclass
 class DistillConfig:
-    """Score distillation with self-rollout: a DMD loss against the teacher, and a forward KL loss on ODE pairs."""
+    """Score distillation: a DMD loss against the teacher, and a forward KL loss on ODE pairs."""
 
     generator_every: int = 5
     """Iterations between updates of the generator. The critic is updated in every iteration."""
@@ -255,6 +256,9 @@ class DistillConfig:
     """Smallest timestep (1000 sigma) of these noise levels."""
     max_timestep: float = 980.0
     """Largest timestep of these noise levels."""
+    backward_simulation: bool = True
+    """Source of the generator's clips. true: its own rollouts. false (CausVid): it denoises clips of data.path, noised
+    to the levels of denoising_step_list, in one step. A trailing 0 in that list adds clean blocks."""
     min_exit_step: int = 0
     """Smallest exit step. The exit step is drawn uniformly from this step to the last step."""
     max_rollout_frames: int = 21

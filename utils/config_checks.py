@@ -171,3 +171,24 @@ def _check_distill(config: "Config") -> None:
             f"distill.max_rollout_frames must be at least data.num_frames={config.data.num_frames}, not "
             f"{distill.max_rollout_frames}"
         )
+    if config.train.objective == "score_distillation" and not distill.backward_simulation:
+        _check_data_latents(config)
+
+
+def _check_data_latents(config: "Config") -> None:
+    """Check the keys of score distillation that a run on data latents cannot honour."""
+    distill = config.distill
+    if distill.max_rollout_frames > config.data.num_frames:
+        raise UserError(
+            "distill.backward_simulation=false has no rollouts: distill.max_rollout_frames must be "
+            f"data.num_frames={config.data.num_frames}, not {distill.max_rollout_frames}"
+        )
+    if distill.forward_kl_weight > 0:
+        raise UserError(
+            "distill.backward_simulation=false reads clips from data.path, and the forward KL would read ODE pairs "
+            "from it: set distill.forward_kl_weight=0"
+        )
+    if config.data.prompts:
+        raise UserError(
+            "distill.backward_simulation=false uses the captions of the clips in data.path: set data.prompts= (empty)"
+        )

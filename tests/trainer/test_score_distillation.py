@@ -55,8 +55,7 @@ def gradients(net) -> dict[str, torch.Tensor]:
 
 
 def roll_out(objective: ScoreDistillation, role: str, iteration: int, micro_batch: int = 0, **keys) -> GeneratedClip:
-    positions = objective.positions(role, iteration, micro_batch)
-    return objective.self_rollout.run(role, iteration, positions, objective.embeddings(role, positions), **keys)
+    return objective.clip_source.run(objective.batch(role, iteration, micro_batch), **keys)
 
 
 # ---- Rollouts and gradients ----
@@ -82,7 +81,7 @@ def test_block_by_block_gradients_equal_those_of_the_whole_graph(make: Make, sch
 
 def test_micro_batches_share_exit_step_and_length_which_cover_their_ranges(make: Make):
     objective = make(min_exit_step=1, max_rollout_frames=12)
-    drawn = [objective.self_rollout._draw_exit("critic", iteration) for iteration in range(24)]
+    drawn = [objective.clip_source._draw_exit("critic", iteration) for iteration in range(24)]
     assert {step for step, _ in drawn} == {1, 2, 3} and {frames for _, frames in drawn} == {6, 9, 12}
     for iteration in (0, 1):
         for micro_batch in range(2):
@@ -98,7 +97,7 @@ def test_every_micro_batch_and_role_has_its_own_noise_and_prompts(make: Make):
             for iteration in (0, 5):
                 starts += list(roll_out(objective, role, iteration, micro_batch).rollout.noise(0, 0))
     assert not any(torch.equal(a, b) for i, a in enumerate(starts) for b in starts[:i])
-    chosen = [objective.positions("generator", iteration, part) for iteration in (0, 5) for part in (0, 1)]
+    chosen = [objective.batch("generator", iteration, part).positions for iteration in (0, 5) for part in (0, 1)]
     assert chosen == [range(0, 2), range(2, 4), range(4, 6), range(6, 8)]  # no prompt is skipped
 
 
@@ -113,7 +112,7 @@ def test_a_critic_that_equals_the_teacher_gives_no_gradient(make: Make):
 
 def test_the_dmd_gradient_is_the_critic_minus_the_guided_teacher(make: Make):
     objective = make(guidance_scale=3.0)
-    embeddings = objective.embeddings("generator", objective.positions("generator", 0, 0))
+    embeddings = objective.batch("generator", 0, 0).embeddings
     clip = torch.randn(2, 6, 16, 4, 4, generator=torch.Generator().manual_seed(0))
     calls = []
     net = objective.teacher
@@ -136,7 +135,7 @@ def test_noise_levels_are_clamped_and_spread_over_the_clips(make: Make):
     """Both for the critic and for the score difference. Without the clamp, some draw would leave the range."""
     objective = make(min_timestep=400, max_timestep=600, guidance_scale=1.0, batch_size=8, timestep_shift=3.0)
     clip = torch.randn(8, 6, 16, 4, 4, generator=torch.Generator().manual_seed(0))
-    embeddings = objective.embeddings("critic", range(8))
+    embeddings = objective.batch("critic", 0, 0).embeddings
     seen: list[torch.Tensor] = []
     objective.critic.register_forward_pre_hook(lambda module, args: seen.append(args[1]))
     objective.score_difference(clip, embeddings, 0, 0)
@@ -151,7 +150,7 @@ def test_dmd_uses_the_configured_negative_prompt(make: Make):
     objective = make(guidance_scale=3.0, negative_prompt="a blue square")
     empty, configured = objective.text.encode([""]), objective.text.encode(["a blue square"])
     assert not torch.equal(empty, configured)
-    embeddings = objective.embeddings("generator", range(2))
+    embeddings = objective.batch("generator", 0, 0).embeddings
     texts: dict[str, list[torch.Tensor]] = {"critic": [], "teacher": []}
     for name, found in texts.items():
         getattr(objective, name).register_forward_pre_hook(lambda module, args, found=found: found.append(args[2]))
@@ -165,7 +164,7 @@ def test_the_exact_flow_of_the_generators_clip_has_no_critic_loss(make: Make):
     """The critic is trained on the flow noise - x0 of its own noisy input."""
     objective = make(min_timestep=100)
     clips = []
-    training_window = objective.self_rollout.training_window
+    training_window = objective.clip_source.training_window
 
     def spied_window(generated):
         clips.append(training_window(generated))
@@ -180,7 +179,7 @@ def test_the_exact_flow_of_the_generators_clip_has_no_critic_loss(make: Make):
             x0 = clips[-1][0].transpose(1, 2)
             return self.factor * (x - x0) / (timestep / 1000).view(-1, 1, 1, 1, 1)
 
-    objective.self_rollout.training_window = spied_window
+    objective.clip_source.training_window = spied_window
     objective.critic = ExactCritic()
     for iteration in range(3):
         assert objective.backward("critic", iteration, 0, 1.0, True)["critic"] < 1e-8
@@ -204,7 +203,7 @@ def test_each_step_changes_only_its_own_network(make: Make):
 
 def test_a_longer_rollout_trains_its_end_after_a_re_encoded_first_frame(make: Make):
     objective = make(max_rollout_frames=12)
-    rollouts = objective.self_rollout
+    rollouts = objective.clip_source
     iteration = next(i for i in range(20) if rollouts._draw_exit("critic", i)[1] == 12)
     generated = roll_out(objective, "critic", iteration)
     clip, mask = rollouts.training_window(generated)
@@ -240,7 +239,7 @@ MODES = ("bidirectional", "block_causal", "rollout")
 
 def forward_kl(objective: ScoreDistillation, iteration: int = 0) -> dict[str, float]:
     """Run the backward pass of the forward KL alone; return its metrics."""
-    positions = objective.positions("generator", iteration, 0)
+    positions = objective.batch("generator", iteration, 0).positions
     return objective.forward_kl.backward(iteration, positions, 1.0, True)
 
 
@@ -357,7 +356,7 @@ def test_bidirectional_motion_is_always_logged(make: Make, tmp_path, keys):
     found = objective.backward("generator", 0, 0, 1.0, True)["motion_bidirectional"]
     rollout = roll_out(objective, "generator", 0).rollout
     noise = torch.cat([rollout.noise(0, 0), rollout.noise(1, 0)], dim=1)
-    text = objective.embeddings("generator", objective.positions("generator", 0, 0))
+    text = objective.batch("generator", 0, 0).embeddings
     with torch.no_grad():
         x0 = noise - objective.generator(noise.transpose(1, 2), torch.full((2,), 1000.0), text).transpose(1, 2)
     assert found == pytest.approx((x0[:, 1:] - x0[:, :-1]).abs().mean().item(), rel=1e-4)

@@ -1,7 +1,8 @@
-"""Score distillation: DMD on the generator's own rollouts, plus a forward KL onto teacher trajectories.
+"""Score distillation: DMD on the generator's clips, plus a forward KL onto teacher trajectories.
 
-HiAR (arXiv 2603.08703) and Self-Forcing (arXiv 2506.08009) are this one objective. They differ in the rollout's
-schedule and in the weight of the forward KL.
+HiAR (arXiv 2603.08703), Self-Forcing (arXiv 2506.08009) and CausVid (arXiv 2412.07772) are this one objective. HiAR and
+Self-Forcing roll the generator out; they differ in the schedule and in the weight of the forward KL. CausVid noises
+training clips and denoises them in one step.
 """
 
 from collections.abc import Mapping
@@ -13,16 +14,18 @@ from model.causal_wan import CausalWanModel
 from model.denoiser import clip_flow
 from model.flow import add_noise, flow_to_x0, shift_sigma
 from model.weights import ModelDirectory
-from pipeline.build import build_schedule, check_size
+from pipeline.build import build_schedule, check_size, rollout_sigmas
 from pipeline.teacher import guided_flow
 from trainer.datasets.captions import CaptionEmbeddings
 from trainer.datasets.ode_pairs import ODEPairs
 from trainer.datasets.order import ClipRandom, DataOrder, batch_positions
 from trainer.networks import build_transformer, mixed_precision, prepare_transformer
 from trainer.objectives.base import Objective
+from trainer.objectives.clip_source import ROLES, ClipBatch, ClipSource
+from trainer.objectives.data_latents import DataLatents, open_data_latents
 from trainer.objectives.forward_kl import ForwardKL, open_forward_kl_pairs
 from trainer.objectives.losses import dmd_gradient, dmd_loss, flow_matching_loss, motion
-from trainer.objectives.self_rollout import ROLES, GeneratedClip, SelfRollout
+from trainer.objectives.self_rollout import SelfRollout
 from trainer.sampling import VideoSampler
 from trainer.sharding import sync_gradients
 from utils.config import Config
@@ -39,19 +42,26 @@ class ScoreDistillation(Objective):
         build_schedule(config.rollout, config.data.num_frames)  # raises an error if blocks do not divide the frames
         build_schedule(config.rollout, config.distill.max_rollout_frames)
         pairs = open_forward_kl_pairs(config) if config.distill.forward_kl_weight > 0 else None
-        prompts = _read_rollout_prompts(config, pairs)
-        self.text = CaptionEmbeddings(config, prompts, device)
+        clips = None if config.distill.backward_simulation else open_data_latents(config)
+        captions = _read_rollout_prompts(config, pairs) if clips is None else clips.captions
+        self.text = CaptionEmbeddings(config, captions, device)
         self.negative = self.text.encode([config.teacher.negative_prompt])
-        self.orders = {role: DataOrder(len(prompts), "prompts", role, config.runtime.seed) for role in ROLES}
+        self.orders = {role: DataOrder(len(captions), "prompts", role, config.runtime.seed) for role in ROLES}
 
         directory = ModelDirectory.open(config.model.base)
         check_size(config, directory.transformer_config())
         self.generator = build_transformer(config, device)
         self.critic = prepare_transformer(directory.load_transformer(CausalWanModel, torch.float32), config, device)
         self.teacher = self._load_teacher()
-        self.self_rollout = SelfRollout(config, self.generator, device)
-        self.forward_kl = ForwardKL(config, pairs, self.self_rollout, self.text) if pairs is not None else None
-        self.sampler = VideoSampler(config, self.generator, self.text, prompts)
+        self.forward_kl: ForwardKL | None = None
+        self.clip_source: ClipSource
+        if clips is None:
+            self.clip_source = self_rollout = SelfRollout(config, self.generator, device)
+            if pairs is not None:
+                self.forward_kl = ForwardKL(config, pairs, self_rollout, self.text)
+        else:
+            self.clip_source = DataLatents(config, self.generator, clips, device)
+        self.sampler = VideoSampler(config, self.generator, self.text, captions)
 
     def _load_teacher(self) -> CausalWanModel:
         config = self.config
@@ -69,6 +79,8 @@ class ScoreDistillation(Objective):
         return {"teacher": self.teacher}
 
     def data_summary(self) -> str:
+        if not self.config.distill.backward_simulation:
+            return f"{len(self.text.captions):,} encoded clips in {self.config.data.path}"
         prompts = f"{len(self.text.captions):,} prompts"
         if self.forward_kl is None:
             return prompts
@@ -88,25 +100,24 @@ class ScoreDistillation(Objective):
     # ---- Generator ----
 
     def _generator_step(self, iteration: int, micro_batch: int, scale: float, last: bool) -> dict[str, float]:
-        positions = self.positions("generator", iteration, micro_batch)
-        embeddings = self.embeddings("generator", positions)
-        keep_graph = not self.config.distill.block_backward
-        generated = self.self_rollout.run("generator", iteration, positions, embeddings, keep_graph)
-        clip, mask = self.self_rollout.training_window(generated)
-        gradient = self.score_difference(clip, embeddings, iteration, micro_batch)
+        batch = self.batch("generator", iteration, micro_batch)
+        generated = self.clip_source.run(batch)
+        clip, mask = self.clip_source.training_window(generated)
+        gradient = self.score_difference(clip, batch.embeddings, iteration, micro_batch)
         leaf = clip.requires_grad_()
         [output_gradient] = torch.autograd.grad(scale * dmd_loss(leaf, gradient, mask), leaf)
-        self.self_rollout.backward(generated, output_gradient, embeddings, last and self.forward_kl is None)
+        self.clip_source.backward(generated, output_gradient, batch.embeddings, last and self.forward_kl is None)
         metrics = {
             "dmd_gradient": gradient.abs().mean().item(),
             "dmd_output_gradient": (output_gradient / scale).norm().item(),
             "motion": motion(clip.detach()).item(),
-            "exit_step": float(generated.exit_step),
+            **self.clip_source.metrics(generated),
         }
         if self.forward_kl is not None:
-            metrics |= self.forward_kl.backward(iteration, positions, scale, last)
+            metrics |= self.forward_kl.backward(iteration, batch.positions, scale, last)
         if "motion_bidirectional" not in metrics:
-            metrics["motion_bidirectional"] = self._bidirectional_motion(generated, embeddings)
+            noise = self.clip_source.noise(generated)
+            metrics["motion_bidirectional"] = self._bidirectional_motion(noise, batch.embeddings)
         return metrics
 
     @torch.no_grad()
@@ -123,15 +134,12 @@ class ScoreDistillation(Objective):
         return dmd_gradient(clip, flow_to_x0(x, critic_flow, sigma), flow_to_x0(x, teacher_flow, sigma))
 
     @torch.no_grad()
-    def _bidirectional_motion(self, generated: GeneratedClip, embeddings: Tensor) -> float:
-        """Return the motion of the generator's x0 from a rollout's noise, predicted with bidirectional attention.
+    def _bidirectional_motion(self, noise: Tensor, embeddings: Tensor) -> float:
+        """Return the motion of the generator's x0 from noise [B, F, C, h, w], predicted with bidirectional attention.
 
         Causal rollouts can become static while this prediction still moves (HiAR, arXiv 2603.08703, section 3.3).
         """
-        num_blocks = self.config.data.num_frames // self.config.rollout.block_frames
-        blocks = sorted(generated.blocks)[-num_blocks:]
-        noise = torch.cat([generated.rollout.noise(block, 0) for block in blocks], dim=1)
-        sigma = self.self_rollout.sigmas[0]
+        sigma = rollout_sigmas(self.config.rollout)[0]
         with mixed_precision(self.config, self.device):
             flow = clip_flow(self.generator, noise, sigma, embeddings)
         return motion(flow_to_x0(noise, flow, sigma)).item()
@@ -140,14 +148,12 @@ class ScoreDistillation(Objective):
 
     def _critic_step(self, iteration: int, micro_batch: int, scale: float, last: bool) -> dict[str, float]:
         """Flow matching on the generator's clips (DMD2, arXiv 2405.14867, section 3)."""
-        positions = self.positions("critic", iteration, micro_batch)
-        embeddings = self.embeddings("critic", positions)
+        batch = self.batch("critic", iteration, micro_batch)
         with torch.no_grad():
-            generated = self.self_rollout.run("critic", iteration, positions, embeddings, trained=False)
-            clip, _ = self.self_rollout.training_window(generated)
+            clip, _ = self.clip_source.training_window(self.clip_source.run(batch, trained=False))
         sigma, x, noise = self._add_random_noise(clip, ClipRandom(self.config, "critic", iteration, micro_batch))
         with mixed_precision(self.config, self.device):
-            flow = clip_flow(self.critic, x, sigma, embeddings)
+            flow = clip_flow(self.critic, x, sigma, batch.embeddings)
         loss = flow_matching_loss(flow, clip, noise)
         sync_gradients(self.critic, last)
         (loss * scale).backward()
@@ -155,14 +161,12 @@ class ScoreDistillation(Objective):
 
     # ---- Shared ----
 
-    def positions(self, role: str, iteration: int, micro_batch: int) -> range:
-        """Return a micro-batch's positions in the order of prompts. The batches of a role leave no gaps."""
-        batch = iteration // self.config.distill.generator_every if role == "generator" else iteration
-        return batch_positions(self.config.train, batch, micro_batch)
-
-    def embeddings(self, role: str, positions: range) -> Tensor:
-        """Return the embeddings [B, L, text_dim] of the prompts at these positions."""
-        return self.text.of(self.orders[role].at(positions))
+    def batch(self, role: str, iteration: int, micro_batch: int) -> ClipBatch:
+        """Return a micro-batch for the network `role`. The batches of a role leave no gaps in the order of captions."""
+        number = iteration // self.config.distill.generator_every if role == "generator" else iteration
+        positions = batch_positions(self.config.train, number, micro_batch)
+        items = self.orders[role].at(positions)
+        return ClipBatch(role, iteration, positions, items, self.text.of(items))
 
     def _add_random_noise(self, clip: Tensor, random: ClipRandom) -> tuple[Tensor, Tensor, Tensor]:
         """Return one noise level per clip [B] (stratified, shifted, clamped), the clips at it, and their noise."""

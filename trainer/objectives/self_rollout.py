@@ -13,13 +13,11 @@ from model.weights import ModelDirectory
 from pipeline.build import build_rollout, build_schedule, context_frames, rollout_sigmas
 from pipeline.training_rollout import TrainingRollout
 from trainer.networks import mixed_precision
+from trainer.objectives.clip_source import ROLES, ClipBatch, ClipSource
 from trainer.sharding import sync_gradients
 from utils.config import Config
 from utils.device import DTYPES
 from utils.rng import keyed_generator
-
-ROLES = ("generator", "critic")
-"""The networks that a rollout can train; each has its own noise, exit steps and prompts."""
 
 
 @dataclass
@@ -37,7 +35,7 @@ class GeneratedClip:
         return torch.cat([self.blocks[block].detach() for block in sorted(self.blocks)], dim=1)
 
 
-class SelfRollout:
+class SelfRollout(ClipSource[GeneratedClip]):
     """Rolls the generator out, and propagates gradients at the generated clips back into it."""
 
     def __init__(self, config: Config, generator: CausalWanModel, device: torch.device):
@@ -48,28 +46,15 @@ class SelfRollout:
             vae = ModelDirectory.open(config.model.base).load_vae(DTYPES[config.train.dtype])
             self.vae = WanVAE(vae.to(device))
 
-    def run(
-        self,
-        role: str,
-        iteration: int,
-        positions: Sequence[int],
-        embeddings: Tensor,
-        keep_graph: bool = False,
-        trained: bool = True,
-    ) -> GeneratedClip:
+    def run(self, batch: ClipBatch, trained: bool = True) -> GeneratedClip:
         """Roll the generator out by the configured schedule, up to an exit step.
 
         The exit step and the length depend only on (seed, role, iteration), so all micro-batches and ranks agree.
-
-        Args:
-            role: the network to train, "generator" or "critic".
-            positions: the clips' positions in the order of prompts; they key the noise.
-            embeddings: their prompts, [B, L, text_dim].
-            keep_graph: whether to keep the graph of the trained blocks; otherwise `backward` denoises them again.
-            trained: whether a loss will be computed on the clip.
+        With `distill.block_backward` no graph is kept: `backward` denoises the trained blocks again.
         """
         config = self.config
-        exit_step, num_frames = self._draw_exit(role, iteration)
+        keep_graph = trained and not config.distill.block_backward
+        exit_step, num_frames = self._draw_exit(batch.role, batch.iteration)
         block_frames, window = config.rollout.block_frames, config.data.num_frames
         num_blocks = num_frames // block_frames
         # A rollout longer than the window trains all blocks of the window but the first, which is masked.
@@ -82,8 +67,8 @@ class SelfRollout:
         history = written - first * block_frames if replayed and written > context else 0
         rollout = build_rollout(
             config,
-            self._denoiser(embeddings, keep_graph),
-            [len(ROLES) * position + ROLES.index(role) for position in positions],
+            self._denoiser(batch.embeddings, keep_graph),
+            [len(ROLES) * position + ROLES.index(batch.role) for position in batch.positions],
             num_frames=num_frames,
             dtype=DTYPES[config.train.dtype],
             history_frames=history,
@@ -170,6 +155,15 @@ class SelfRollout:
                 clip.rollout.denoiser = self._denoiser(embeddings, graph=True)
                 x0 = clip.rollout.replay(block)
             x0.backward(block_gradient)
+
+    def noise(self, clip: GeneratedClip) -> Tensor:
+        """Return the noise at the first step of the training window's blocks, [B, F, C, h, w]."""
+        num_blocks = self.config.data.num_frames // self.config.rollout.block_frames
+        blocks = sorted(clip.blocks)[-num_blocks:]
+        return torch.cat([clip.rollout.noise(block, 0) for block in blocks], dim=1)
+
+    def metrics(self, clip: GeneratedClip) -> dict[str, float]:
+        return {"exit_step": float(clip.exit_step)}
 
     def _draw_exit(self, role: str, iteration: int) -> tuple[int, int]:
         """Return the exit step and the number of frames of an iteration's rollouts, both uniform."""
