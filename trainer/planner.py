@@ -72,7 +72,7 @@ def memory_rows(config: Config, nets: list[NetworkSize], world_size: int) -> Row
         largest = max(accumulating, key=lambda net: net.num_parameters)
         rows.append((f"{largest.name}: unsharded float32 gradients while they accumulate", 4 * largest.num_parameters))
     distilled = config.train.objective == "score_distillation"
-    if distilled:
+    if distilled and has_blockwise_rollouts(config):
         rows += rollout_rows(config, trained_dit)
     # The rollout's memory is free by then, but fragmented memory cannot always be reused.
     users = " (critic, forward KL)" if distilled else ""
@@ -104,9 +104,15 @@ def accumulating_nets(config: Config, nets: list[NetworkSize], world_size: int) 
     """
     train, distill = config.train, config.distill
     several_micro_batches = train.total_batch_size > train.batch_size * world_size
-    block_by_block = distill.block_backward and config.data.num_frames > config.rollout.block_frames
+    blocks = config.data.num_frames > config.rollout.block_frames and has_blockwise_rollouts(config)
+    block_by_block = distill.block_backward and blocks
     several_losses = train.objective == "score_distillation" and (block_by_block or distill.forward_kl_weight > 0)
     return [net for net in nets if net.trained and (several_micro_batches or (several_losses and net is nets[0]))]
+
+
+def has_blockwise_rollouts(config: Config) -> bool:
+    """Return whether score distillation generates clips block by block, and not in passes over whole clips."""
+    return config.distill.backward_simulation and config.rollout.schedule != "bidirectional"
 
 
 def rollout_rows(config: Config, trained_dit: dict) -> Rows:

@@ -171,13 +171,16 @@ def _check_distill(config: "Config") -> None:
             f"distill.max_rollout_frames must be at least data.num_frames={config.data.num_frames}, not "
             f"{distill.max_rollout_frames}"
         )
-    if config.train.objective == "score_distillation" and not distill.backward_simulation:
+    if config.train.objective == "score_distillation":
         _check_data_latents(config)
+        _check_bidirectional(config)
 
 
 def _check_data_latents(config: "Config") -> None:
-    """Check the keys of score distillation that a run on data latents cannot honour."""
+    """Check the keys that score distillation on data latents cannot honour."""
     distill = config.distill
+    if distill.backward_simulation:
+        return
     if distill.max_rollout_frames > config.data.num_frames:
         raise UserError(
             "distill.backward_simulation=false has no rollouts: distill.max_rollout_frames must be "
@@ -191,4 +194,21 @@ def _check_data_latents(config: "Config") -> None:
     if config.data.prompts:
         raise UserError(
             "distill.backward_simulation=false uses the captions of the clips in data.path: set data.prompts= (empty)"
+        )
+
+
+def _check_bidirectional(config: "Config") -> None:
+    """Check the keys that score distillation of a bidirectional generator cannot honour."""
+    distill = config.distill
+    if config.rollout.schedule != "bidirectional":
+        return
+    if distill.max_rollout_frames > config.data.num_frames:
+        raise UserError(
+            "rollout.schedule=bidirectional generates whole clips: distill.max_rollout_frames must be "
+            f"data.num_frames={config.data.num_frames}, not {distill.max_rollout_frames}"
+        )
+    if distill.forward_kl_weight > 0 and distill.forward_kl_mode != "bidirectional":
+        raise UserError(
+            f"distill.forward_kl_mode={distill.forward_kl_mode} needs a causal generator; with "
+            "rollout.schedule=bidirectional choose bidirectional"
         )

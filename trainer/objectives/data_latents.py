@@ -9,7 +9,7 @@ from model.attention import BlockCausalMask
 from model.causal_wan import CausalWanModel
 from model.denoiser import clip_flow
 from model.flow import add_noise, flow_to_x0
-from pipeline.build import context_frames, latent_size, rollout_sigmas
+from pipeline.build import context_frames, frames_per_block, latent_size, rollout_sigmas
 from trainer.datasets.clips import Clips, open_clips
 from trainer.networks import mixed_precision
 from trainer.objectives.clip_source import ClipBatch, ClipSource
@@ -66,10 +66,11 @@ class DataLatents(ClipSource[DenoisedClip]):
         sigmas = rollout_sigmas(rollout)
         end = len(sigmas) if rollout.denoising_step_list[-1] == 0 else -1
         self.sigmas = torch.tensor(sigmas[config.distill.min_exit_step : end])
-        causal = rollout.schedule != "bidirectional"
-        self.block_frames = rollout.block_frames if causal else num_frames
-        blocks = (self.block_frames,) * (num_frames // self.block_frames)
-        self.mask = BlockCausalMask(blocks, *context_frames(rollout, num_frames)) if causal else None
+        self.block_frames = frames_per_block(rollout, num_frames)
+        self.mask: BlockCausalMask | None = None
+        if rollout.schedule != "bidirectional":
+            blocks = (self.block_frames,) * (num_frames // self.block_frames)
+            self.mask = BlockCausalMask(blocks, *context_frames(rollout, num_frames))
 
     def run(self, batch: ClipBatch, trained: bool = True) -> DenoisedClip:
         x0 = self.clips.read(batch.items.tolist()).to(self.device, torch.float32)

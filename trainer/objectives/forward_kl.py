@@ -8,7 +8,7 @@ from torch import Tensor
 from model.attention import BlockCausalMask
 from model.denoiser import clip_flow
 from model.flow import flow_to_x0
-from pipeline.build import context_frames, latent_size, rollout_sigmas
+from pipeline.build import context_frames, frames_per_block, latent_size, rollout_sigmas
 from trainer.datasets.captions import CaptionEmbeddings
 from trainer.datasets.ode_pairs import ODEPairs, open_ode_pairs
 from trainer.datasets.order import DataOrder
@@ -30,7 +30,7 @@ def open_forward_kl_pairs(config: Config) -> ODEPairs:
     path, distill = config.data.path, config.distill
     pairs = open_ode_pairs(path, config.data.sigmas, distill.forward_kl_steps + 1)
     pairs.check_size(config.data.num_frames, latent_size(config.video), path)
-    pairs.check_blocks(config.rollout.block_frames, path)
+    pairs.check_blocks(frames_per_block(config.rollout, config.data.num_frames), path)
     if distill.forward_kl_mode == "rollout" and len(pairs.sigmas) > len(rollout_sigmas(config.rollout)):
         raise UserError(
             f"the ODE pairs in {path} have {len(pairs.sigmas) - 1} steps, more than the rollout; "

@@ -10,7 +10,7 @@ from model.causal_wan import CausalWanModel
 from model.denoiser import Denoiser
 from model.vae import WanVAE
 from model.weights import ModelDirectory
-from pipeline.build import build_rollout, build_schedule, context_frames, rollout_sigmas
+from pipeline.build import build_rollout, build_schedule, context_frames, frames_per_block, rollout_sigmas
 from pipeline.training_rollout import TrainingRollout
 from trainer.networks import mixed_precision
 from trainer.objectives.clip_source import ROLES, ClipBatch, ClipSource
@@ -41,6 +41,7 @@ class SelfRollout(ClipSource[GeneratedClip]):
     def __init__(self, config: Config, generator: CausalWanModel, device: torch.device):
         self.config, self.generator, self.device = config, generator, device
         self.sigmas = rollout_sigmas(config.rollout)
+        self.block_frames = frames_per_block(config.rollout, config.data.num_frames)
         self.vae: WanVAE | None = None  # re-encodes a frame of rollouts that are longer than the training window
         if config.distill.max_rollout_frames > config.data.num_frames:
             vae = ModelDirectory.open(config.model.base).load_vae(DTYPES[config.train.dtype])
@@ -55,7 +56,7 @@ class SelfRollout(ClipSource[GeneratedClip]):
         config = self.config
         keep_graph = trained and not config.distill.block_backward
         exit_step, num_frames = self._draw_exit(batch.role, batch.iteration)
-        block_frames, window = config.rollout.block_frames, config.data.num_frames
+        block_frames, window = self.block_frames, config.data.num_frames
         num_blocks = num_frames // block_frames
         # A rollout longer than the window trains all blocks of the window but the first, which is masked.
         first = num_blocks - window // block_frames + (num_frames > window)
@@ -93,7 +94,7 @@ class SelfRollout(ClipSource[GeneratedClip]):
             x at the exit step and the flow there, both [B, F, C, h, w]. The flow has a graph.
         """
         config = self.config
-        num_frames, block_frames = noise.shape[1], config.rollout.block_frames
+        num_frames, block_frames = noise.shape[1], self.block_frames
         rollout = build_rollout(
             config,
             self._denoiser(embeddings, graph=True),
@@ -127,7 +128,7 @@ class SelfRollout(ClipSource[GeneratedClip]):
         image = self.vae.decode(before)[:, -1:]
         latents[:, :1] = self.vae.encode(image).to(latents)
         mask = torch.ones(latents.shape[:2], device=latents.device)
-        mask[:, : self.config.rollout.block_frames] = 0
+        mask[:, : self.block_frames] = 0
         return latents, mask
 
     def backward(self, clip: GeneratedClip, gradient: Tensor, embeddings: Tensor, last: bool) -> None:
@@ -139,7 +140,7 @@ class SelfRollout(ClipSource[GeneratedClip]):
         Args:
             last: whether the generator's gradients are complete afterwards, see `Objective.backward`.
         """
-        block_frames = self.config.rollout.block_frames
+        block_frames = self.block_frames
         window_start = len(clip.blocks) - gradient.shape[1] // block_frames  # in blocks
         gradients = {
             block: gradient[:, (block - window_start) * block_frames :][:, :block_frames]
@@ -158,7 +159,7 @@ class SelfRollout(ClipSource[GeneratedClip]):
 
     def noise(self, clip: GeneratedClip) -> Tensor:
         """Return the noise at the first step of the training window's blocks, [B, F, C, h, w]."""
-        num_blocks = self.config.data.num_frames // self.config.rollout.block_frames
+        num_blocks = self.config.data.num_frames // self.block_frames
         blocks = sorted(clip.blocks)[-num_blocks:]
         return torch.cat([clip.rollout.noise(block, 0) for block in blocks], dim=1)
 
@@ -168,7 +169,7 @@ class SelfRollout(ClipSource[GeneratedClip]):
     def _draw_exit(self, role: str, iteration: int) -> tuple[int, int]:
         """Return the exit step and the number of frames of an iteration's rollouts, both uniform."""
         distill, window = self.config.distill, self.config.data.num_frames
-        block_frames = self.config.rollout.block_frames
+        block_frames = self.block_frames
         shared = keyed_generator("rollout", self.config.runtime.seed, role, iteration)
         exit_step = int(torch.randint(distill.min_exit_step, len(self.sigmas) - 1, (), generator=shared))
         max_extra_blocks = (distill.max_rollout_frames - window) // block_frames
