@@ -13,7 +13,7 @@ docs/config.md lists all configuration keys.
 import argparse
 
 from pipeline.command_line import check_arguments, requested_videos, resolve_config, shared_arguments
-from utils.config import read_metadata
+from utils.config_files import read_metadata
 from utils.distributed import rank, world_size
 from utils.errors import UserError, command
 

@@ -9,7 +9,8 @@ in --logdir. docs/config.md lists all configuration keys, docs/training.md expla
 import argparse
 from pathlib import Path
 
-from utils.config import DIT_OBJECTIVES, Config, config_flags, load_config, num_micro_batches
+from utils.config import DIT_OBJECTIVES, Config, config_flags, load_config
+from utils.config_checks import num_micro_batches
 from utils.distributed import world_size
 from utils.errors import UserError, command
 

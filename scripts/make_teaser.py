@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from utils.arguments import require_range
 from utils.clips import read_video
-from utils.config import read_metadata
+from utils.config_files import read_metadata
 from utils.errors import UserError, command
 from utils.files import atomic_path, output_file
 

@@ -14,7 +14,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline.command_line import check_arguments, requested_videos, resolve_config, shared_arguments
-from utils.config import Config, read_metadata
+from utils.config import Config
+from utils.config_files import read_metadata
 from utils.distributed import rank
 from utils.errors import UserError, command
 from utils.prompts import Prompt

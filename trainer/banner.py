@@ -4,7 +4,8 @@ from pathlib import Path
 
 from trainer.objectives.base import Objective
 from trainer.planner import num_parameters
-from utils.config import DIT_OBJECTIVES, Config, num_micro_batches
+from utils.config import DIT_OBJECTIVES, Config
+from utils.config_checks import num_micro_batches
 from utils.distributed import world_size
 
 

@@ -13,7 +13,8 @@ from transformers import UMT5EncoderModel
 
 from model.causal_wan import CausalWanModel
 from model.weights import build_from_state
-from utils.config import TrainConfig, num_micro_batches
+from utils.config import TrainConfig
+from utils.config_checks import num_micro_batches
 from utils.device import DTYPES
 from utils.distributed import local_world_size, rank, world_size
 from utils.process_group import sum_over_ranks

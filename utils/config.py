@@ -14,15 +14,14 @@ from omegaconf.errors import OmegaConfBaseException
 
 from utils import config_checks
 from utils.config_files import (
-    check_metadata,
     metadata_layer,
     parse_overrides,
+    read_metadata,
     read_yaml_layers,
     refuse_functions,
     restore_off,
 )
 from utils.errors import UserError
-from utils.files import read_json
 from utils.foreign_config import translate_file
 from utils.prompts import NEGATIVE_PROMPT
 
@@ -370,35 +369,3 @@ def _merge(layers: list[Any], overrides: Sequence[str], source: str) -> Config:
     assert isinstance(config, Config)
     config_checks.check_config(config)
     return config
-
-
-def read_metadata(path: str) -> dict[str, Any] | None:
-    """Return the metadata of a video from its .json file; None if `path` does not end in .json.
-
-    Raises:
-        UserError: if the file is missing or is not the metadata of a video.
-    """
-    if not path.endswith(".json"):
-        return None
-    metadata = read_json(path, "metadata file of a video")
-    complete = isinstance(metadata, dict) and {"config", "prompt", "name", "sample"} <= metadata.keys()
-    if not complete or not isinstance(metadata["config"], dict):
-        raise UserError(f"{path} is not the metadata of a video: it lacks config, prompt, name or sample")
-    metadata.setdefault("prefix", metadata.get("condition"))  # its key in older files
-    check_metadata(metadata, path)
-    return metadata
-
-
-def num_micro_batches(train: TrainConfig, num_ranks: int) -> int:
-    """Return the number of micro-batches of `batch_size` clips per iteration, over all ranks.
-
-    Raises:
-        UserError: if the micro-batches cannot be divided equally among the ranks.
-    """
-    total = train.total_batch_size or train.batch_size * num_ranks
-    if total % (train.batch_size * num_ranks):
-        raise UserError(
-            f"train.total_batch_size={total} must be a multiple of train.batch_size={train.batch_size} times the "
-            f"number of processes, {num_ranks}"
-        )
-    return total // train.batch_size

@@ -212,3 +212,18 @@ def _check_bidirectional(config: "Config") -> None:
             f"distill.forward_kl_mode={distill.forward_kl_mode} needs a causal generator; with "
             "rollout.schedule=bidirectional choose bidirectional"
         )
+
+
+def num_micro_batches(train: "TrainConfig", num_ranks: int) -> int:
+    """Return the number of micro-batches of `batch_size` clips per iteration, over all ranks.
+
+    Raises:
+        UserError: if the micro-batches cannot be divided equally among the ranks.
+    """
+    total = train.total_batch_size or train.batch_size * num_ranks
+    if total % (train.batch_size * num_ranks):
+        raise UserError(
+            f"train.total_batch_size={total} must be a multiple of train.batch_size={train.batch_size} times the "
+            f"number of processes, {num_ranks}"
+        )
+    return total // train.batch_size

@@ -11,6 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from utils.config_checks import MAX_VIDEOS
 from utils.errors import UserError
+from utils.files import read_json
 
 
 def read_yaml_layers(path: str, children: tuple[str, ...] = ()) -> list[DictConfig]:
@@ -46,6 +47,23 @@ def read_yaml_layers(path: str, children: tuple[str, ...] = ()) -> list[DictConf
     if not isinstance(parent, str):
         raise UserError(f"{path} inherits from {parent!r}, which is no file name")
     return [*read_yaml_layers(os.path.join(os.path.dirname(path), parent), (*children, path)), loaded]
+
+
+def read_metadata(path: str) -> dict[str, Any] | None:
+    """Return the metadata of a video from its .json file; None if `path` does not end in .json.
+
+    Raises:
+        UserError: if the file is missing or is not the metadata of a video.
+    """
+    if not path.endswith(".json"):
+        return None
+    metadata = read_json(path, "metadata file of a video")
+    complete = isinstance(metadata, dict) and {"config", "prompt", "name", "sample"} <= metadata.keys()
+    if not complete or not isinstance(metadata["config"], dict):
+        raise UserError(f"{path} is not the metadata of a video: it lacks config, prompt, name or sample")
+    metadata.setdefault("prefix", metadata.get("condition"))  # its key in older files
+    check_metadata(metadata, path)
+    return metadata
 
 
 def metadata_layer(metadata: dict[str, Any], path: str) -> DictConfig:

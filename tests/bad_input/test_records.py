@@ -13,7 +13,7 @@ from pipeline.parallel.profile import RankProfile
 from scripts import contact_sheet, make_teaser, plot_metrics
 from trainer.datasets.ode_pairs import read_sigmas
 from trainer.logging import read_curves
-from utils.config import read_metadata
+from utils.config_files import read_metadata
 from utils.errors import UserError
 from utils.video import VideoWriter
 

@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.config import Config, TrainConfig, num_micro_batches
+from utils.config import Config, TrainConfig
+from utils.config_checks import num_micro_batches
 from utils.distributed import world_size
 from utils.rng import keyed_generator
 
