@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -58,6 +59,17 @@ def tokens_per_frame(video: VideoConfig, patch_size: Sequence[int]) -> int:
 def frames_per_block(rollout: RolloutConfig, num_frames: int) -> int:
     """Return the latent frames per block of a video of `num_frames` frames. A bidirectional video is one block."""
     return num_frames if rollout.schedule == "bidirectional" else rollout.block_frames
+
+
+def block_layout(rollout: RolloutConfig, num_frames: int, prefix_frames: int = 0) -> BlockLayout:
+    """Return the frames of each block of a video of `num_frames` latent frames, of which a prefix fills the first."""
+    independent = rollout.independent_first_frame and rollout.schedule != "bidirectional"
+    return BlockLayout(frames_per_block(rollout, num_frames), prefix_frames, num_frames, independent)
+
+
+def describe_blocks(rollout: RolloutConfig) -> str:
+    """Return a phrase for messages, such as "blocks of 3"."""
+    return f"{'a first frame and ' * rollout.independent_first_frame}blocks of {rollout.block_frames}"
 
 
 def context_frames(rollout: RolloutConfig, num_frames: int) -> tuple[int, int]:
@@ -181,31 +193,32 @@ def build_schedule(rollout: RolloutConfig, num_frames: int, prefix_frames: int =
         UserError: if the frames do not fill whole blocks, with the nearest lengths that work. After a prefix, the last
             block may be short. Also for a bidirectional schedule with a prefix.
     """
-    block = frames_per_block(rollout, num_frames)
-    generated = num_frames - prefix_frames
+    layout = block_layout(rollout, num_frames, prefix_frames)
+    block, generated = layout.block_frames, num_frames - prefix_frames
+    first = int(layout.independent_first_frame and not prefix_frames)
     if rollout.schedule == "bidirectional" and prefix_frames:
         raise UserError(
             "rollout.schedule=bidirectional cannot continue an image or a clip: the network has one noise level per "
             "video; use block_first or timestep_first with a causal generator"
         )
-    if generated <= 0 or (generated % block and not prefix_frames):
-        lower = prefix_frames + max(1, generated // block) * block
+    if generated <= 0 or not (layout.is_whole or prefix_frames):
+        lower = prefix_frames + first + max(1 - first, (generated - first) // block) * block
         choices = " or ".join(str(n) for n in dict.fromkeys([lower, lower + block]))
         after = f" after a prefix of {prefix_frames}" if prefix_frames else ""
         raise UserError(
-            f"{num_frames} latent frames{after} cannot be divided into blocks of {block}; "
+            f"{num_frames} latent frames{after} cannot be divided into {describe_blocks(rollout)}; "
             f"the nearest valid --num_output_frames: {choices}"
         )
-    layout = BlockLayout(block, prefix_frames)
     try:
         return Schedule(
             num_steps=len(rollout_sigmas(rollout)) - 1,
-            num_blocks=layout.prefix_blocks - -generated // block,  # rounded up
+            num_blocks=layout.num_blocks,
             method="timestep_first" if rollout.schedule == "timestep_first" else "block_first",
             context=rollout.context,
             leading_blocks=rollout.leading_blocks,
             leading_steps=rollout.leading_steps,
             prefix_blocks=layout.prefix_blocks,
+            context_noise=rollout.context_noise,
         )
     except ValueError as error:
         raise UserError(f"rollout: {error}") from None
@@ -238,9 +251,9 @@ def build_rollout(
     """
     net, rollout = denoiser.net, config.rollout
     length = num_frames or config.video.num_output_frames
-    layout = BlockLayout(frames_per_block(rollout, length))
-    if prefix is not None:
-        layout = BlockLayout(rollout.block_frames, prefix.shape[1], length)
+    layout = block_layout(rollout, length, 0 if prefix is None else prefix.shape[1])
+    if prefix is None:  # all blocks are whole, so the layout has no end
+        layout = replace(layout, num_frames=None)
     height, width = size or latent_size(config.video)
     context, sink = context_frames(rollout, length)
     cache_dtype = dtype or DTYPES[config.model.dtype]

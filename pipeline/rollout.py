@@ -49,29 +49,56 @@ class BlockState:
 
 @dataclass(frozen=True)
 class BlockLayout:
-    """Assignment of frames to blocks. If a prefix does not fill whole blocks, the first block is short."""
+    """Assignment of frames to blocks.
+
+    All blocks have `block_frames` frames, except for: an independent first frame, which is a block of its own; the
+    first block after it, if the prefix does not fill whole blocks; and the last block of a video of `num_frames`.
+    """
 
     block_frames: int
     prefix_frames: int = 0
-    num_frames: int | None = None  # of the video, whose last block may be short; None: all later blocks are whole
+    num_frames: int | None = None  # of the video; None: no end
+    independent_first_frame: bool = False
 
     @property
     def prefix_blocks(self) -> int:
         """Number of blocks that the prefix fills."""
-        return -(-self.prefix_frames // self.block_frames)
+        return self.block_at(self.prefix_frames - 1) + 1 if self.prefix_frames else 0
 
     @property
-    def _missing_frames(self) -> int:
-        """Frames by which the first block is shorter than the others."""
-        return -self.prefix_frames % self.block_frames
+    def num_blocks(self) -> int:
+        """Number of blocks of a video of `num_frames` frames."""
+        assert self.num_frames is not None
+        return self.block_at(self.num_frames - 1) + 1
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Frames of each block of a video of `num_frames` frames."""
+        return tuple(self.frames(block) for block in range(self.num_blocks))
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the last block of a video of `num_frames` frames is as long as the others."""
+        return self.start(self.num_blocks) == self.num_frames
+
+    @property
+    def _shift(self) -> int:
+        """Frames by which block b starts before frame b * block_frames, for b > 1."""
+        first = self.independent_first_frame
+        missing = -(self.prefix_frames - first) % self.block_frames if self.prefix_frames else 0
+        return missing + (self.block_frames - 1) * first
 
     def start(self, block: int) -> int:
         """Return the index of the block's first frame in the video."""
-        return block * self.block_frames - self._missing_frames if block else 0
+        if block <= self.independent_first_frame:
+            return block
+        return block * self.block_frames - self._shift
 
     def block_at(self, frame: int) -> int:
-        """Return the block that starts at a frame."""
-        return (frame + self._missing_frames) // self.block_frames if frame else 0
+        """Return the block that holds a frame."""
+        if frame <= self.independent_first_frame:
+            return frame
+        return (frame + self._shift) // self.block_frames
 
     def frames(self, block: int) -> int:
         """Return the number of frames of a block."""
@@ -96,7 +123,8 @@ class Rollout:
         """
         Args:
             sigmas: noise levels 0..S, from the first step's input down to 0.
-            noise: maps (block, step) to the noise [B, F, C, h, w] in the block's input to that step.
+            noise: maps (block, step) to the noise [B, F, C, h, w] in the block's input to that step. Step S is the
+                noise of a context that is written with `context_noise`.
             new_cache: returns an empty cache; called only if no released cache can be reused.
             prefix: clean latents [B, prefix frames, C, h, w] that the videos continue.
             deterministic: take Euler steps along the predicted flow instead of drawing fresh noise between steps.
@@ -185,6 +213,8 @@ class Rollout:
             late = f"block {op.block} is at noise index {state.noise_index}, too late: {op}"
             assert op.noise_index == state.noise_index - 1, late
             x = state.previous_x
+        if op.context_noise:  # the clean noise index has no noise of its own yet, so it keys this one
+            return add_noise(x, self.noise(op.block, op.noise_index), op.context_noise), op.context_noise
         return x, self.sigmas[op.noise_index]
 
     def _finish_step(self, op: Denoise, result: Tensor) -> None:

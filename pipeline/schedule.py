@@ -38,12 +38,13 @@ class Denoise:
 class WriteContext:
     """Run `block` at `noise_index` through the network and append its keys and values to `cache`.
 
-    The block does not change.
+    The block does not change. With `context_noise`, the clean block is written at this sigma, with fresh noise.
     """
 
     block: int
     noise_index: int
     cache: int
+    context_noise: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +108,8 @@ class Schedule:
     """Hybrid: each block runs this many steps in a row over one shared cache; later steps are timestep-first."""
     prefix_blocks: int = 0
     """Blocks of the prefix. They are not generated; their clean latents are written into every cache."""
+    context_noise: float = 0.0
+    """Sigma at which generated blocks are written where the context is clean. The prefix has no noise."""
 
     def __post_init__(self) -> None:
         if self.leading_steps > 1 and self.context == "input":
@@ -141,10 +144,13 @@ class Schedule:
             elif block < leading_end:
                 if cache == 0:  # all steps of a leading block run over the first cache
                     yield from (Denoise(block, step, cache) for step in range(self.num_steps))
-                yield WriteContext(block, clean, cache)
+                yield self._write(block, clean, cache)
             else:
                 yield from (Denoise(block, step, cache) for step in steps)
-                yield WriteContext(block, self._context_index(steps), cache)
+                yield self._write(block, self._context_index(steps), cache)
+
+    def _write(self, block: int, noise_index: int, cache: int) -> WriteContext:
+        return WriteContext(block, noise_index, cache, self.context_noise if noise_index == self.num_steps else 0.0)
 
     def _context_index(self, steps: range) -> int:
         if self.method == "block_first" or self.context == "clean":

@@ -13,7 +13,8 @@ from transformers import UMT5Config, UMT5EncoderModel
 from model import presets
 from model.causal_wan import CausalWanModel
 from model.weights import ModelDirectory
-from pipeline.build import context_frames, tokens_per_frame
+from pipeline.build import block_layout, context_frames, tokens_per_frame
+from trainer.objectives.self_rollout import replay_history, trained_blocks
 from utils.config import Config
 from utils.device import DTYPES
 from utils.errors import UserError
@@ -120,8 +121,7 @@ def rollout_rows(config: Config, trained_dit: dict) -> Rows:
     train, distill, block = config.train, config.distill, config.rollout.block_frames
     frames, longest, layers = config.data.num_frames, distill.max_rollout_frames, trained_dit["num_layers"]
     context, _ = context_frames(config.rollout, longest)
-    written = longest - block
-    cached = context + (longest - frames if distill.block_backward and written > context else 0)
+    cached = context + (replay_history(config, longest) if distill.block_backward else 0)
     contexts = block_contexts(config)
     in_graph = block if distill.block_backward else frames
     # Keys and values of one frame in one layer.
@@ -148,17 +148,16 @@ def block_contexts(config: Config) -> list[int]:
     """Return the context frames of the blocks that have a graph at the same time, in the most expensive case."""
     rollout, distill, clip_frames = config.rollout, config.distill, config.data.num_frames
 
-    def contexts(frames: int, first: int) -> list[int]:
-        context, _ = context_frames(rollout, frames)
-        return [min(start, context) for start in range(first, frames, rollout.block_frames)]
+    def contexts(frames: int, blocks: range) -> list[int]:
+        layout, (context, _) = block_layout(rollout, frames), context_frames(rollout, frames)
+        return [min(layout.start(block), context) for block in blocks]
 
     lengths = range(clip_frames, max(clip_frames, distill.max_rollout_frames) + 1, rollout.block_frames)
-    # Of a longer rollout only the last `clip_frames` are trained, without their first block.
-    cases = [contexts(n, n - clip_frames + (rollout.block_frames if n > clip_frames else 0)) for n in lengths]
+    cases = [contexts(n, trained_blocks(config, n)) for n in lengths]
     if distill.block_backward:
         cases = [[max(case)] for case in cases if case]
     if forward_kl_has_rollout(config):
-        cases.append(contexts(clip_frames, 0))
+        cases.append(contexts(clip_frames, trained_blocks(config, clip_frames)))
     return max(cases, key=lambda case: sum(case) + len(case) * rollout.block_frames)
 
 

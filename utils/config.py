@@ -76,6 +76,8 @@ class RolloutConfig:
     context: Literal["output", "input", "clean"] = "output"
     """Noise level of the context under timestep_first: the level after the step (output, HiAR), the level before the
     step (input), or zero (clean)."""
+    context_noise: float = 0.0
+    """Sigma of fresh noise in the context of finished blocks, where it would be clean. A prefix stays clean."""
     order: Literal["step_major", "diagonal"] = "step_major"
     """Order of the passes under timestep_first. diagonal finishes blocks early and uses constant memory. Both orders
     give the same latents."""
@@ -84,6 +86,8 @@ class RolloutConfig:
     latents up to rounding."""
     block_frames: int = 3
     """Latent frames per block."""
+    independent_first_frame: bool = False
+    """Make the first latent frame a block of its own, before the blocks of `block_frames`. An image prefix fills it."""
     denoising_step_list: list[float] = field(default_factory=lambda: [1000.0, 750.0, 500.0, 250.0])
     """Timestep (1000 sigma) at the input of each step, before warping. A trailing 0 means clean and is optional."""
     warp_denoising_step: bool = True

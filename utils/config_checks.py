@@ -122,6 +122,8 @@ def _check_rollout(rollout: "RolloutConfig") -> None:
         raise UserError(
             f"rollout.denoising_step_list must fall from at most 1000 towards 0, not {rollout.denoising_step_list}"
         )
+    if not 0 <= rollout.context_noise < 1:
+        raise UserError(f"rollout.context_noise must be a sigma from 0 to below 1, not {rollout.context_noise}")
     num_steps = _num_steps(rollout)
     if rollout.leading_steps > num_steps:
         raise UserError(f"rollout.leading_steps must be at most {num_steps} steps, not {rollout.leading_steps}")

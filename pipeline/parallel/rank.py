@@ -19,9 +19,9 @@ from tqdm import tqdm
 from model.causal_wan import CausalWanModel
 from model.denoiser import Denoiser
 from pipeline.build import (
+    block_layout,
     build_rollout,
     build_schedule,
-    frames_per_block,
     latent_size,
     load_embeddings,
     load_network,
@@ -266,6 +266,5 @@ class PipelineRank:
         self.output = None
 
     def _layout(self, prefix: Tensor | None) -> BlockLayout:
-        if prefix is None:
-            return BlockLayout(frames_per_block(self.config.rollout, self.config.video.num_output_frames))
-        return BlockLayout(self.config.rollout.block_frames, prefix.shape[1], self.config.video.num_output_frames)
+        prefix_frames = 0 if prefix is None else prefix.shape[1]
+        return block_layout(self.config.rollout, self.config.video.num_output_frames, prefix_frames)

@@ -58,9 +58,11 @@ def plan_ranks(config: Config, prefix_path: str) -> tuple[list[Pipeline], Schedu
             "ranks of a pipeline run without guidance: set rollout.guidance_scale=1, or use inference.py, where the "
             "ranks share the videos"
         )
-    # The assignment depends on the steps only. The prefix is not read yet, so use any length that fits.
-    frames = config.rollout.block_frames if prefix_path else config.video.num_output_frames
-    schedule = build_schedule(config.rollout, frames)
+    # The assignment depends on the steps only. The prefix is not read yet, so use any length that has all caches.
+    frames, rollout = config.video.num_output_frames, config.rollout
+    if prefix_path:
+        frames = rollout.independent_first_frame + (rollout.leading_blocks + 1) * rollout.block_frames
+    schedule = build_schedule(rollout, frames)
     return plan_pipelines(world_size(), schedule), schedule
 
 

@@ -132,7 +132,7 @@ def test_clip_lengths_are_shared_by_micro_batches_and_keep_the_number_of_pixels(
     ("keys", "message"),
     [
         ({"clip_frames": [5, 81]}, r"clip_frames=\[5, 81\] exceeds the 21 pixel frames"),
-        ({"forcing": "teacher", "clip_frames": [13]}, "blocks of 3 latent frames do not divide clips of 4"),
+        ({"forcing": "teacher", "clip_frames": [13]}, "blocks of 3 do not divide clips of 4 latent frames"),
     ],
 )
 def test_impossible_clip_lengths_are_refused(make_config, clips, keys, message):

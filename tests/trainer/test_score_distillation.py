@@ -332,7 +332,7 @@ def test_the_target_lies_on_the_teachers_chord(make: Make, mode):
         start, end = term.pairs.sigmas[step : step + 2]
         target = points[:, step] - start * (points[:, step + 1] - points[:, step]) / (end - start)
         with torch.no_grad():
-            x, flow = term.predict(points[:, 0], points[:, step], step, text)
+            x, flow = term.predict(points[:, 0], points[:, step], step, text, range(2))
         if mode != "rollout" or step == 0:
             assert torch.equal(x, points[:, step])
         else:

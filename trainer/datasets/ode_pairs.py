@@ -20,7 +20,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model.weight_checks import check_zip, is_finite
+from pipeline.build import block_layout, describe_blocks
 from trainer.datasets.lmdb import open_latent_lmdb
+from utils.config import RolloutConfig
 from utils.config_checks import are_noise_levels, is_number
 from utils.distributed import rank
 from utils.errors import UserError
@@ -99,15 +101,16 @@ class ODEPairs:
                 "the pairs with its own model"
             )
 
-    def check_blocks(self, block_frames: int, source: str) -> None:
-        """Check that blocks of `block_frames` frames divide the clips; `source` is the folder's name for the message.
+    def check_blocks(self, rollout: RolloutConfig, source: str) -> None:
+        """Check that the rollout's blocks divide the clips; `source` is the folder's name for the message.
 
         Raises:
             UserError: if they do not.
         """
-        if self.shape[1] % block_frames:
+        if not block_layout(rollout, self.shape[1]).is_whole:
+            blocks = describe_blocks(rollout)
             raise UserError(
-                f"the ODE pairs in {source} have {self.shape[1]} frames, which blocks of {block_frames} do not divide; "
+                f"the ODE pairs in {source} have {self.shape[1]} frames, which {blocks} do not divide; "
                 "change rollout.block_frames or regenerate the pairs with another --num_frames"
             )
 

@@ -9,7 +9,7 @@ from model.attention import BlockCausalMask
 from model.causal_wan import CausalWanModel
 from model.denoiser import clip_flow
 from model.flow import add_noise, flow_to_x0
-from pipeline.build import context_frames, frames_per_block, latent_size, rollout_sigmas
+from pipeline.build import block_layout, context_frames, latent_size, rollout_sigmas
 from trainer.datasets.clips import Clips, open_clips
 from trainer.networks import mixed_precision
 from trainer.objectives.clip_source import ClipBatch, ClipSource
@@ -66,11 +66,10 @@ class DataLatents(ClipSource[DenoisedClip]):
         sigmas = rollout_sigmas(rollout)
         end = len(sigmas) if rollout.denoising_step_list[-1] == 0 else -1
         self.sigmas = torch.tensor(sigmas[config.distill.min_exit_step : end])
-        self.block_frames = frames_per_block(rollout, num_frames)
+        self.blocks = block_layout(rollout, num_frames).sizes
         self.mask: BlockCausalMask | None = None
         if rollout.schedule != "bidirectional":
-            blocks = (self.block_frames,) * (num_frames // self.block_frames)
-            self.mask = BlockCausalMask(blocks, *context_frames(rollout, num_frames))
+            self.mask = BlockCausalMask(self.blocks, *context_frames(rollout, num_frames))
 
     def run(self, batch: ClipBatch, trained: bool = True) -> DenoisedClip:
         x0 = self.clips.read(batch.items.tolist()).to(self.device, torch.float32)
@@ -85,11 +84,10 @@ class DataLatents(ClipSource[DenoisedClip]):
     def _draw(self, batch: ClipBatch, shape: torch.Size) -> tuple[Tensor, Tensor]:
         """Return the noise [B, F, C, h, w] and the levels [B, F] of a micro-batch, keyed by position."""
         noises, sigmas = [], []
-        num_blocks = shape[1] // self.block_frames
         for position in batch.positions:
             random = keyed_generator("data latents", self.config.runtime.seed, batch.role, position)
-            drawn = torch.randint(len(self.sigmas), (num_blocks,), generator=random)
-            sigmas.append(self.sigmas[drawn].repeat_interleave(self.block_frames))
+            drawn = torch.randint(len(self.sigmas), (len(self.blocks),), generator=random)
+            sigmas.append(self.sigmas[drawn].repeat_interleave(torch.tensor(self.blocks)))
             noises.append(torch.randn(shape[1:], generator=random))
         return torch.stack(noises).to(self.device), torch.stack(sigmas).to(self.device)
 

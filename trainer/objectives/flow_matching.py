@@ -6,6 +6,7 @@ from torch import Tensor
 from model.attention import BlockCausalMask
 from model.denoiser import clip_flow
 from model.flow import add_noise, shift_sigma
+from pipeline.build import block_layout, describe_blocks
 from trainer.datasets.captions import CaptionEmbeddings
 from trainer.datasets.clips import open_clips
 from trainer.datasets.order import ClipRandom, DataOrder, batch_positions, draw_clip_length
@@ -31,10 +32,10 @@ class FlowMatching(SingleNetObjective):
         self.net = build_transformer(config, device)
         self.clips = open_clips(config.data.path)
         captions = self.clips.captions
-        self.block_frames = config.rollout.block_frames if config.train.forcing != "none" else 0
+        self.causal = config.train.forcing != "none"
         self._check_lengths()
         self.text = CaptionEmbeddings(config, captions, device)
-        self.sampler = VideoSampler(config, self.net, self.text, captions, bidirectional=not self.block_frames)
+        self.sampler = VideoSampler(config, self.net, self.text, captions, bidirectional=not self.causal)
         self.order = DataOrder(len(captions), "clips", config.runtime.seed)
 
     def _check_lengths(self) -> None:
@@ -47,9 +48,10 @@ class FlowMatching(SingleNetObjective):
                 f"{config.data.path}; encode longer clips or change train.clip_frames"
             )
         lengths = [(n - 1) // 4 + 1 for n in clip_frames] or [self.clips.shape[0]]
-        if self.block_frames and any(frames % self.block_frames for frames in lengths):
+        if self.causal and not all(block_layout(config.rollout, frames).is_whole for frames in lengths):
+            frames = " or ".join(map(str, lengths))
             raise UserError(
-                f"blocks of {self.block_frames} latent frames do not divide clips of {' or '.join(map(str, lengths))}; "
+                f"{describe_blocks(config.rollout)} do not divide clips of {frames} latent frames; "
                 "change train.clip_frames or rollout.block_frames"
             )
 
@@ -65,8 +67,8 @@ class FlowMatching(SingleNetObjective):
         chosen = self.order.at(batch_positions(train, iteration, micro_batch)[:num_clips])
         x0 = self.clips.read(chosen.tolist())[:, :num_frames].to(self.device, torch.float32)
         random = ClipRandom(self.config, "flow matching", iteration, micro_batch, num_clips)
-        num_blocks = num_frames // self.block_frames if self.block_frames else 1
-        u = random.stratified(num_blocks).repeat_interleave(num_frames // num_blocks, dim=1)
+        blocks = block_layout(self.config.rollout, num_frames).sizes if self.causal else (num_frames,)
+        u = random.stratified(len(blocks)).repeat_interleave(torch.tensor(blocks), dim=1)
         sigma = shift_sigma(u, train.timestep_shift).to(self.device)  # [B, F]
         noise = random.normal(x0.shape[1:]).to(self.device)
         dropped = random.uniform() < train.text_dropout
@@ -79,11 +81,11 @@ class FlowMatching(SingleNetObjective):
 
     def _flow(self, x0: Tensor, x: Tensor, sigma: Tensor, text: Tensor) -> Tensor:
         """Return the network's flow at x, both [B, F, C, h, w], for noise levels sigma [B, F]."""
-        if not self.block_frames:
+        if not self.causal:
             return clip_flow(self.net, x, sigma[:, 0], text)
         num_frames = x.shape[1]
         teacher_forcing = self.config.train.forcing == "teacher"
-        blocks = (self.block_frames,) * (num_frames // self.block_frames)
+        blocks = block_layout(self.config.rollout, num_frames).sizes
         causal = BlockCausalMask(blocks, teacher_forcing=teacher_forcing)
         if teacher_forcing:  # the clean clip comes first, as the past of the noisy one
             x, sigma = torch.cat([x0, x], dim=1), torch.cat([torch.zeros_like(sigma), sigma], dim=1)

@@ -8,7 +8,7 @@ from torch import Tensor
 from model.attention import BlockCausalMask
 from model.denoiser import clip_flow
 from model.flow import flow_to_x0
-from pipeline.build import context_frames, frames_per_block, latent_size, rollout_sigmas
+from pipeline.build import block_layout, context_frames, latent_size, rollout_sigmas
 from trainer.datasets.captions import CaptionEmbeddings
 from trainer.datasets.ode_pairs import ODEPairs, open_ode_pairs
 from trainer.datasets.order import DataOrder
@@ -30,7 +30,7 @@ def open_forward_kl_pairs(config: Config) -> ODEPairs:
     path, distill = config.data.path, config.distill
     pairs = open_ode_pairs(path, config.data.sigmas, distill.forward_kl_steps + 1)
     pairs.check_size(config.data.num_frames, latent_size(config.video), path)
-    pairs.check_blocks(frames_per_block(config.rollout, config.data.num_frames), path)
+    pairs.check_blocks(config.rollout, path)
     if distill.forward_kl_mode == "rollout" and len(pairs.sigmas) > len(rollout_sigmas(config.rollout)):
         raise UserError(
             f"the ODE pairs in {path} have {len(pairs.sigmas) - 1} steps, more than the rollout; "
@@ -74,7 +74,7 @@ class ForwardKL:
         embeddings = self.text.encode([self.pairs.prompts[i] for i in chosen])
         sync_gradients(self.generator, last)
         with mixed_precision(config, self.device):
-            x, flow = self.predict(points[:, 0], point, step, embeddings)
+            x, flow = self.predict(points[:, 0], point, step, embeddings, positions)
         leaf = flow.detach().requires_grad_()
         loss = forward_kl_loss(leaf, point, next_point, sigma, next_sigma, distill.forward_kl_form, x)
         [flow_gradient] = torch.autograd.grad(distill.forward_kl_weight * loss, leaf)
@@ -86,19 +86,21 @@ class ForwardKL:
             f"motion_{distill.forward_kl_mode}": motion(flow_to_x0(x, flow.detach(), sigma)).item(),
         }
 
-    def predict(self, noise: Tensor, point: Tensor, step: int, embeddings: Tensor) -> tuple[Tensor, Tensor]:
+    def predict(
+        self, noise: Tensor, point: Tensor, step: int, embeddings: Tensor, positions: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
         """Return the generator's x at a step and its flow there, both [B, F, C, h, w], in the configured mode.
 
         Args:
             noise: the trajectories' first point; only mode `rollout` reads it.
             point: the trajectories' point at `step`.
+            positions: see `backward`.
         """
         sigma, mode = self.pairs.sigmas[step], self.config.distill.forward_kl_mode
         if mode == "rollout":
-            return self.self_rollout.from_noise(noise, self.pairs.sigmas, step, embeddings)
+            return self.self_rollout.from_noise(noise, self.pairs.sigmas, step, embeddings, positions)
         if mode == "bidirectional":
             return point, clip_flow(self.generator, point, sigma, embeddings)
         rollout, num_frames = self.config.rollout, point.shape[1]
-        blocks = (rollout.block_frames,) * (num_frames // rollout.block_frames)
-        causal = BlockCausalMask(blocks, *context_frames(rollout, num_frames))
+        causal = BlockCausalMask(block_layout(rollout, num_frames).sizes, *context_frames(rollout, num_frames))
         return point, clip_flow(self.generator, point, sigma, embeddings, causal)

@@ -6,7 +6,7 @@ from torch import Tensor
 from model.attention import BlockCausalMask
 from model.denoiser import clip_flow
 from model.flow import flow_to_x0
-from pipeline.build import frames_per_block, latent_size, rollout_sigmas
+from pipeline.build import block_layout, latent_size, rollout_sigmas
 from trainer.datasets.captions import CaptionEmbeddings
 from trainer.datasets.ode_pairs import open_ode_pairs
 from trainer.datasets.order import ClipRandom, DataOrder, batch_positions
@@ -21,7 +21,7 @@ from utils.errors import UserError
 class ODERegression(SingleNetObjective):
     """Regression from every point of a teacher trajectory to its clean end (CausVid, arXiv 2412.07772, section 4.2).
 
-    Each block has its own random point, and attention is block-causal. A bidirectional generator has one point per clip.
+    Each block has its own random point, and attention is block-causal. A bidirectional generator has one per clip.
     """
 
     def __init__(self, config: Config, device: torch.device):
@@ -42,8 +42,7 @@ class ODERegression(SingleNetObjective):
             )
         self.pairs.check_size(config.data.num_frames, latent_size(config.video), path)
         self.pairs.check_channels(self.net.config.in_channels, path)
-        self.block_frames = frames_per_block(config.rollout, config.data.num_frames)
-        self.pairs.check_blocks(self.block_frames, path)
+        self.pairs.check_blocks(config.rollout, path)
         self.sigmas = torch.tensor(self.pairs.sigmas)  # the teacher's levels: the network must be conditioned on these
         self.text = CaptionEmbeddings(config, self.pairs.prompts, device)
         self.order = DataOrder(len(self.pairs), "pairs", config.runtime.seed)
@@ -53,17 +52,16 @@ class ODERegression(SingleNetObjective):
         return f"{len(self.pairs):,} ODE pairs in {self.config.data.path}"
 
     def loss(self, iteration: int, micro_batch: int) -> tuple[Tensor, dict[str, float]]:
-        block_frames = self.block_frames
         chosen = self.order.at(batch_positions(self.config.train, iteration, micro_batch))
         points = self.pairs.read(chosen.tolist()).to(self.device, torch.float32)  # [B, S + 1, F, C, h, w]
-        num_blocks = points.shape[2] // block_frames
+        blocks = block_layout(self.config.rollout, points.shape[2]).sizes
         random = ClipRandom(self.config, "ode regression", iteration, micro_batch)
-        index = random.integers(len(self.sigmas), num_blocks)  # of the point of each block
-        index = index.repeat_interleave(block_frames, dim=1).to(self.device)  # [B, F]
+        index = random.integers(len(self.sigmas), len(blocks))  # of the point of each block
+        index = index.repeat_interleave(torch.tensor(blocks), dim=1).to(self.device)  # [B, F]
         x = points.gather(1, index[:, None, :, None, None, None].expand(-1, 1, -1, *points.shape[3:]))[:, 0]
         sigma = self.sigmas.to(self.device)[index]
         bidirectional = self.config.rollout.schedule == "bidirectional"
-        mask = None if bidirectional else BlockCausalMask((block_frames,) * num_blocks)
+        mask = None if bidirectional else BlockCausalMask(blocks)
         with mixed_precision(self.config, self.device):
             flow = clip_flow(self.net, x, sigma[:, 0] if bidirectional else sigma, self.text.of(chosen), mask)
         x0 = flow_to_x0(x, flow, sigma[:, :, None, None, None])

@@ -10,7 +10,7 @@ from model.causal_wan import CausalWanModel
 from model.denoiser import Denoiser
 from model.vae import WanVAE
 from model.weights import ModelDirectory
-from pipeline.build import build_rollout, build_schedule, context_frames, frames_per_block, rollout_sigmas
+from pipeline.build import block_layout, build_rollout, build_schedule, context_frames, frames_per_block, rollout_sigmas
 from pipeline.training_rollout import TrainingRollout
 from trainer.networks import mixed_precision
 from trainer.objectives.clip_source import ROLES, ClipBatch, ClipSource
@@ -35,13 +35,29 @@ class GeneratedClip:
         return torch.cat([self.blocks[block].detach() for block in sorted(self.blocks)], dim=1)
 
 
+def trained_blocks(config: Config, num_frames: int) -> range:
+    """Return the blocks of a rollout of `num_frames` frames that the loss reaches.
+
+    A rollout longer than the window trains all blocks of the window but the first, which is masked.
+    """
+    num_blocks, window = block_layout(config.rollout, num_frames).num_blocks, config.data.num_frames
+    masked = num_frames > window
+    return range(num_blocks - block_layout(config.rollout, window).num_blocks + masked, num_blocks)
+
+
+def replay_history(config: Config, num_frames: int) -> int:
+    """Return the evicted frames that a cache must keep, so that every trained block can be denoised again."""
+    layout, first = block_layout(config.rollout, num_frames), trained_blocks(config, num_frames).start
+    written, (context, _) = layout.start(layout.num_blocks - 1), context_frames(config.rollout, num_frames)
+    return written - layout.start(first) if written > context else 0
+
+
 class SelfRollout(ClipSource[GeneratedClip]):
     """Rolls the generator out, and propagates gradients at the generated clips back into it."""
 
     def __init__(self, config: Config, generator: CausalWanModel, device: torch.device):
         self.config, self.generator, self.device = config, generator, device
         self.sigmas = rollout_sigmas(config.rollout)
-        self.block_frames = frames_per_block(config.rollout, config.data.num_frames)
         self.vae: WanVAE | None = None  # re-encodes a frame of rollouts that are longer than the training window
         if config.distill.max_rollout_frames > config.data.num_frames:
             vae = ModelDirectory.open(config.model.base).load_vae(DTYPES[config.train.dtype])
@@ -56,58 +72,53 @@ class SelfRollout(ClipSource[GeneratedClip]):
         config = self.config
         keep_graph = trained and not config.distill.block_backward
         exit_step, num_frames = self._draw_exit(batch.role, batch.iteration)
-        block_frames, window = self.block_frames, config.data.num_frames
-        num_blocks = num_frames // block_frames
-        # A rollout longer than the window trains all blocks of the window but the first, which is masked.
-        first = num_blocks - window // block_frames + (num_frames > window)
-        trained_blocks = range(first, num_blocks) if trained else range(0)
-        context, _ = context_frames(config.rollout, num_frames)
-        # Denoising again needs the context of the first trained block, which later blocks evict if the cache is full.
-        written = num_frames - block_frames
-        replayed = len(trained_blocks) > 0 and not keep_graph
-        history = written - first * block_frames if replayed and written > context else 0
+        blocks_in_loss = trained_blocks(config, num_frames) if trained else range(0)
         rollout = build_rollout(
             config,
             self._denoiser(batch.embeddings, keep_graph),
             [len(ROLES) * position + ROLES.index(batch.role) for position in batch.positions],
             num_frames=num_frames,
             dtype=DTYPES[config.train.dtype],
-            history_frames=history,
+            history_frames=replay_history(config, num_frames) if blocks_in_loss and not keep_graph else 0,
             rollout_class=TrainingRollout,
             exit_step=exit_step,
-            with_grad=lambda block: keep_graph and block in trained_blocks,
+            with_grad=lambda block: keep_graph and block in blocks_in_loss,
         )
         with mixed_precision(config, self.device):
             blocks = self._finished_blocks(rollout, num_frames)
-        return GeneratedClip(rollout, blocks, trained_blocks, exit_step)
+        return GeneratedClip(rollout, blocks, blocks_in_loss, exit_step)
 
     def from_noise(
-        self, noise: Tensor, sigmas: Sequence[float], exit_step: int, embeddings: Tensor
+        self, noise: Tensor, sigmas: Sequence[float], exit_step: int, embeddings: Tensor, positions: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
         """Roll out deterministically (Euler steps) from given noise along given noise levels.
 
         Args:
             noise: [B, F, C, h, w].
             sigmas: noise levels of the steps, S + 1 values; values missing after the exit step count as 0.
+            positions: the clips' positions in the order of pairs; they key the noise of contexts.
 
         Returns:
             x at the exit step and the flow there, both [B, F, C, h, w]. The flow has a graph.
         """
         config = self.config
-        num_frames, block_frames = noise.shape[1], self.block_frames
+        num_frames = noise.shape[1]
         rollout = build_rollout(
             config,
             self._denoiser(embeddings, graph=True),
-            range(len(noise)),
+            positions,
             num_frames=num_frames,
             size=(noise.shape[-2], noise.shape[-1]),
             dtype=DTYPES[config.train.dtype],
             rollout_class=TrainingRollout,
             sigmas=[*sigmas, *[0.0] * (len(self.sigmas) - len(sigmas))],
-            noise=lambda block, step: noise[:, block * block_frames : (block + 1) * block_frames],
             deterministic=True,
             exit_step=exit_step,
             with_grad=lambda block: True,
+        )
+        layout, fresh_noise = rollout.layout, rollout.noise
+        rollout.noise = lambda block, step: (
+            fresh_noise(block, step) if step else noise[:, layout.start(block) : layout.start(block + 1)]
         )
         blocks = self._finished_blocks(rollout, num_frames)
         x0 = torch.cat([blocks[block] for block in sorted(blocks)], dim=1)
@@ -128,7 +139,7 @@ class SelfRollout(ClipSource[GeneratedClip]):
         image = self.vae.decode(before)[:, -1:]
         latents[:, :1] = self.vae.encode(image).to(latents)
         mask = torch.ones(latents.shape[:2], device=latents.device)
-        mask[:, : self.block_frames] = 0
+        mask[:, : block_layout(self.config.rollout, window).frames(0)] = 0
         return latents, mask
 
     def backward(self, clip: GeneratedClip, gradient: Tensor, embeddings: Tensor, last: bool) -> None:
@@ -140,10 +151,10 @@ class SelfRollout(ClipSource[GeneratedClip]):
         Args:
             last: whether the generator's gradients are complete afterwards, see `Objective.backward`.
         """
-        block_frames = self.block_frames
-        window_start = len(clip.blocks) - gradient.shape[1] // block_frames  # in blocks
+        layout = clip.rollout.layout
+        window_start = layout.start(len(clip.blocks)) - gradient.shape[1]  # in frames
         gradients = {
-            block: gradient[:, (block - window_start) * block_frames :][:, :block_frames]
+            block: gradient[:, layout.start(block) - window_start :][:, : layout.frames(block)]
             for block in clip.trained_blocks
         }
         if not self.config.distill.block_backward:
@@ -159,9 +170,9 @@ class SelfRollout(ClipSource[GeneratedClip]):
 
     def noise(self, clip: GeneratedClip) -> Tensor:
         """Return the noise at the first step of the training window's blocks, [B, F, C, h, w]."""
-        num_blocks = self.config.data.num_frames // self.block_frames
-        blocks = sorted(clip.blocks)[-num_blocks:]
-        return torch.cat([clip.rollout.noise(block, 0) for block in blocks], dim=1)
+        window = self.config.data.num_frames
+        blocks = sorted(clip.blocks)[-block_layout(self.config.rollout, window).num_blocks :]
+        return torch.cat([clip.rollout.noise(block, 0) for block in blocks], dim=1)[:, -window:]
 
     def metrics(self, clip: GeneratedClip) -> dict[str, float]:
         return {"exit_step": float(clip.exit_step)}
@@ -169,7 +180,7 @@ class SelfRollout(ClipSource[GeneratedClip]):
     def _draw_exit(self, role: str, iteration: int) -> tuple[int, int]:
         """Return the exit step and the number of frames of an iteration's rollouts, both uniform."""
         distill, window = self.config.distill, self.config.data.num_frames
-        block_frames = self.block_frames
+        block_frames = frames_per_block(self.config.rollout, window)
         shared = keyed_generator("rollout", self.config.runtime.seed, role, iteration)
         exit_step = int(torch.randint(distill.min_exit_step, len(self.sigmas) - 1, (), generator=shared))
         max_extra_blocks = (distill.max_rollout_frames - window) // block_frames
