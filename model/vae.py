@@ -72,9 +72,9 @@ class WanVAE:
         """Return the pixels [B, T, 3, H, W] in [-1, 1], float32, of a whole video's latents [B, F, C, h, w]."""
         return self.stream().push(latents)
 
-    def stream(self) -> "StreamingDecoder":
-        """Return a decoder for one video's latents, piece by piece and in order."""
-        return StreamingDecoder(self)
+    def stream(self, keep: int = 0) -> "StreamingDecoder":
+        """Return a decoder for one video's latents, piece by piece and in order; see `StreamingDecoder`."""
+        return StreamingDecoder(self, keep)
 
     def _cast(self, x: Tensor) -> Tensor:
         return x.to(self.net.device, self.net.dtype)
@@ -88,9 +88,14 @@ class StreamingDecoder:
     videos alternately.
     """
 
-    def __init__(self, vae: WanVAE):
-        self._vae = vae
+    def __init__(self, vae: WanVAE, keep: int = 0):
+        """
+        Args:
+            keep: number of latest pixel frames to keep in `latest`.
+        """
+        self._vae, self._keep = vae, keep
         self._features: list[Tensor | None] | None = None
+        self.latest: Tensor | None = None  # [B, up to `keep`, 3, H, W], in [-1, 1]
 
     @torch.no_grad()
     def push(self, latents: Tensor) -> Tensor:
@@ -109,7 +114,11 @@ class StreamingDecoder:
                 self._features = [None] * len(vae._feat_map)
             out = vae.decoder(frame, feat_cache=self._features, feat_idx=[0], first_chunk=first)
             pieces.append(_from_patches(vae, out).clamp(-1, 1).float())
-        return torch.cat(pieces, dim=2).transpose(1, 2)
+        decoded = torch.cat(pieces, dim=2).transpose(1, 2)
+        if self._keep:
+            kept = decoded if self.latest is None else torch.cat([self.latest, decoded], dim=1)
+            self.latest = kept[:, -self._keep :].clone()  # a view would keep all frames in memory
+        return decoded
 
 
 def normalise(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:

@@ -50,6 +50,11 @@ def num_pixel_frames(num_latent_frames: int) -> int:
     return TEMPORAL_STRIDE * (num_latent_frames - 1) + 1
 
 
+def overlap_pixel_frames(rollout: RolloutConfig) -> int:
+    """Return the last pixel frames of a rollout that are kept for the next one; 0 for a single rollout."""
+    return num_pixel_frames(rollout.overlap_frames) if rollout.num_rollouts > 1 else 0
+
+
 def tokens_per_frame(video: VideoConfig, patch_size: Sequence[int]) -> int:
     """Return the DiT's tokens per latent frame. `patch_size` is (time, height, width)."""
     height, width = latent_size(video)
@@ -230,6 +235,7 @@ def build_rollout(
     samples: Sequence[int],
     *,
     prefix: Tensor | None = None,
+    noise_offset: int = 0,
     num_frames: int | None = None,
     size: tuple[int, int] | None = None,
     dtype: torch.dtype | None = None,
@@ -242,6 +248,7 @@ def build_rollout(
     Args:
         samples: the sample number of each video of the batch.
         prefix: clean latents [1 or B, F, C, h, w] that the videos continue.
+        noise_offset: added to block numbers in the keys of noise; earlier rollouts of the video use lower numbers.
         num_frames: latent frames of the video, prefix included; default: `config.video.num_output_frames`.
         size: height and width of the latents; default: those of `config.video`.
         dtype: dtype of the cached keys and values; default: `config.model.dtype`.
@@ -260,7 +267,8 @@ def build_rollout(
 
     def noise(block: int, step: int) -> Tensor:
         shape = (layout.frames(block), net.config.in_channels, height, width)
-        drawn = torch.stack([keyed_noise(config.runtime.seed, sample, block, step, shape) for sample in samples])
+        key = block + noise_offset, step
+        drawn = torch.stack([keyed_noise(config.runtime.seed, sample, *key, shape) for sample in samples])
         if net.device.type == "cuda":  # a copy from pinned memory is queued, so the host does not wait for the GPU
             drawn = drawn.pin_memory()
         return drawn.to(net.device, non_blocking=True)

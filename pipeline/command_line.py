@@ -27,6 +27,8 @@ FLAGS: dict[str, tuple[str, type]] = {
     "order": ("rollout.order", str),
     "window": ("rollout.window", int),
     "sink": ("rollout.sink", int),
+    "num_rollout": ("rollout.num_rollouts", int),
+    "num_overlap_frames": ("rollout.overlap_frames", int),
     "num_frame_first_blocks": ("rollout.leading_blocks", int),
 }
 METHODS = {  # names of the original code: schedule, leading blocks
@@ -62,6 +64,8 @@ def shared_arguments() -> argparse.ArgumentParser:
     parser.add_argument("--num_frame_first_blocks", help="number of leading blocks of hybrid_block0")
     parser.add_argument("--window", help="latent frames that attention spans, current block included; 0: all")
     parser.add_argument("--sink", help="latent frames at the start that stay in the window")
+    parser.add_argument("--num_rollout", help="rollouts of --num_output_frames frames per video; default: 1")
+    parser.add_argument("--num_overlap_frames", help="latent frames that two rollouts share; default: 3")
     parser.add_argument("--image", metavar="FILE", help="first frame of every video")
     parser.add_argument("--video", metavar="FILE", help="clip or saved latents that every video continues")
     parser.add_argument("--height", help="height in pixels")

@@ -17,6 +17,7 @@ from pipeline.prefix import check_prefix_exists, is_image, read_prefix
 from pipeline.schedule import Op
 from pipeline.text_to_video import TextToVideo
 from utils.config import Config
+from utils.config_checks import video_frames
 from utils.device import pick_device
 from utils.distributed import rank
 from utils.errors import UserError
@@ -98,7 +99,7 @@ def generate_videos(
                 paths = [job.prompt.image or prefix_path for job in batch]
                 prefix = torch.cat([read(path) for path in paths]) if paths[0] else None
                 make_videos(pipeline, batch, prefix, prefix_path, save_latents, bar)
-    pixel_frames = len(jobs) * num_pixel_frames(config.video.num_output_frames)
+    pixel_frames = len(jobs) * num_pixel_frames(video_frames(config))
     return RunSummary(len(jobs), existing, folder, time.perf_counter() - started, pixel_frames)
 
 
@@ -191,6 +192,6 @@ def make_videos(
             output.emit(prefix)
         prompts, samples = [job.prompt.text for job in batch], [job.sample for job in batch]
         first = pipeline.schedule(0 if prefix is None else prefix.shape[1]).prefix_blocks
-        blocks = pipeline.generate_blocks(prompts, samples, prefix, show_progress)
+        blocks = pipeline.generate_blocks(prompts, samples, prefix, show_progress, output.decoder)
         for block, latents in enumerate(blocks, start=first):
             output.emit(latents, block)

@@ -28,7 +28,9 @@ from torch import Tensor
 
 from model.vae import StreamingDecoder, WanVAE
 from model.weight_checks import is_finite
+from pipeline.build import overlap_pixel_frames
 from utils.config import Config
+from utils.config_checks import video_frames
 from utils.contact_sheet import ContactSheetSampler, save_contact_sheet
 from utils.errors import UserError
 from utils.files import partial_path, require_no_folder, write_json
@@ -129,6 +131,7 @@ class VideoOutput:
         save_latents: bool = False,
         seconds: float = 0.0,
         crf: int = 10,
+        keep: int = 0,
     ):
         """
         Args:
@@ -139,12 +142,13 @@ class VideoOutput:
             save_latents: write the safetensors file.
             crf: see `VideoConfig.crf`.
             seconds: time spent on the batch so far, for the metadata.
+            keep: latest pixel frames to keep in `decoder.latest`.
         """
         self.vae, self.files, self.fps, self.num_frames, self.crf = vae, files, fps, num_frames, crf
         self.metadata, self.contact_sheet, self.save_latents = metadata, contact_sheet, save_latents
         num_pixel_frames = vae.num_pixel_frames(num_frames)
         self._sheets = [ContactSheetSampler(num_pixel_frames, fps=fps) for _ in files] if contact_sheet else []
-        self._decoder = vae.stream()
+        self.decoder = vae.stream(keep)
         self._open_files = contextlib.ExitStack()
         self._videos: list[VideoWriter] = []
         self._latents: list[LatentsWriter] = []
@@ -160,11 +164,12 @@ class VideoOutput:
             vae,
             [job.files for job in jobs],
             config.video.fps,
-            config.video.num_output_frames,
+            video_frames(config),
             metadata=[video_metadata(config, job.prompt, job.sample, prefix_path) for job in jobs],
             contact_sheet=True,
             save_latents=save_latents,
             crf=config.video.crf,
+            keep=overlap_pixel_frames(config.rollout),
         )
 
     def __enter__(self) -> "VideoOutput":
@@ -193,7 +198,7 @@ class VideoOutput:
         part = frame_range(self._num_emitted, latents.shape[1], block)
         self._num_emitted += latents.shape[1]
         videos = [files.video.name for files in self.files]
-        for index, frames in enumerate(decode_frames(self._decoder, latents, part, videos)):
+        for index, frames in enumerate(decode_frames(self.decoder, latents, part, videos)):
             self._videos[index].write(frames)
             if self._sheets:
                 self._sheets[index].add(frames)

@@ -13,11 +13,20 @@ from torch import Tensor
 from model.causal_wan import CausalWanModel, TextContext
 from model.denoiser import Denoiser, GuidedDenoiser
 from model.embeddings import EmbeddingCache
-from model.vae import WanVAE
+from model.vae import StreamingDecoder, WanVAE
 from model.weight_checks import is_finite
 from model.weights import ModelDirectory
-from pipeline.build import build_rollout, build_schedule, check_size, load_embeddings, load_network, load_vae
+from pipeline.build import (
+    build_rollout,
+    build_schedule,
+    check_size,
+    load_embeddings,
+    load_network,
+    load_vae,
+    overlap_pixel_frames,
+)
 from pipeline.output import decode_frames, frame_range, not_finite, video_metadata
+from pipeline.overlap import Overlap
 from pipeline.prefix import check_prefix_exists, read_prefix
 from pipeline.rollout import Rollout
 from pipeline.schedule import Op, Schedule
@@ -147,8 +156,8 @@ class TextToVideo:
         """
         pipe = self._with(seed, num_frames)
         pipe.config.rollout.order = "diagonal"  # finishes blocks early
-        decoder = self.vae.stream()
-        for part, latents in pipe._blocks_of(prompt, sample, _prefix_path(image, video)):
+        decoder = self.vae.stream(overlap_pixel_frames(pipe.config.rollout))
+        for part, latents in pipe._blocks_of(prompt, sample, _prefix_path(image, video), decoder):
             [frames] = decode_frames(decoder, latents, part)
             yield frames
 
@@ -162,13 +171,18 @@ class TextToVideo:
         pipe.config = override_config(config, [])  # checks the values
         return pipe
 
-    def _blocks_of(self, prompt: str, sample: int, prefix_path: str) -> Iterator[tuple[str, Tensor]]:
-        """Yield a name for messages and the latents [1, F, C, h, w] of the prefix, if there is one, and each block."""
+    def _blocks_of(
+        self, prompt: str, sample: int, prefix_path: str, decoder: StreamingDecoder | None = None
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yield a name for messages and the latents [1, F, C, h, w] of the prefix, if there is one, and each block.
+
+        `decoder`: see `generate_blocks`.
+        """
         prefix = read_prefix(prefix_path, self.config, self.vae) if prefix_path else None
         frames = 0 if prefix is None else prefix.shape[1]
         if prefix is not None:
             yield "the prefix", prefix
-        blocks = self.generate_blocks([_as_prompt(prompt).text], [sample], prefix)
+        blocks = self.generate_blocks([_as_prompt(prompt).text], [sample], prefix, decoder=decoder)
         for block, latents in enumerate(blocks, start=self.schedule(frames).prefix_blocks):
             yield frame_range(frames, latents.shape[1], block), latents
             frames += latents.shape[1]
@@ -181,6 +195,7 @@ class TextToVideo:
         samples: Sequence[int],
         prefix: Tensor | None = None,
         on_op: Callable[[Op], None] | None = None,
+        decoder: StreamingDecoder | None = None,
     ) -> Iterator[Tensor]:
         """Generate a batch of videos; yield the latents [B, F, C, h, w] of each block as it finishes.
 
@@ -189,11 +204,24 @@ class TextToVideo:
             samples: the sample number of each video.
             prefix: clean latents [1 or B, F, C, h, w] that the videos continue; they are not yielded.
             on_op: called after every op.
+            decoder: decoder that the caller pushes the prefix and each yielded block to, so that repeated rollouts need
+                not decode them again. It keeps `overlap_pixel_frames` pixel frames.
         """
-        schedule = self.schedule(0 if prefix is None else prefix.shape[1])
-        rollout = self.rollout(prompts, samples, prefix, on_op)
-        for _, latents in rollout.run(list(self.ops(schedule)), schedule.caches):
-            yield latents
+        settings = self.config.rollout
+        overlap = Overlap(self.vae, settings.overlap_frames, decoder) if settings.num_rollouts > 1 else None
+        if overlap is not None and prefix is not None:
+            overlap.add(prefix.to(self.net.device).expand(len(samples), -1, -1, -1, -1))
+        noise_offset = 0
+        for number in range(settings.num_rollouts):
+            if overlap is not None and number:
+                prefix = overlap.prefix()
+            schedule = self.schedule(0 if prefix is None else prefix.shape[1])
+            rollout = self.rollout(prompts, samples, prefix, on_op, noise_offset)
+            for _, latents in rollout.run(list(self.ops(schedule)), schedule.caches):
+                yield latents
+                if overlap is not None:
+                    overlap.add(latents)
+            noise_offset += schedule.num_blocks or 0
 
     def rollout(
         self,
@@ -201,10 +229,16 @@ class TextToVideo:
         samples: Sequence[int],
         prefix: Tensor | None = None,
         on_op: Callable[[Op], None] | None = None,
+        noise_offset: int = 0,
     ) -> Rollout:
-        """Return the rollout that `generate_blocks` runs with the same arguments."""
+        """Return the first rollout that `generate_blocks` runs with the same arguments.
+
+        Args:
+            noise_offset: see `build_rollout`.
+        """
         assert len(prompts) == len(samples)
-        return build_rollout(self.config, self._denoiser(prompts), samples, prefix=prefix, on_op=on_op)
+        denoiser = self._denoiser(prompts)
+        return build_rollout(self.config, denoiser, samples, prefix=prefix, noise_offset=noise_offset, on_op=on_op)
 
     def _denoiser(self, prompts: Sequence[str]) -> Denoiser | GuidedDenoiser:
         """Return a denoiser for these prompts, with guidance if it is configured."""
@@ -238,7 +272,10 @@ class TextToVideo:
 
     def num_ops(self, prefix_frames: int = 0) -> int:
         """Return the number of ops of one video, for progress bars."""
-        return sum(1 for _ in self.ops(self.schedule(prefix_frames)))
+        later, overlap = self.config.rollout.num_rollouts - 1, self.config.rollout.overlap_frames
+        lengths = [prefix_frames, *[overlap] * later]
+        counts = {frames: sum(1 for _ in self.ops(self.schedule(frames))) for frames in set(lengths)}
+        return sum(counts[frames] for frames in lengths)
 
 
 def find_file(path: str) -> str:

@@ -47,6 +47,7 @@ class VideoSampler:
         self.config = deepcopy(config)
         # Videos have the length of training clips, and keys and values the dtype of training.
         self.config.video.num_output_frames = config.data.num_frames
+        self.config.rollout.num_rollouts = 1
         self.config.model.dtype = config.train.dtype
         self.config.model.offload = False
 

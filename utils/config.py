@@ -105,6 +105,11 @@ class RolloutConfig:
     """Latent frames in the attention window, including the current block and the sink. 0: the whole video."""
     sink: int = 0
     """Latent frames at the start of the video that always stay in the window."""
+    num_rollouts: int = 1
+    """Rollouts per video, for long videos as CausVid makes them. Each has `video.num_output_frames` frames, and the
+    next one continues the last `overlap_frames` of it."""
+    overlap_frames: int = 3
+    """Latent frames that two rollouts of a video share. The video contains them once."""
 
 
 @dataclass
@@ -138,7 +143,8 @@ class VideoConfig:
     crf: int = 10
     """Quality of the mp4 file: x264's crf, from 0 (lossless) to 51. HiAR writes 10."""
     num_output_frames: int = 21
-    """Length in latent frames F, including the prefix. The video has 4 (F - 1) + 1 pixel frames."""
+    """Length in latent frames F, including the prefix. The video has 4 (F - 1) + 1 pixel frames. With
+    `rollout.num_rollouts` above 1: the length of one rollout."""
 
 
 @dataclass

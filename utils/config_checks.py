@@ -16,7 +16,7 @@ _POSITIVE = (
     *("video.num_output_frames", "model.text_length", "teacher.num_inference_steps", "teacher.timestep_shift"),
     *("data.num_frames", "train.timestep_shift", "train.max_iterations", "train.batch_size", "train.log_every"),
     *("train.checkpoint_every", "train.keep_checkpoints", "distill.generator_every", "distill.timestep_shift"),
-    *("distill.forward_kl_steps", "distill.max_rollout_frames"),
+    *("distill.forward_kl_steps", "distill.max_rollout_frames", "rollout.num_rollouts", "rollout.overlap_frames"),
 )
 _NOT_NEGATIVE = (
     *("rollout.leading_blocks", "rollout.leading_steps", "rollout.window", "rollout.sink", "runtime.seed"),
@@ -35,6 +35,7 @@ _LIMITS = {
     "teacher.timestep_shift": 1000,
     "teacher.num_inference_steps": 10_000,
     "rollout.num_steps": 10_000,
+    "rollout.num_rollouts": 1_000_000,
     "model.text_length": 8192,
     "runtime.threads": 1024,
     "video.fps": 999,
@@ -70,6 +71,7 @@ def check_config(config: "Config") -> None:
             raise UserError(f"{key} must be at least {_MIN_SHIFT}, not {value}")
     _check_lists(config)
     _check_rollout(config.rollout)
+    _check_repeated_rollouts(config)
     _check_train(config.train)
     _check_distill(config)
     if not 0 <= config.video.crf <= 51:
@@ -132,6 +134,28 @@ def _check_rollout(rollout: "RolloutConfig") -> None:
         raise UserError(
             f"rollout.window must be at least a block ({rollout.block_frames} frames) plus the sink "
             f"({rollout.sink} frames), or 0 for the whole video, not {rollout.window}"
+        )
+
+
+def _check_repeated_rollouts(config: "Config") -> None:
+    rollout, frames = config.rollout, config.video.num_output_frames
+    if rollout.num_rollouts == 1:
+        return
+    if rollout.schedule == "bidirectional":
+        raise UserError(
+            "rollout.num_rollouts above 1 needs a causal generator, because each rollout continues the previous one; "
+            "set rollout.schedule=block_first or timestep_first"
+        )
+    if rollout.overlap_frames >= frames:
+        raise UserError(
+            f"rollout.overlap_frames must be below the {frames} latent frames of a rollout "
+            f"(video.num_output_frames), not {rollout.overlap_frames}"
+        )
+    total = video_frames(config)
+    if total > _LIMITS["video.num_output_frames"]:
+        raise UserError(
+            f"rollout.num_rollouts={rollout.num_rollouts} would make {total} latent frames; at most "
+            f"{_LIMITS['video.num_output_frames']} are possible"
         )
 
 
@@ -214,6 +238,12 @@ def _check_bidirectional(config: "Config") -> None:
             f"distill.forward_kl_mode={distill.forward_kl_mode} needs a causal generator; with "
             "rollout.schedule=bidirectional choose bidirectional"
         )
+
+
+def video_frames(config: "Config") -> int:
+    """Return the latent frames of a whole video: those of all its rollouts, with the overlaps counted once."""
+    frames, rollout = config.video.num_output_frames, config.rollout
+    return frames + (rollout.num_rollouts - 1) * (frames - rollout.overlap_frames)
 
 
 def num_micro_batches(train: "TrainConfig", num_ranks: int) -> int:

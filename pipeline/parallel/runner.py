@@ -51,8 +51,10 @@ def plan_ranks(config: Config, prefix_path: str) -> tuple[list[Pipeline], Schedu
     """Return the pipelines of all ranks of this run, and the schedule that they share.
 
     Raises:
-        UserError: if the video does not consist of whole blocks, or needs guidance.
+        UserError: if the video does not consist of whole blocks, or needs guidance or several rollouts.
     """
+    if config.rollout.num_rollouts > 1:
+        raise UserError("ranks of a pipeline make one rollout per video: use inference.py for rollout.num_rollouts")
     if config.rollout.guidance_scale != 1:
         raise UserError(
             "ranks of a pipeline run without guidance: set rollout.guidance_scale=1, or use inference.py, where the "
