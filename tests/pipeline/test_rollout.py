@@ -12,7 +12,7 @@ import queue
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 
 import pytest
@@ -51,8 +51,12 @@ VARIANTS = {
     "leading_blocks": dict(leading_blocks=2),
     "leading_steps": dict(leading_steps=2),
     "both_hybrids": dict(leading_blocks=1, leading_steps=3),
+    "noisy_block_first": dict(method="block_first", context_noise=0.2),
+    "noisy_clean": dict(context="clean", context_noise=0.2),
+    "noisy_leading": dict(leading_blocks=2, context_noise=0.2),
 }
 variants = pytest.mark.parametrize("variant", VARIANTS)
+FIRST_FRAME = BlockLayout(2, independent_first_frame=True)
 
 
 def keyed_block_noise(layout: BlockLayout, samples: Sequence[int] = (0,), frame=FRAME) -> Callable[[int, int], Tensor]:
@@ -128,15 +132,17 @@ def fake_rollout(
 
 
 @variants
+@pytest.mark.parametrize("layout", [BlockLayout(2), FIRST_FRAME], ids=["equal blocks", "independent first frame"])
 @pytest.mark.parametrize("deterministic", [False, True])
 @settings(max_examples=4)
 @given(random=st.randoms(use_true_random=False))
-def test_any_order_gives_the_same_latents(variant, deterministic, random):
+def test_any_order_gives_the_same_latents(variant, layout, deterministic, random):
     schedule = Schedule(4, BLOCKS, **VARIANTS[variant])
     ops = list(schedule.ops())
-    expected = run_to_end(fake_rollout(deterministic=deterministic), ops, schedule.caches)
+    expected = run_to_end(fake_rollout(layout, deterministic=deterministic), ops, schedule.caches)
     for order in (list(schedule.ops("diagonal")), random_order(ops, random)):
-        assert torch.equal(run_to_end(fake_rollout(deterministic=deterministic), order, schedule.caches), expected)
+        actual = run_to_end(fake_rollout(layout, deterministic=deterministic), order, schedule.caches)
+        assert torch.equal(actual, expected)
 
 
 def test_variants_differ():
@@ -216,11 +222,36 @@ def test_contexts_are_written_at_the_noise_index_of_the_rule(variant, noise_indi
     [(0, 0, [0, 3, 6, 9]), (3, 1, [0, 3, 6, 9]), (1, 1, [0, 1, 4, 7]), (5, 2, [0, 2, 5, 8]), (6, 2, [0, 3, 6, 9])],
 )
 def test_the_prefix_ends_where_a_block_ends(prefix_frames, prefix_blocks, starts):
-    layout = BlockLayout(3, prefix_frames)
+    check_layout(BlockLayout(3, prefix_frames), prefix_blocks, starts)
+
+
+@pytest.mark.parametrize(
+    ("prefix_frames", "prefix_blocks", "starts"),
+    [
+        (0, 0, [0, 1, 4, 7, 10]),
+        (1, 1, [0, 1, 4, 7, 10]),  # an image
+        (2, 2, [0, 1, 2, 5, 8]),
+        (6, 3, [0, 1, 3, 6, 9]),
+        (7, 3, [0, 1, 4, 7, 10]),  # an image and two whole blocks
+    ],
+)
+def test_an_independent_first_frame_is_a_block(prefix_frames, prefix_blocks, starts):
+    check_layout(BlockLayout(3, prefix_frames, independent_first_frame=True), prefix_blocks, starts)
+
+
+def check_layout(layout: BlockLayout, prefix_blocks: int, starts: list[int]) -> None:
     assert layout.prefix_blocks == prefix_blocks
-    assert [layout.start(block) for block in range(4)] == starts
-    assert [layout.frames(block) for block in range(3)] == [b - a for a, b in itertools.pairwise(starts)]
-    assert layout.start(prefix_blocks) == prefix_frames
+    assert [layout.start(block) for block in range(len(starts))] == starts
+    sizes = [b - a for a, b in itertools.pairwise(starts)]
+    assert [layout.frames(block) for block in range(len(sizes))] == sizes
+    assert layout.start(prefix_blocks) == layout.prefix_frames
+    assert [layout.block_at(frame) for frame in range(starts[-1])] == [b for b, n in enumerate(sizes) for _ in range(n)]
+    for num_blocks, end in enumerate(starts[1:], start=1):
+        whole = replace(layout, num_frames=end)
+        assert whole.num_blocks == num_blocks and whole.sizes == tuple(sizes[:num_blocks]) and whole.is_whole
+        if sizes[num_blocks - 1] > 1 and end - 1 > layout.prefix_frames:
+            cut = replace(layout, num_frames=end - 1)
+            assert cut.sizes == (*whole.sizes[:-1], whole.sizes[-1] - 1) and not cut.is_whole
 
 
 @variants
@@ -355,7 +386,7 @@ STAGES = {
 
 @pytest.mark.parametrize("stages", STAGES)
 @pytest.mark.parametrize("order", ["step_major", "diagonal"])
-@pytest.mark.parametrize("variant", ["timestep_first", "clean", "input"])
+@pytest.mark.parametrize("variant", ["timestep_first", "clean", "input", "noisy_clean"])
 def test_ranks_give_the_same_latents(variant, order, stages):
     schedule = Schedule(4, BLOCKS, **VARIANTS[variant])
     expected = run_to_end(fake_rollout(), list(schedule.ops()), schedule.caches)
@@ -370,6 +401,7 @@ def test_ranks_give_the_same_latents(variant, order, stages):
         ("leading_steps", [[0], [2, 3]]),
         ("leading_steps", [[0, 2], [3]]),
         ("both_hybrids", [[0], [3]]),
+        ("noisy_leading", [[0, 1], [2, 3]]),
     ],
 )
 def test_ranks_of_hybrids_give_the_same_latents(variant, stages):
@@ -435,6 +467,8 @@ CASES = {
     "input, short window": ("input", dict(context=3, sink=1)),
     "leading_blocks": ("leading_blocks", dict(context=4)),
     "leading_steps, deterministic": ("leading_steps", dict(context=4, deterministic=True)),
+    "noisy_leading, first frame, sink": ("noisy_leading", dict(context=4, sink=2, layout=FIRST_FRAME)),
+    "noisy_clean, first frame": ("noisy_clean", dict(context=4, layout=FIRST_FRAME)),
 }
 
 
@@ -486,10 +520,9 @@ def test_random_orders_of_the_network_give_the_same_bits(small_net, small_text, 
     assert torch.equal(run_to_end(rollout, order, schedule.caches), expected(case))
 
 
+@pytest.mark.parametrize("case", ["timestep_first, sink and prefix", "noisy_clean, first frame"])
 @pytest.mark.parametrize("stages", [[[0, 1, 2, 3]], *STAGES.values()], ids=["one rank", *STAGES])
-def test_ranks_of_the_network_give_the_same_bits(small_net, small_text, expected, stages):
-    case = "timestep_first, sink and prefix"
-
+def test_ranks_of_the_network_give_the_same_bits(small_net, small_text, expected, stages, case):
     def make(**changes) -> Rollout:
         return net_rollout(small_net, small_text, **CASES[case][1], **changes)
 
@@ -505,52 +538,84 @@ def write(net, text, x: Tensor, sigma: float, first_frame: int, cache) -> None:
     net.write_block(x.transpose(1, 2), torch.full(x.shape[:2], 1000 * sigma), text, cache, first_frame)
 
 
-def test_block_first_equals_the_loop_of_self_forcing(small_net, small_text, expected):
-    layout = BlockLayout(2)
-    noise, cache, blocks = keyed_block_noise(layout), small_net.new_cache(1, *FRAME[1:], 4, 2), []
-    for block in range(BLOCKS):
+LOOPS = pytest.mark.parametrize(
+    ("context_noise", "first", "window"), [(0.0, 0, 4), (0.3, 0, 4), (0.0, 1, 4), (0.3, 1, 6)]
+)
+"""Context noise, frames of an independent first block, and frames of context."""
+
+
+def first_frames(first: int, num_blocks: int = BLOCKS) -> list[int]:
+    """Return the first frame of each block: blocks of two after `first` frames."""
+    return [0, *range(first or 2, 2 * num_blocks, 2)][:num_blocks]
+
+
+def roll_out(net, text, schedule: Schedule, first: int, window: int) -> Tensor:
+    layout = BlockLayout(2, independent_first_frame=bool(first))
+    return run_to_end(net_rollout(net, text, layout, window), schedule.ops("diagonal"), schedule.caches)
+
+
+@LOOPS
+def test_block_first_equals_the_loop_of_self_forcing(small_net, small_text, context_noise, first, window):
+    """With context noise, a clean block gets fresh noise of that level before it is written at that level."""
+    noise = keyed_block_noise(BlockLayout(2, independent_first_frame=bool(first)))
+    cache, blocks = small_net.new_cache(1, *FRAME[1:], window, 2), []
+    for block, start in enumerate(first_frames(first)):
         x = noise(block, 0)
+        assert x.shape[1] == (first if first and block == 0 else 2)
         for step in range(4):
-            x0 = net_x0(small_net, small_text, x, SIGMAS[step], 2 * block, cache)
+            x0 = net_x0(small_net, small_text, x, SIGMAS[step], start, cache)
             if step < 3:
                 x = add_noise(x0, noise(block, step + 1), SIGMAS[step + 1])
-        write(small_net, small_text, x0, 0.0, 2 * block, cache)
         blocks.append(x0)
-    assert torch.equal(torch.cat(blocks, dim=1), expected("block_first, short window"))
+        context = add_noise(x0, noise(block, 4), context_noise) if context_noise else x0
+        write(small_net, small_text, context, context_noise, start, cache)
+    schedule = Schedule(4, BLOCKS, "block_first", context_noise=context_noise)
+    assert torch.equal(torch.cat(blocks, dim=1), roll_out(small_net, small_text, schedule, first, window))
 
 
-def test_timestep_first_equals_the_loop_of_hiar(small_net, small_text, expected):
-    layout = BlockLayout(2)
-    noise = keyed_block_noise(layout)
+@LOOPS
+@pytest.mark.parametrize("rule", ["output", "clean"])
+def test_timestep_first_equals_the_loop_of_hiar(small_net, small_text, rule, context_noise, first, window):
+    """Context noise replaces the clean level: at the last step, or with clean context at every step."""
+    noise = keyed_block_noise(BlockLayout(2, independent_first_frame=bool(first)))
     blocks = [noise(block, 0) for block in range(BLOCKS)]
     for step in range(4):
-        cache = small_net.new_cache(1, *FRAME[1:], 4, 2)
-        for block in range(BLOCKS):
-            x0 = net_x0(small_net, small_text, blocks[block], SIGMAS[step], 2 * block, cache)
+        cache = small_net.new_cache(1, *FRAME[1:], window, 2)
+        for block, start in enumerate(first_frames(first)):
+            x0 = net_x0(small_net, small_text, blocks[block], SIGMAS[step], start, cache)
             blocks[block] = x0 if step == 3 else add_noise(x0, noise(block, step + 1), SIGMAS[step + 1])
-            write(small_net, small_text, blocks[block], SIGMAS[step + 1], 2 * block, cache)
-    assert torch.equal(torch.cat(blocks, dim=1), expected("timestep_first, short window"))
+            context, level = (blocks[block], SIGMAS[step + 1]) if rule == "output" else (x0, 0.0)
+            if level == 0 and context_noise:
+                context, level = add_noise(x0, noise(block, 4), context_noise), context_noise
+            write(small_net, small_text, context, level, start, cache)
+    schedule = Schedule(4, BLOCKS, context=rule, context_noise=context_noise)
+    assert torch.equal(torch.cat(blocks, dim=1), roll_out(small_net, small_text, schedule, first, window))
 
 
-@pytest.mark.parametrize("variant", ["timestep_first", "input", "clean"])
-def test_timestep_first_equals_masked_passes_without_a_cache(small_net, small_text, variant):
+@pytest.mark.parametrize("sink", [0, 2])
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("variant", ["timestep_first", "input", "clean", "noisy_clean"])
+def test_timestep_first_equals_masked_passes_without_a_cache(small_net, small_text, variant, first, sink):
     """Each Denoise equals one block-causal pass over the earlier blocks, at their context level, and this block."""
-    num_blocks, noise = 3, keyed_block_noise(BlockLayout(2))
+    layout = BlockLayout(2, num_frames=8 - first, independent_first_frame=bool(first))
+    num_blocks, noise = 4, keyed_block_noise(layout)
     now, estimates = [noise(block, 0) for block in range(num_blocks)], [torch.empty(0)] * num_blocks
     for step in range(4):
-        level = {"timestep_first": step + 1, "input": step, "clean": 4}[variant]
+        level = {"timestep_first": SIGMAS[step + 1], "input": SIGMAS[step], "clean": 0.0, "noisy_clean": 0.2}[variant]
         context: list[Tensor] = []
         for block in range(num_blocks):
-            x = now[block]
-            sigmas = torch.tensor([SIGMAS[level]] * 2 * block + [SIGMAS[step]] * 2)
-            causal = BlockCausalMask((2,) * (block + 1), context_frames=4)
+            x, start, size = now[block], layout.start(block), layout.frames(block)
+            sigmas = torch.tensor([level] * start + [SIGMAS[step]] * size)
+            causal = BlockCausalMask(layout.sizes[: block + 1], context_frames=4, sink_frames=sink)
             whole = torch.cat([*context, x], dim=1).transpose(1, 2)
-            flow = small_net(whole, 1000 * sigmas[None], small_text, causal=causal)[:, :, -2:].transpose(1, 2)
-            estimates[block] = x - SIGMAS[step] * flow
-            now[block] = add_noise(estimates[block], noise(block, step + 1), SIGMAS[step + 1])
-            context.append({"timestep_first": now[block], "input": x, "clean": estimates[block]}[variant])
+            flow = small_net(whole, 1000 * sigmas[None], small_text, causal=causal)[:, :, -size:].transpose(1, 2)
+            x0 = estimates[block] = x - SIGMAS[step] * flow
+            now[block] = add_noise(x0, noise(block, step + 1), SIGMAS[step + 1])
+            noisy = add_noise(x0, noise(block, 4), 0.2)
+            context.append({"timestep_first": now[block], "input": x, "clean": x0, "noisy_clean": noisy}[variant])
     schedule = Schedule(4, num_blocks, **VARIANTS[variant])
-    actual = run_to_end(net_rollout(small_net, small_text, context=4), schedule.ops("diagonal"), schedule.caches)
+    rollout = net_rollout(small_net, small_text, layout, context=4, sink=sink)
+    actual = run_to_end(rollout, schedule.ops("diagonal"), schedule.caches)
     torch.testing.assert_close(actual, torch.cat(estimates, dim=1), atol=2e-4, rtol=0)
 
 
