@@ -20,11 +20,14 @@ from utils.errors import UserError
 
 
 def build_transformer(config: Config, device: torch.device) -> CausalWanModel:
-    """Return the DiT to train, with the weights of `train.init` or random ones of preset `train.network`, float32."""
+    """Return the DiT to train, in float32.
+
+    Its weights are those of `train.init`, else random ones of preset `train.network`, else those of `model.base`.
+    """
     torch.manual_seed(config.runtime.seed)
-    if config.train.init:
+    if config.train.init or not config.train.network:
         directory = ModelDirectory.open(config.model.base)
-        net = directory.load_transformer(CausalWanModel, torch.float32, weights=config.train.init)
+        net = directory.load_transformer(CausalWanModel, torch.float32, weights=config.train.init or None)
     else:
         net = CausalWanModel(**preset(presets.TRANSFORMERS, config))
         net.init_weights()

@@ -169,9 +169,9 @@ class TrainConfig:
     objective: ObjectiveName = ""
     """Objective of the run. Empty: this configuration is for inference only."""
     network: str = ""
-    """Preset of model/presets.py for a network that starts from random weights."""
+    """Preset of model/presets.py for a network that starts from random weights. Empty: that of `model.base`."""
     init: str = ""
-    """Initial weights: a folder or a checkpoint file. Empty: random weights."""
+    """Initial weights: a folder or a checkpoint file. Empty: random weights of `network`, else those of `model.base`."""
     output: str = ""
     """Folder for the finished EMA weights, in the diffusers layout."""
     max_iterations: int = 1000
