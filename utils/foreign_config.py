@@ -143,8 +143,8 @@ class _Translator:
             if value is not None:  # null states nothing
                 self._translate(key, value)
         for translate_several in (
-            *(self._steps, self._shape, self._rollout_length, self._batch, self._betas, self._forward_kl),
-            *(self._data, self._lora, self._implied),
+            *(self._attention, self._steps, self._shape, self._rollout_length, self._batch, self._betas),
+            *(self._forward_kl, self._data, self._lora, self._implied),
         ):
             try:
                 translate_several()
@@ -219,8 +219,23 @@ class _Translator:
 
     # ---- Keys that depend on each other ----
 
+    def _attention(self) -> None:
+        """Translate the generator's attention: a bidirectional generator has a schedule of its own."""
+        for key, causal in ("generator_task", "causal_video"), ("causal", True):
+            value = self.theirs.get(key)
+            if value == causal:
+                self.result.no_effect.append(key)
+            elif value in ("bidirectional_video", False):
+                self._set("rollout.schedule", "bidirectional", key)
+            elif value is not None:
+                self.errors.append(f"{key} {value} cannot be honoured (choose from causal_video, bidirectional_video)")
+
     def _steps(self) -> None:
-        """Translate the list of steps. Without warping, the originals take the nearest of 1000 shifted levels."""
+        """Translate the list of steps. Without warping, the originals take the nearest of 1000 shifted levels.
+
+        ODE regression reads such levels, which are those of the teacher's trajectories. A trailing 0 is kept: it means
+        clean blocks.
+        """
         steps, shift = self.theirs.get("denoising_step_list"), self._get("rollout", "timestep_shift")
         if shift is None:
             shift = self._get("distill", "timestep_shift", _FULL_SHIFT)
@@ -233,7 +248,10 @@ class _Translator:
             if "warp_denoising_step" not in self.theirs:
                 self._set("rollout.warp_denoising_step", False, _DEFAULT)
             grid = [1000 * _shifted(i / 1000, shift) for i in range(1, 1001)]
-            steps = [min(grid, key=lambda level: abs(level - step)) for step in steps if step]
+            steps = [min(grid, key=lambda level: abs(level - step)) if step else 0 for step in steps]
+            if self._get("train", "objective") == "ode_regression":
+                levels = [step / 1000 for step in steps if step]
+                self._set("data.sigmas", [*levels, 0.0], "denoising_step_list")
         self._set("rollout.denoising_step_list", [float(step) for step in steps], "denoising_step_list")
 
     def _shape(self) -> None:
@@ -304,10 +322,6 @@ class _Translator:
     def _data(self) -> None:
         """Translate data_path: clips, prompts of training, or those of inference."""
         path, objective = self.theirs.get("data_path"), self._get("train", "objective")
-        if self.theirs.get("backward_simulation") is False:
-            self.result.not_trainable.append(f"backward_simulation false (DMD on data latents): {NOT_TRAINABLE}")
-        elif "backward_simulation" in self.theirs:
-            self.result.no_effect.append("backward_simulation")
         if path is None:
             return
         if objective is None:

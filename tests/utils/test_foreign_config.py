@@ -131,7 +131,7 @@ HIAR_HERE = SELF_FORCING_HERE | {
     "data.path": "data/pairs",
     "data.sigmas": pytest.approx([1, 0.96, 0.888889, 0.727273, 0], abs=1e-6),
 }
-CAUSVID = {
+CAUSVID: dict[str, Any] = {
     "model_name": "wan",
     "generator_name": "causal_wan",
     "generator_ckpt": "model.pt",
@@ -153,12 +153,20 @@ CAUSVID = {
     "backward_simulation": False,
     "num_frame_per_block": 3,
     "warp_denoising_step": False,
+    "num_train_timestep": 1000,
+    "denoising_loss_type": "flow",
+    "mixed_precision": True,
+    "seed": 0,
+    "log_iters": 500,
+    "dfake_gen_update_ratio": 5,
+    "image_or_video_shape": [1, 21, 16, 60, 104],
+    "gradient_checkpointing": True,
 }
 CAUSVID_HERE = {
     "model.base": "wan_models/Wan2.1-T2V-1.3B",
     "model.generator": "model.pt",
     "rollout.schedule": "block_first",
-    "rollout.denoising_step_list": pytest.approx([1000, 756.757, 521.739], abs=1e-3),
+    "rollout.denoising_step_list": pytest.approx([1000, 756.757, 521.739, 0], abs=1e-3),
     "rollout.warp_denoising_step": False,
     "rollout.timestep_shift": 8.0,
     "rollout.block_frames": 3,
@@ -168,11 +176,74 @@ CAUSVID_HERE = {
     "distill.critic_learning_rate": 2.0e-6,
     "data.path": "mixkit_lmdb",
     "data.prompts": "",
-    "train.objective": "",  # not trainable yet
+    "data.num_frames": 21,
+    "distill.backward_simulation": False,
+    "distill.forward_kl_weight": 0.0,
+    "distill.max_rollout_frames": 21,
+    "distill.generator_every": 5,
+    "train.objective": "score_distillation",
+    "train.init": "model.pt",
+    "train.learning_rate": 2.0e-6,
     "train.betas": [0.9, 0.999],
     "train.batch_size": 2,
+    "train.grad_clip": 10.0,
     "train.ema_decay": 0.0,
     "train.sharding": "shard",
+    "train.dtype": "bfloat16",
+    "train.checkpoint_every": 500,
+    "train.activation_checkpointing": True,
+}
+CAUSVID_WARPED = CAUSVID | {
+    "denoising_step_list": [1000, 750, 500, 250, 0],
+    "warp_denoising_step": True,
+    "real_guidance_scale": 2.0,
+}
+CAUSVID_WARPED_HERE = CAUSVID_HERE | {
+    "rollout.denoising_step_list": [1000.0, 750.0, 500.0, 250.0, 0.0],
+    "rollout.warp_denoising_step": True,
+    "distill.guidance_scale": 3.0,
+}
+CAUSVID_BIDIRECTIONAL = {
+    key: value
+    for key, value in CAUSVID.items()
+    if key not in ("generator_name", "generator_ckpt", "num_frame_per_block")
+} | {"generator_task": "bidirectional_video", "denoising_step_list": [1000, 757, 522]}
+CAUSVID_BIDIRECTIONAL_HERE = CAUSVID_HERE | {
+    "model.generator": "",
+    "train.init": "",  # training starts from model.base
+    "rollout.schedule": "bidirectional",
+    "rollout.denoising_step_list": pytest.approx([1000, 756.757, 521.739], abs=1e-3),
+    "rollout.block_frames": 1,
+}
+CAUSVID_ODE = {
+    "model_name": "causal_wan",
+    "generator_grad": {"model": True},
+    "denoising_step_list": [1000, 757, 522, 0],
+    "generator_task": "causal_video",
+    "mixed_precision": True,
+    "sharding_strategy": "hybrid_full",
+    "lr": 2.0e-6,
+    "beta1": 0.9,
+    "beta2": 0.999,
+    "data_path": "mixkit_ode_lmdb",
+    "batch_size": 2,
+    "distillation_loss": "ode",
+    "gradient_checkpointing": True,
+    "num_frame_per_block": 3,
+    "warp_denoising_step": False,
+}
+CAUSVID_ODE_HERE = {
+    "model.base": "wan_models/Wan2.1-T2V-1.3B",
+    "rollout.schedule": "block_first",
+    "rollout.block_frames": 3,
+    "rollout.timestep_shift": 8.0,
+    "data.path": "mixkit_ode_lmdb",
+    "data.sigmas": pytest.approx([1, 0.756757, 0.521739, 0], abs=1e-6),  # indices 0, 36, 44, -1 of 50 steps, shift 8
+    "train.objective": "ode_regression",
+    "train.init": "",
+    "train.learning_rate": 2.0e-6,
+    "train.betas": [0.9, 0.999],
+    "train.batch_size": 2,
 }
 LONGLIVE = {
     "denoising_step_list": [1000, 750, 500, 250],
@@ -219,8 +290,16 @@ def value_of(config: Config, key: str) -> Any:
 
 @pytest.mark.parametrize(
     ("theirs", "here"),
-    [(SELF_FORCING, SELF_FORCING_HERE), (HIAR, HIAR_HERE), (CAUSVID, CAUSVID_HERE), (LONGLIVE, LONGLIVE_HERE)],
-    ids=["self_forcing", "hiar", "causvid", "longlive"],
+    [
+        (SELF_FORCING, SELF_FORCING_HERE),
+        (HIAR, HIAR_HERE),
+        (CAUSVID, CAUSVID_HERE),
+        (CAUSVID_WARPED, CAUSVID_WARPED_HERE),
+        (CAUSVID_BIDIRECTIONAL, CAUSVID_BIDIRECTIONAL_HERE),
+        (CAUSVID_ODE, CAUSVID_ODE_HERE),
+        (LONGLIVE, LONGLIVE_HERE),
+    ],
+    ids=["self_forcing", "hiar", "causvid", "causvid_warped", "causvid_bidirectional", "causvid_ode", "longlive"],
 )
 def test_every_key_of_an_original_file(tmp_path, theirs, here, capsys):
     config = load_config(write(tmp_path, theirs))
@@ -251,6 +330,9 @@ def test_every_key_of_an_original_file(tmp_path, theirs, here, capsys):
         ("height", 96, "video.height", 96),
         ("width", 160, "video.width", 160),
         ("gradient_accumulation_steps", 4, "train.total_batch_size", 4),
+        ("generator_task", "bidirectional_video", "rollout.schedule", "bidirectional"),
+        ("causal", False, "rollout.schedule", "bidirectional"),
+        ("backward_simulation", True, "distill.backward_simulation", True),
         ("denoising_step_list", [1000, 500], "rollout.denoising_step_list", pytest.approx([1000, 500])),
     ],
 )
@@ -299,8 +381,10 @@ def test_all_unknown_keys_are_reported_at_once(tmp_path):
 @pytest.mark.parametrize(
     ("key", "value", "fragment"),
     [
-        ("generator_task", "bidirectional_video", "bidirectional generators are not supported"),
-        ("causal", False, "bidirectional generators are not supported"),
+        ("generator_task", "image", "choose from causal_video, bidirectional_video"),
+        ("generator_task", "bidirectional_video", "disagree"),
+        ("causal", False, "disagree"),
+        ("backward_simulation", "maybe", "choose from true, false"),
         ("num_train_timestep", 500, "only 1000"),
         ("denoising_loss_type", "x0", "only flow"),
         ("ts_schedule", True, "only False"),
@@ -327,11 +411,10 @@ def test_a_value_that_cannot_be_honoured(tmp_path, key, value, fragment):
     assert fragment in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("key", ["backward_simulation", "streaming_training"])
-def test_what_only_training_needs_does_not_stop_inference(tmp_path, key, monkeypatch, capsys):
-    path = write(tmp_path, SELF_FORCING | {key: key != "backward_simulation"})
+def test_what_only_training_needs_does_not_stop_inference(tmp_path, monkeypatch, capsys):
+    path = write(tmp_path, SELF_FORCING | {"streaming_training": True})
     load_config(path)
-    assert f"inference only: {key}" in capsys.readouterr().err
+    assert "inference only: streaming_training" in capsys.readouterr().err
     monkeypatch.setattr(sys, "argv", ["train.py", "--config_path", path, "--dry-run"])
     with pytest.raises(SystemExit):
         train.main()
@@ -360,7 +443,7 @@ def test_flags_of_a_file_fill_in_the_command_line(tmp_path, monkeypatch):
     assert (args.data_path, args.output_folder, args.num_samples) == (None, "x", 1)
 
 
-@pytest.mark.parametrize("theirs", [SELF_FORCING, HIAR, CAUSVID, LONGLIVE])
+@pytest.mark.parametrize("theirs", [SELF_FORCING, HIAR, CAUSVID, CAUSVID_BIDIRECTIONAL, CAUSVID_ODE, LONGLIVE])
 def test_a_converted_file_is_the_same_configuration(tmp_path, theirs, monkeypatch, capsys):
     path, output = write(tmp_path, theirs), tmp_path / "ours.yaml"
     monkeypatch.setattr(sys, "argv", ["convert_config.py", path, str(output)])
