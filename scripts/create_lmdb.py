@@ -22,7 +22,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_path", type=Path, required=True, help="folder of .pt or .safetensors files")
     parser.add_argument("--lmdb_path", type=Path, required=True, help="new folder")
-    parser.add_argument("--shards", type=int, default=1, help="number of LMDBs to spread the entries over")
+    parser.add_argument(
+        "--shards", "--num_shards", type=int, default=1, help="number of LMDBs to spread the entries over"
+    )
     args = parser.parse_args()
     require_range(args, 1, MAX_COUNT, "shards")
     if args.lmdb_path.exists():

@@ -1,8 +1,10 @@
-"""Encode clips of the miniature world to latents, so that training the DiT needs no VAE encoder.
+"""Encode video clips, or clips of the miniature world, to latents, so that training the DiT needs no VAE encoder.
 
-python scripts/encode_clips.py --base data/shapes-wan --output runs/shapes/clips --num_clips 2048 --num_frames 21
+python scripts/encode_clips.py --base wan_models/Wan2.1-T2V-1.3B-Diffusers --videos clips --output latents
+python scripts/encode_clips.py --base data/shapes-wan --num_clips 2048 --output runs/shapes/clips
 
-Finished shards are kept, so the same command resumes. Under torchrun the ranks share the work.
+Videos without a caption, and broken or short videos, are left out and listed at the end. Finished shards are kept, so
+the same command resumes. Under torchrun the ranks share the work.
 """
 
 import argparse
@@ -14,38 +16,67 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from model.weights import ModelDirectory
 from shapes import world
+from trainer.datasets.clips import shard_files
 from trainer.datasets.encode import encode_clips
+from trainer.datasets.encode_videos import encode_videos
 from utils.arguments import MAX_COUNT, require_range
 from utils.device import pick_device
-from utils.errors import command
+from utils.distributed import world_size
+from utils.errors import UserError, command
 from utils.files import writable_folder
 from utils.locks import lock_output
 
 
-@command
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
+    """Parse and check the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default="data/shapes-wan", help="model directory whose VAE encodes")
-    parser.add_argument("--output", required=True, help="folder for the shards")
-    parser.add_argument("--num_clips", type=int, default=2048, help="number of clips")
+    parser.add_argument("--output", "--output_latent_folder", required=True, help="folder for the shards")
+    parser.add_argument("--videos", "--input_video_folder", type=Path, help="folder of videos")
+    parser.add_argument(
+        "--captions", "--info_path", type=Path, help="JSON or CSV; default: captions.json or a .txt beside each video"
+    )
+    parser.add_argument("--fps", type=float, help="frames per second; default: 16. Other videos are resampled")
+    parser.add_argument("--num_clips", type=int, help="number of clips of the miniature world; default: 2048")
     parser.add_argument("--num_frames", type=int, default=21, help="latent frames per clip")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the clips")
+    parser.add_argument("--seed", type=int, help="seed of the miniature world's clips; default: 0")
     parser.add_argument("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu")
     args = parser.parse_args()
     require_range(args, 1, MAX_COUNT, "num_clips")
     require_range(args, 1, 25_000, "num_frames")
     require_range(args, 0, math.inf, "seed")
+    require_range(args, 0.1, 999, "fps")
+    unused = ("num_clips", "seed") if args.videos else ("captions", "fps")
+    if given := [name for name in unused if getattr(args, name) is not None]:
+        raise UserError(f"--{given[0]} {'is for the miniature world, not for' if args.videos else 'needs'} --videos")
+    return args
+
+
+@command
+def main() -> None:
+    args = parse_arguments()
     folder = writable_folder(args.output)
-    clips = [world.sample_clip(args.seed, index) for index in range(args.num_clips)]
+    directory, device = ModelDirectory.open(args.base), pick_device(args.device)
     with lock_output(folder, "encoding clips in"):
-        encode_clips(
-            [clip.scene.caption for clip in clips],
-            lambda index: world.to_pixels(world.render(clips[index], 4 * (args.num_frames - 1) + 1)),
-            args.num_frames,
-            folder,
-            ModelDirectory.open(args.base),
-            pick_device(args.device),
-        )
+        if not args.videos:
+            clips = [world.sample_clip(args.seed or 0, index) for index in range(args.num_clips or 2048)]
+            num_frames = 4 * (args.num_frames - 1) + 1
+            encode_clips(
+                [clip.scene.caption for clip in clips],
+                lambda index: world.to_pixels(world.render(clips[index], num_frames)),
+                args.num_frames,
+                folder,
+                directory,
+                device,
+            )
+            return
+        fps = args.fps or 16
+        total, left_out = encode_videos(args.videos, args.captions, args.num_frames, fps, folder, directory, device)
+        for name, reason in left_out.items():
+            print(f"left out: {name}: {reason}")
+        if world_size() == 1 and not shard_files(folder):
+            raise UserError(f"none of the {total} videos in {args.videos} is encoded; the reasons are above")
+        print(f"{total} videos, {len(left_out)} left out; latents in {folder}")
 
 
 if __name__ == "__main__":

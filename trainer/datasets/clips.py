@@ -1,7 +1,8 @@
 """Reads and writes encoded training clips: latents with their captions.
 
-A data set is a folder of shards (.safetensors, ours) or LMDBs of clips (trainer/datasets/lmdb.py). A shard holds
-`latents` [N, F, C, h, w] in float16; its metadata entry `clips` is JSON with N captions and a fingerprint of the VAE.
+A data set is a folder of shards (.safetensors, ours), of LMDBs (trainer/datasets/lmdb.py), or of CausVid's .pt files
+{prompt: latents [1, F, C, h, w]}. A shard holds `latents` [N, F, C, h, w] in float16. Its metadata entry `clips` is
+JSON with N captions, a fingerprint of the VAE, and, for video files, their names and the names of those left out.
 """
 
 import bisect
@@ -17,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from trainer.datasets.lmdb import open_latent_lmdb
-from trainer.datasets.ode_pairs import TrajectoryStore
+from trainer.datasets.ode_pairs import PairFolder, TrajectoryStore
 from utils.errors import UserError
 from utils.files import atomic_path
 
@@ -34,7 +35,7 @@ class Clips(Protocol):
 
 
 def open_clips(folder: str) -> Clips:
-    """Open a folder of shards, an LMDB of clips, or a folder of such LMDBs.
+    """Open a folder of shards, an LMDB of clips, a folder of such LMDBs, or a folder of CausVid's .pt files.
 
     LMDBs of ODE pairs are refused: a trajectory's end is a teacher sample, not data, and may not even be clean.
 
@@ -44,19 +45,23 @@ def open_clips(folder: str) -> Clips:
     if not folder:
         raise UserError("no encoded clips: set data.path to a folder that scripts/encode_clips.py wrote")
     path = Path(folder)
-    lmdb = None if shard_files(path) else open_latent_lmdb(path)
-    if lmdb is None:
+    if shard_files(path):
         return ClipShards(path)
-    if lmdb.shape[0] > 1:
+    stored: TrajectoryStore | None = open_latent_lmdb(path)
+    if stored is None:
+        if not any(path.glob("*.pt")):
+            return ClipShards(path)
+        stored = PairFolder(path)
+    if stored.shape[0] > 1:
         raise UserError(
-            f"{folder} holds ODE pairs (trajectories of {lmdb.shape[0]} points), not clips; set data.path to output "
+            f"{folder} holds ODE pairs (trajectories of {stored.shape[0]} points), not clips; set data.path to output "
             "of scripts/encode_clips.py or an LMDB of clips"
         )
-    return LMDBClips(lmdb)
+    return SinglePointClips(stored)
 
 
-class LMDBClips:
-    """The clips of LMDBs, which are stored as trajectories of one point."""
+class SinglePointClips:
+    """The clips of LMDBs or .pt files, which are read as trajectories of one point."""
 
     def __init__(self, trajectories: TrajectoryStore):
         self.captions = trajectories.prompts
@@ -114,22 +119,26 @@ def shard_files(folder: Path) -> list[Path]:
     return sorted(file for file in folder.glob("*.safetensors") if not file.name.startswith("."))
 
 
-def write_shard(path: Path, latents: Tensor, captions: Sequence[str], vae: str = "") -> None:
-    """Write clips [N, F, C, h, w] with N captions and the VAE's fingerprint to one shard, atomically."""
+def write_shard(path: Path, latents: Tensor, captions: Sequence[str], vae: str = "", **metadata: Any) -> None:
+    """Write clips [N, F, C, h, w] with N captions and the VAE's fingerprint to one shard, atomically.
+
+    Args:
+        metadata: further entries, which training does not read.
+    """
     with atomic_path(path) as temporary:
         # safetensors writes several metadata entries in random order; one entry keeps the file's bytes reproducible.
-        metadata = {"clips": json.dumps({"captions": list(captions), "vae": vae})}
-        save_file({"latents": latents.half().contiguous()}, temporary, metadata)
+        clips = json.dumps({"captions": list(captions), "vae": vae, **metadata})
+        save_file({"latents": latents.half().contiguous()}, temporary, {"clips": clips})
 
 
-def is_shard_of(path: Path, num_frames: int, captions: Sequence[str], vae: str) -> bool:
-    """Return whether `path` holds clips of `num_frames` latent frames with these captions, encoded by this VAE."""
+def shard_metadata(path: Path, num_frames: int) -> dict[str, Any] | None:
+    """Return the metadata of a shard, or None if `path` is no shard of clips of `num_frames` latent frames."""
     try:
         with safe_open(path, framework="pt") as shard:
             frames, metadata = shard.get_slice("latents").get_shape()[1], json.loads(shard.metadata()["clips"])
-            return frames == num_frames and metadata == {"captions": list(captions), "vae": vae}
+            return metadata if frames == num_frames and isinstance(metadata, dict) else None
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):
-        return False
+        return None
 
 
 @contextlib.contextmanager

@@ -128,10 +128,9 @@ def open_ode_pairs(folder: str, sigmas: Sequence[float], num_points: int) -> ODE
     path = Path(folder)
     if not folder or not path.is_dir():
         raise UserError(f"no ODE pairs in {folder or 'data.path'}; generate them with scripts/generate_ode_pairs.py")
-    lmdb = open_latent_lmdb(path)
-    if lmdb is not None and lmdb.shape[0] == 1:
+    trajectories: TrajectoryStore = open_latent_lmdb(path) or PairFolder(path)
+    if trajectories.shape[0] == 1:
         raise UserError(f"{folder} holds clips, not ODE pairs; use it with train.objective=flow_matching")
-    trajectories: TrajectoryStore = PairFolder(path) if lmdb is None else lmdb
     levels = list(sigmas) or read_sigmas(path)
     if levels is None or len(levels) != trajectories.shape[0]:
         raise UserError(
@@ -189,7 +188,7 @@ class PairFolder:
 
 
 def load_pair(file: Path) -> tuple[str, Tensor]:
-    """Return the prompt and the trajectory [P, F, C, h, w] of a .pt file.
+    """Return the prompt and the trajectory [P, F, C, h, w] of a .pt file; a clip is a trajectory of one point.
 
     The file is memory-mapped, so only the points that the caller touches are read.
 
@@ -198,6 +197,8 @@ def load_pair(file: Path) -> tuple[str, Tensor]:
     """
     try:
         [(prompt, trajectory)] = torch.load(file, weights_only=True, map_location="cpu", mmap=True).items()
+        if trajectory.ndim == 5:  # the latents of one clip, as CausVid writes them
+            return prompt, trajectory[:1]
         _, _, _, _, _, _ = trajectory.shape
         return prompt, trajectory[0]
     # torch.load raises any of these for a corrupt file.

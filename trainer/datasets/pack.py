@@ -47,7 +47,10 @@ def _read_folder(folder: Path) -> tuple[list[str], tuple[int, ...], Iterator[Ten
     """Return the prompts, the shape of one entry, and an iterator that reads the entries one by one."""
     if not shard_files(folder):
         pairs = PairFolder(folder)
-        return pairs.prompts, pairs.shape, (pairs.read(index) for index in range(len(pairs.prompts)))
+        rows = (pairs.read(index) for index in range(len(pairs.prompts)))
+        if pairs.shape[0] == 1:  # clips
+            return pairs.prompts, pairs.shape[1:], (row[0] for row in rows)
+        return pairs.prompts, pairs.shape, rows
     if any(folder.glob("*.pt")):
         raise UserError(f"{folder} holds both clips (.safetensors) and ODE pairs (.pt); move them to separate folders")
     clips = ClipShards(folder)
