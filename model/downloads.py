@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
-from huggingface_hub import HfApi, ModelInfo, hf_hub_download, snapshot_download
+from huggingface_hub import DatasetInfo, HfApi, ModelInfo, hf_hub_download, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 
 from utils.download_lock import DownloadLock, check_download, hash_files, lock_path, read_lock, write_lock
@@ -19,12 +19,19 @@ from utils.files import writable_folder
 
 @dataclass(frozen=True)
 class Download:
-    """A model folder (`file` is None) or one file of a repository, and its destination."""
+    """A folder of files (`file` is None) or one file of a repository, and its destination."""
 
     repo: str
     destination: str
     license: str
     file: str | None = None
+    patterns: tuple[str, ...] = ()  # of the folder's files; default: `MODEL_FILES`
+    repo_type: str = "model"  # or "dataset"
+
+    @property
+    def page(self) -> str:
+        """The address of the repository."""
+        return f"https://huggingface.co/{'datasets/' if self.repo_type == 'dataset' else ''}{self.repo}"
 
 
 _WAN = "Apache-2.0"
@@ -41,6 +48,10 @@ DOWNLOADS = {
     ),
     "ode-init": Download("gdhe17/Self-Forcing", "ckpts/ode_init.pt", _SELF_FORCING, "checkpoints/ode_init.pt"),
     "causvid": Download("tianweiy/CausVid", "ckpts/causvid.pt", _UNKNOWN, "autoregressive_checkpoint/model.pt"),
+    "mixkit-latents": Download(
+        "tianweiy/CausVid", "data/mixkit_latents_lmdb/data.mdb", _UNKNOWN, "mixkit_latents_lmdb/data.mdb"
+    ),
+    "mixkit-ode": Download("tianweiy/CausVid", "data/mixkit_ode_lmdb/data.mdb", _UNKNOWN, "mixkit_ode_lmdb/data.mdb"),
     # Public guides give different subfolders for the prompts, so the file is searched by its name.
     "prompts": Download(
         "gdhe17/Self-Forcing", "prompts/vidprom_filtered_extended.txt", _SELF_FORCING, "*vidprom_filtered_extended.txt"
@@ -74,10 +85,11 @@ def fetch_weights(download: Download, root: Path, revision: str | None = None) -
     if complete and revision in (None, lock.revision if lock else None):
         check_download(target)
         return target
-    with _hub_errors(f"https://huggingface.co/{download.repo}", revision):
+    with _hub_errors(download.page, revision):
         # Request the revision first: without network, snapshot_download would return an incomplete folder.
         wanted = revision or (lock.revision if lock else None)
-        repo = HfApi().model_info(download.repo, revision=wanted, files_metadata=True)
+        repo = HfApi().repo_info(download.repo, revision=wanted, repo_type=download.repo_type, files_metadata=True)
+        assert isinstance(repo, (ModelInfo, DatasetInfo))
         if lock is not None and repo.sha != lock.revision:
             raise UserError(
                 f"{lock_path(target)} pins revision {lock.revision}, but {wanted} is {repo.sha}; to change it, delete "
@@ -86,19 +98,18 @@ def fetch_weights(download: Download, root: Path, revision: str | None = None) -
         return _download(download, target, repo, lock)
 
 
-def _download(download: Download, target: Path, repo: ModelInfo, lock: DownloadLock | None) -> Path:
+def _download(download: Download, target: Path, repo: ModelInfo | DatasetInfo, lock: DownloadLock | None) -> Path:
     """Download one revision and compare its files with the hub's hashes and the lock file, or write the lock file."""
     hashes = {file.rfilename: file.lfs.sha256 if file.lfs else None for file in repo.siblings or ()}
-    patterns = MODEL_FILES if download.file is None else [download.file]
+    patterns = list(download.patterns) or MODEL_FILES if download.file is None else [download.file]
     names = [name for name in hashes if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
     if not names:
-        page = f"https://huggingface.co/{download.repo}"
-        raise UserError(
-            f"{page} has no file {download.file or ', '.join(patterns)}; look for its new name on that page"
-        )
+        raise UserError(f"{download.page} has no file {', '.join(patterns)}; look for its new name on that page")
     if download.file is None:
         folder = writable_folder(target)
-        snapshot_download(download.repo, revision=repo.sha, local_dir=target, allow_patterns=MODEL_FILES)
+        snapshot_download(
+            download.repo, revision=repo.sha, repo_type=download.repo_type, local_dir=target, allow_patterns=patterns
+        )
     else:
         # hf_hub_download keeps the path inside the repository, so a single file is moved afterwards.
         folder, names = target.parent / f".{target.name}.download", names[:1]

@@ -3,8 +3,8 @@
 python scripts/write_shapes_clips.py --output outputs/shapes --num_clips 16 --num_frames 81
 python scripts/write_shapes_clips.py --output runs/shapes --num_clips 400 --captions_only
 
-Writes 00000.mp4, 00001.mp4, ... and captions.txt with line i for clip i. Training renders clips on the fly and does not
-need these files.
+Writes 00000.mp4, 00001.mp4, ..., their captions in captions.json, and captions.txt with line i for clip i. Training
+renders clips on the fly and does not need these files; scripts/encode_clips.py --videos reads them.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from tqdm import tqdm
 from shapes import world
 from utils.arguments import MAX_COUNT, require_range
 from utils.errors import command
-from utils.files import writable_folder, write_text
+from utils.files import writable_folder, write_json, write_text
 from utils.video import VideoWriter
 
 
@@ -41,6 +41,7 @@ def main() -> None:
     write_text(folder / "captions.txt", "".join(clip.scene.caption + "\n" for clip in clips))
     if args.captions_only:
         return
+    write_json(folder / "captions.json", {f"{index:05d}.mp4": clip.scene.caption for index, clip in enumerate(clips)})
     for index, clip in enumerate(tqdm(clips, unit="clip")):
         with VideoWriter(folder / f"{index:05d}.mp4", fps=world.FPS) as video:
             video.write(world.render(clip, args.num_frames))

@@ -25,6 +25,7 @@ from scripts import (
     pipeline_parallel_inference,
     plan_pipeline,
     plot_metrics,
+    process_videos,
     random_transformer,
     sample_teacher,
     write_shapes_clips,
@@ -35,6 +36,7 @@ CONFIG, OUT = "--config_path {config}", "{tmp}/out"
 INFER = f"{CONFIG} --prompt a --output_folder {OUT}"
 TEACHER = f"{CONFIG} --data_path {{prompts}} --output_folder {OUT}"
 PAIRS = f"{CONFIG} --caption_path {{prompts}} --output_folder {OUT}"
+PROCESS = f"--input_dir {{tmp}}/videos --output_dir {OUT}"
 PLAN = f"{CONFIG} --denoise 1 --context 1 --decode 1"
 # command, good arguments, flag, bad values
 NUMBERS = [
@@ -79,6 +81,16 @@ NUMBERS = [
     (encode_clips, f"--output {OUT}", "num_clips", (WORD, NEGATIVE, ZERO, HUGE)),
     (encode_clips, f"--output {OUT}", "num_frames", (WORD, NEGATIVE, ZERO, HUGE)),
     (encode_clips, f"--output {OUT}", "seed", (WORD, NEGATIVE)),
+    (encode_clips, f"--videos {{tmp}}/videos --output {OUT}", "fps", (WORD, NEGATIVE, ZERO, "nan", HUGE)),
+    (process_videos, PROCESS, "num_frames", (WORD, NEGATIVE, ZERO, HUGE, "6")),
+    (process_videos, PROCESS, "height", (WORD, NEGATIVE, ZERO, HUGE, "40")),
+    (process_videos, PROCESS, "width", (WORD, NEGATIVE, ZERO, HUGE, "40")),
+    (process_videos, PROCESS, "fps", (WORD, NEGATIVE, ZERO, "nan", HUGE)),
+    (process_videos, PROCESS, "aspect_tolerance", (WORD, NEGATIVE, "nan")),
+    (process_videos, PROCESS, "crf", (WORD, NEGATIVE, "52")),
+    (process_videos, PROCESS, "num_workers", (WORD, NEGATIVE, ZERO, HUGE)),
+    (process_videos, f"{PROCESS} --shard 0", "num_shards", (WORD, NEGATIVE, ZERO, HUGE)),
+    (process_videos, f"{PROCESS} --num_shards 2", "shard", (WORD, NEGATIVE, "2")),
     (evaluate_vae, "--base {model}", "num_clips", (WORD, NEGATIVE, ZERO, HUGE)),
     (evaluate_vae, "--base {model}", "num_frames", (WORD, NEGATIVE, ZERO, HUGE, "6")),
     (evaluate_vae, "--base {model}", "seed", (WORD, NEGATIVE)),
@@ -143,6 +155,8 @@ FILES = [
     (generate_ode_pairs, f"{CONFIG} --output_folder {OUT}", "caption_path", ".txt", NOT_TEXT),
     (encode_prompts, f"{CONFIG} model.text_cache={OUT}", "data_path", ".txt", NOT_TEXT),
     (encode_clips, f"--output {OUT} --num_clips 1", "base", "", ALL),
+    (encode_clips, f"--base {{model}} --output {OUT}", "videos", "", ALL),
+    (process_videos, f"--output_dir {OUT}", "input_dir", "", ALL),
     (evaluate_vae, "", "base", "", ALL),
     (random_transformer, f"--output {OUT}", "base", "", ALL),
     (create_lmdb, f"--lmdb_path {OUT}", "data_path", "", ALL),
@@ -167,6 +181,7 @@ OUTPUTS = [
     (sample_teacher, f"{CONFIG} --data_path {{prompts}}", "output_folder", ""),
     (generate_ode_pairs, f"{CONFIG} --caption_path {{prompts}}", "output_folder", ""),
     (encode_clips, "--num_clips 1", "output", ""),
+    (process_videos, "--input_dir {tmp}", "output_dir", ""),
     (write_shapes_clips, "--num_clips 1", "output", ""),
     (random_transformer, "", "output", ""),
     (create_lmdb, "--data_path {tmp}", "lmdb_path", ""),
@@ -230,6 +245,9 @@ def test_bad_outputs(world, tmp_path, refuse, module, good, flag, suffix, place)
         (evaluate.main, "{tmp}/none", "no folder"),
         (evaluate.main, "{tmp}", "no videos"),
         (compare_videos.main, "{tmp}/none {tmp}/nothing", ""),
+        (process_videos.main, f"{PROCESS} --shard 1", "belong together"),
+        (encode_clips.main, f"--output {OUT} --captions x.json", "--captions needs --videos"),
+        (encode_clips.main, f"--output {OUT} --videos x --num_clips 1", "not for --videos"),
         (convert_checkpoint.main, f"--input {{model}} --output {OUT} --to nope", "invalid choice"),
     ],
 )

@@ -6,7 +6,12 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-LFS_SUFFIXES = (".safetensors", ".pt", ".pth")
+import huggingface_hub.constants
+import pytest
+
+from model import downloads
+
+LFS_SUFFIXES = (".safetensors", ".pt", ".pth", ".tar")
 
 
 class Hub:
@@ -18,8 +23,8 @@ class Hub:
         requests: paths of all requests so far.
     """
 
-    def __init__(self, repo: str):
-        self.repo = repo
+    def __init__(self, repo: str, repo_type: str = "model"):
+        self.repo, self.repo_type = repo, repo_type
         self.revisions: dict[str, dict[str, bytes]] = {}
         self.branches: dict[str, str] = {}
         self.requests: list[str] = []
@@ -46,6 +51,14 @@ class Hub:
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
 
+    def redirect_huggingface(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Make huggingface_hub request its pages from this server."""
+        url = self.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", self.url)
+        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", url)
+        monkeypatch.setattr(downloads, "HfApi", lambda: huggingface_hub.HfApi(endpoint=self.url))
+
     def close(self) -> None:
         self._server.shutdown()
         self._server.server_close()
@@ -60,6 +73,8 @@ class Hub:
 
     def _answer(self, path: str) -> tuple[int, dict[str, str], bytes]:
         api, pages = f"/api/models/{self.repo}", f"/{self.repo}/resolve/"
+        if self.repo_type == "dataset":
+            api, pages = f"/api/datasets/{self.repo}", f"/datasets{pages}"
         if path == api or path.startswith((f"{api}/revision/", f"{api}/tree/")):
             name = path.removeprefix(api).rpartition("/")[2] or "main"
             sha = self.branches.get(name, name)

@@ -3,7 +3,6 @@
 import json
 import os
 
-import huggingface_hub.constants
 import pytest
 import torch
 from hub_server import Hub
@@ -32,12 +31,7 @@ def hub(monkeypatch):
     """A hub with one commit of the repository lab/model."""
     hub = Hub("lab/model")
     hub.commit(config_json=CONFIG, part__w_safetensors=WEIGHTS, other_bin=b"not wanted", some__prompts_txt=b"a cat\n")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
-    monkeypatch.setattr(
-        huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-    )
-    monkeypatch.setattr(downloads, "HfApi", lambda: huggingface_hub.HfApi(endpoint=hub.url))
+    hub.redirect_huggingface(monkeypatch)
     for name, item in {"folder": FOLDER, "file": FILE, "prompts": PROMPTS}.items():
         monkeypatch.setitem(downloads.DOWNLOADS, name, item)
     yield hub

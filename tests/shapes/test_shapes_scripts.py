@@ -45,8 +45,10 @@ def names(folder: Path) -> list[str]:
 
 def test_written_clips_and_captions_match_the_world(tmp_path, call):
     assert call(write_shapes_clips, "--output", tmp_path, "--num_clips", 2, "--num_frames", 5, "--seed", 4)[0] == 0
-    assert names(tmp_path) == ["00000.mp4", "00001.mp4", "captions.txt"]
+    assert names(tmp_path) == ["00000.mp4", "00001.mp4", "captions.json", "captions.txt"]
     clips = [world.sample_clip(4, index) for index in range(2)]
+    by_name = json.loads((tmp_path / "captions.json").read_text())
+    assert by_name == {f"0000{index}.mp4": clip.scene.caption for index, clip in enumerate(clips)}
     assert (tmp_path / "captions.txt").read_text().splitlines() == [clip.scene.caption for clip in clips]
     frames, fps = read_video(tmp_path / "00001.mp4")
     assert fps == world.FPS and frames.shape == (5, 64, 64, 3)
