@@ -191,6 +191,20 @@ def rollout_sigmas(rollout: RolloutConfig) -> list[float]:
     return step_sigmas(rollout.denoising_step_list, rollout.warp_denoising_step, rollout.timestep_shift)
 
 
+def nearest_lengths(rollout: RolloutConfig, num_frames: int, prefix_frames: int) -> list[int]:
+    """Return an empty list if a video can have this length; else the nearest lengths that work, in latent frames.
+
+    The generated frames must fill whole blocks. After a prefix, the last block may be short.
+    """
+    layout = block_layout(rollout, num_frames, prefix_frames)
+    block, generated = layout.block_frames, num_frames - prefix_frames
+    if generated > 0 and (layout.is_whole or prefix_frames):
+        return []
+    first = int(layout.independent_first_frame and not prefix_frames)
+    lower = prefix_frames + first + max(1 - first, (generated - first) // block) * block
+    return list(dict.fromkeys([lower, lower + block]))
+
+
 def build_schedule(rollout: RolloutConfig, num_frames: int, prefix_frames: int = 0) -> Schedule:
     """Build the schedule of a video of `num_frames` latent frames, of which the prefix fills `prefix_frames`.
 
@@ -199,20 +213,16 @@ def build_schedule(rollout: RolloutConfig, num_frames: int, prefix_frames: int =
             block may be short. Also for a bidirectional schedule with a prefix.
     """
     layout = block_layout(rollout, num_frames, prefix_frames)
-    block, generated = layout.block_frames, num_frames - prefix_frames
-    first = int(layout.independent_first_frame and not prefix_frames)
     if rollout.schedule == "bidirectional" and prefix_frames:
         raise UserError(
             "rollout.schedule=bidirectional cannot continue an image or a clip: the network has one noise level per "
             "video; use block_first or timestep_first with a causal generator"
         )
-    if generated <= 0 or not (layout.is_whole or prefix_frames):
-        lower = prefix_frames + first + max(1 - first, (generated - first) // block) * block
-        choices = " or ".join(str(n) for n in dict.fromkeys([lower, lower + block]))
+    if lengths := nearest_lengths(rollout, num_frames, prefix_frames):
         after = f" after a prefix of {prefix_frames}" if prefix_frames else ""
         raise UserError(
             f"{num_frames} latent frames{after} cannot be divided into {describe_blocks(rollout)}; "
-            f"the nearest valid --num_output_frames: {choices}"
+            f"the nearest valid --num_output_frames: {' or '.join(map(str, lengths))}"
         )
     try:
         return Schedule(

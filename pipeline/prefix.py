@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -54,10 +55,24 @@ def read_prefix(path: str, config: Config, vae: WanVAE) -> Tensor:
                 f"{path} fills all {video.num_output_frames} latent frames of the video; "
                 "cut it shorter, or raise --num_output_frames"
             )
+    return encode_prefix(frames, config, vae, path)
+
+
+def encode_prefix(frames: np.ndarray, config: Config, vae: WanVAE, source: str) -> Tensor:
+    """Encode the frames of a prefix, fitted to the video's size and cut to 4n+1, as `read_prefix` returns them.
+
+    Args:
+        frames: uint8 [T, H, W, 3], at the video's frame rate.
+        source: origin of the frames, for error messages.
+
+    Raises:
+        UserError: if the VAE returns NaN.
+    """
     stride = vae.temporal_stride
     frames = frames[: (len(frames) - 1) // stride * stride + 1]
+    video = config.video
     pixels = torch.from_numpy(resize_and_crop(frames, video.height, video.width).copy()).permute(0, 3, 1, 2)[None]
     latents = vae.encode(pixels.float() / 127.5 - 1).cpu().contiguous()  # torch.distributed sends contiguous tensors
     if not is_finite(latents):
-        raise UserError(f"{path} is encoded to NaN or infinity by the VAE; try model.dtype=float32")
+        raise UserError(f"{source} is encoded to NaN or infinity by the VAE; try model.dtype=float32")
     return latents

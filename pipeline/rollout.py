@@ -144,6 +144,7 @@ class Rollout:
         self.caches: dict[int, Cache] = {}
         self._free_caches: list[Cache] = []
         self._finished: list[tuple[int, Tensor]] = []  # not yielded yet
+        self._next_block = layout.prefix_blocks  # the first block that is not yielded
         self._last_block: dict[int, int] = {}  # of each cache: the block of its last op
 
     def run(self, ops: Iterable[Op], caches: Iterable[int]) -> Iterator[tuple[int, Tensor]]:
@@ -159,6 +160,8 @@ class Rollout:
             self.execute(op)
             self.on_op(op)
             yield from self._finished
+            if self._finished:
+                self._next_block = self._finished[-1][0] + 1
             self._finished.clear()
             if last_use.get(op.cache) == index:
                 self._release_cache(op.cache)
@@ -177,6 +180,22 @@ class Rollout:
             case WriteThenDenoise():
                 self._write_then_denoise(op, cache)
         self._drop_passed_blocks(op)
+
+    def replace_latents(self, block: int, latents: Tensor) -> None:
+        """Replace the latents of a block that `on_op` reports as just denoised, at the block's noise index.
+
+        Later steps and context writes of the block use the new latents. If the block is finished, so does the result.
+        A clean context that is written before the last step still holds the x0 that the network predicted.
+        """
+        state = self.blocks[block]
+        state.x = latents.to(state.x)
+        if state.noise_index == self.num_steps:
+            state.x0 = state.x
+            self._finished = [(b, state.x if b == block else result) for b, result in self._finished]
+
+    def unfinished_blocks(self) -> list[Tensor]:
+        """Return the latents [B, F, C, h, w] of the blocks that have started but were not yielded, in order."""
+        return [self.blocks[block].x for block in sorted(self.blocks) if block >= self._next_block]
 
     # ---- Ops ----
 

@@ -147,12 +147,15 @@ def elsewhere(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def test_the_examples_of_the_page_run(elsewhere):
+def test_the_examples_of_the_page_run(elsewhere, monkeypatch):
     names: dict = {}
     examples = re.findall(r"```python\n(.*?)```", (ROOT / "docs/api.md").read_text(), flags=re.DOTALL)
-    assert len(examples) == 6
+    assert len(examples) == 10
+    monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(elsewhere / "cache"))
+    monkeypatch.syspath_prepend(elsewhere / "cache")
     for example in examples:
         exec(example, names)
+    assert names["short"].frames.shape[2] == 9
     assert (elsewhere / "circle.mp4").exists() and (elsewhere / "circle.json").exists()
 
 
