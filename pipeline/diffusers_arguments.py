@@ -39,7 +39,9 @@ def apply_settings(config: Config, settings: Mapping[str, Any]) -> Config:
         raise ValueError(
             f"no setting {unknown[0]!r}: name keys of rollout and video in docs/config.md, or model.text_length"
         )
-    return override_config(config, [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in settings.items()])
+    return override_config(
+        config, [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in settings.items()]
+    )
 
 
 def settings_of(config: Config) -> dict[str, Any]:

@@ -80,6 +80,33 @@ def test_seed_and_sample_number_are_those_of_inference(pipe, text_to_video):
     torch.testing.assert_close(batch.transpose(1, 2), torch.stack(expected))
 
 
+@pytest.mark.parametrize(
+    ("settings", "arguments", "overrides"),
+    [
+        (
+            {"rollout.num_steps": 5, "rollout.schedule": "block_first"},
+            {"num_inference_steps": 2, "guidance_scale": 3.0, "negative_prompt": "dark"},
+            (
+                "rollout.num_steps=2",
+                "rollout.schedule=block_first",
+                "rollout.guidance_scale=3",
+                "teacher.negative_prompt=dark",
+            ),
+        ),
+        (
+            {"rollout.num_rollouts": 2, "rollout.overlap_frames": 3},
+            {},
+            ("rollout.num_rollouts=2", "rollout.overlap_frames=3"),
+        ),
+    ],
+    ids=["guidance", "repeated rollouts"],
+)
+def test_settings_are_those_of_text_to_video(world, settings, arguments, overrides):
+    expected = TextToVideo.load(str(world.config), *overrides, device="cpu", seed=3).generate(PROMPT, num_frames=6)
+    latents = latents_of(load(world, **settings), num_frames=21, **arguments)
+    assert torch.equal(latents[0].transpose(0, 1), expected.latents)
+
+
 def test_generators_determine_the_noise(pipe):
     def seeded(seed: int) -> torch.Generator:
         return torch.Generator().manual_seed(seed)
@@ -357,7 +384,7 @@ def test_the_progress_bar_counts_the_ops(pipe, text_to_video, capsys):
         ({"image": "a.png", "video": "b.mp4"}, "image or video, not both"),
         ({"output_type": "mp4"}, "output_type must be one of np, pil, pt, latent"),
         ({"negative_prompt": "blurry"}, "negative_prompt has no effect without guidance"),
-        ({"guidance_scale": 0.5}, "rollout.guidance_scale"),
+        ({"guidance_scale": float("inf")}, "rollout.guidance_scale"),
         ({"num_inference_steps": 50}, "num_inference_steps=50, but the generator is distilled to 4 steps"),
         ({"attention_kwargs": {"scale": 0.5}}, "scale of a LoRA, but none is loaded"),
         ({"attention_kwargs": {"mask": 1}}, r"only 'scale', not \['mask'\]"),
