@@ -14,7 +14,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundEr
 
 from utils.download_lock import DownloadLock, check_download, hash_files, lock_path, read_lock, write_lock
 from utils.errors import UserError
-from utils.files import writable_folder
+from utils.files import refuse_device, writable_folder
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,7 @@ def fetch_weights(download: Download, root: Path, revision: str | None = None) -
             lock file.
     """
     target = root / download.destination
+    refuse_device(target)
     lock = read_lock(target)
     if lock is not None and lock.repo != download.repo:
         raise UserError(f"{lock_path(target)} is of {lock.repo}, not {download.repo}; delete it and {target}")

@@ -33,7 +33,7 @@ from utils.config import Config
 from utils.config_checks import video_frames
 from utils.contact_sheet import ContactSheetSampler, save_contact_sheet
 from utils.errors import UserError
-from utils.files import partial_path, require_no_folder, write_json
+from utils.files import partial_path, refuse_device, require_no_folder, write_json
 from utils.locks import lock_file
 from utils.mp4 import is_complete_mp4
 from utils.prompts import Prompt
@@ -318,6 +318,7 @@ class LatentsWriter:
         self._frames = 0
 
     def __enter__(self) -> "LatentsWriter":
+        refuse_device(self.path)
         self._file = self._partial.open("xb")
         return self
 

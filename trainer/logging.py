@@ -13,7 +13,7 @@ from utils.config import Config
 from utils.config_checks import is_number
 from utils.distributed import rank
 from utils.errors import UserError
-from utils.files import open_own_file, writable_folder, write_text
+from utils.files import open_own_file, refuse_device, writable_folder, write_text
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -28,7 +28,7 @@ class MetricsLog:
                 have logged iterations after its last checkpoint.
 
         Raises:
-            UserError: if W&B cannot start.
+            UserError: if W&B cannot start, or the file is a pipe or a device.
         """
         self.path = logdir / METRICS_FILE
         self.train = config.train
@@ -39,6 +39,7 @@ class MetricsLog:
         self._wandb: Any = None
         if rank() > 0:
             return
+        refuse_device(self.path)  # reading it might not end
         if self.path.exists():
             keep = [line for line in read_metrics(self.path) if line["iteration"] <= iteration]
             write_text(self.path, "".join(json.dumps(line) + "\n" for line in keep))

@@ -31,17 +31,44 @@ def partial_path(path: Path) -> Path:
 
 
 def open_own_file(path: Path, mode: str) -> IO[Any]:
-    """Open a file for writing as `open` does, but never through a symbolic link.
+    """Open a file for writing as `open` does, but never through a symbolic link, and no pipe or device.
 
     Raises:
-        UserError: if `path` is a symbolic link.
+        UserError: if `path` is a symbolic link, a pipe, a device or a socket.
     """
     try:
-        return open(path, mode, opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666))
+        return open(path, mode, opener=_open_ordinary_file)
     except OSError as error:
+        if error.errno == errno.ENXIO:  # a socket, or a pipe without a reader
+            raise _not_ordinary(path) from None
         if error.errno != errno.ELOOP:
             raise
         raise UserError(f"{path} is a symbolic link, and would overwrite another file; delete the link") from None
+
+
+def _open_ordinary_file(path: str, flags: int) -> int:
+    file = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)  # O_NONBLOCK: do not wait for a pipe's reader
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        os.close(file)
+        raise _not_ordinary(path)
+    return file
+
+
+def _not_ordinary(path: str | Path) -> UserError:
+    return UserError(f"cannot write {path}: it is no ordinary file; move it or choose another name")
+
+
+def refuse_device(path: Path) -> None:
+    """Raise `UserError` if `path` is a pipe, a device or a socket, also through a symbolic link.
+
+    Atomic writes would replace it: as root, even /dev/full.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):
+        return
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise _not_ordinary(path)
 
 
 def _share(path: Path) -> None:
@@ -68,8 +95,10 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     Raises:
         OSError: if nothing was written to the temporary path, it cannot be renamed, or the disk is full. A full disk is
             reported with `path`, also if torch or safetensors raise errors of their own.
+        UserError: if `path` is a pipe or a device.
     """
     path = Path(path)
+    refuse_device(path)
     temporary = partial_path(path)
     try:
         yield temporary
@@ -135,9 +164,9 @@ def require_no_folder(path: Path) -> None:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it holds a null byte"
         raise UserError(f"cannot write {str(path)!r}: {reason}; choose another name") from None
-    if not stat.S_ISREG(mode):
-        kind = "a folder" if stat.S_ISDIR(mode) else "no ordinary file"
-        raise UserError(f"cannot write {path}: it is {kind}; move it or choose another name")
+    if stat.S_ISDIR(mode):
+        raise UserError(f"cannot write {path}: it is a folder; move it or choose another name")
+    refuse_device(path)
 
 
 def fingerprint(folder: Path, patterns: Iterable[str]) -> str:

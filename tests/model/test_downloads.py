@@ -135,6 +135,15 @@ def test_a_file_without_a_lock_file_is_kept(hub, tmp_path):
         fetch_weights(FILE, tmp_path, "main")
 
 
+def test_a_pipe_at_the_destination_is_refused(hub, tmp_path):
+    target = tmp_path / FILE.destination
+    target.parent.mkdir(parents=True, exist_ok=True)
+    os.mkfifo(target)
+    with pytest.raises(UserError, match="it is no ordinary file"):
+        fetch_weights(FILE, tmp_path)
+    assert target.is_fifo()
+
+
 def test_a_planted_link_at_the_staging_folder_is_refused(hub, tmp_path):
     (tmp_path / "ckpts").mkdir()
     (tmp_path / "valuable").mkdir()

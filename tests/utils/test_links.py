@@ -1,18 +1,26 @@
-"""utils/files.py: no file is written through a symbolic link planted at its name."""
+"""utils/files.py: nothing is written through a symbolic link planted at its name, and no pipe or device is replaced."""
 
+import os
+import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from evaluation.plots import save_timeline_plot
+from model.weight_files import save_weights
 from pipeline.output import LatentsWriter
+from trainer.datasets.clips import write_shard
+from trainer.datasets.ode_pairs import write_ode_pair
 from trainer.logging import MetricsLog
 from utils import files
 from utils.config import Config
+from utils.contact_sheet import save_contact_sheet
 from utils.errors import UserError
 from utils.files import open_own_file, partial_path, writable_folder, write_json, write_text
-from utils.locks import lock_folder
+from utils.locks import lock_file, lock_folder
 from utils.video import VideoWriter
 
 
@@ -109,6 +117,52 @@ def test_links_at_the_metrics_are_not_followed(folder, target):
     with pytest.raises(UserError, match=r"metrics\.jsonl is a symbolic link"):
         log.write(1, {"loss": 1.0})
     assert target.read_text() == ""
+
+
+def socket_file(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(os.path.relpath(path))  # the whole path may be too long
+
+
+SPECIAL_FILES: dict[str, Callable[[Path], None]] = {
+    "pipe": os.mkfifo,
+    "socket": socket_file,
+    "link to a device": lambda path: path.symlink_to("/dev/full"),
+    "link to a pipe": lambda path: (os.mkfifo(path.parent.parent / "pipe"), path.symlink_to("../pipe")),
+}
+FRAMES = np.zeros((2, 16, 16, 3), dtype=np.uint8)
+ALL_WRITERS: dict[str, Callable[[Path], object]] = WRITERS | {
+    "weights.pt": lambda path: save_weights(path, {"w": torch.zeros(1)}),
+    "weights.safetensors": lambda path: save_weights(path, {"w": torch.zeros(1)}),
+    "00000.pt": lambda path: write_ode_pair(path, "a", torch.zeros(2, 1, 4, 2, 2)),
+    "clips.safetensors": lambda path: write_shard(path, torch.zeros(1, 1, 4, 2, 2), ["a"]),
+    "sheet.png": lambda path: save_contact_sheet(path, [("a", FRAMES)]),
+    "timeline.png": lambda path: save_timeline_plot(path, [("rank 0", [("send", 0.0, 1.0)])]),
+    "file opened to write": lambda path: open_own_file(path, "wb"),
+    "file opened to append": lambda path: open_own_file(path, "a"),
+    "lock": lambda path: lock_file(path, "writing").__enter__(),
+    "metrics.jsonl": lambda path: MetricsLog(path.parent, Config(), 0).write(1, {"loss": 1.0}),
+}
+
+
+@pytest.mark.parametrize("kind", SPECIAL_FILES)
+@pytest.mark.parametrize("name", ALL_WRITERS)
+def test_pipes_and_devices_are_refused_and_stay(folder, name, kind):
+    SPECIAL_FILES[kind](folder / name)
+    mode, target = (folder / name).lstat().st_mode, (folder / name).stat().st_mode
+    with pytest.raises(UserError, match=f"{name} is a symbolic link|cannot write .*{name}: it is no ordinary file"):
+        ALL_WRITERS[name](folder / name)
+    assert ((folder / name).lstat().st_mode, (folder / name).stat().st_mode) == (mode, target)
+    assert [file.name for file in folder.iterdir()] == [name]
+
+
+def test_a_pipe_with_a_reader_is_refused_too(folder):
+    os.mkfifo(folder / "pipe")
+    reader = os.open(folder / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    with pytest.raises(UserError, match="it is no ordinary file"):
+        open_own_file(folder / "pipe", "a")
+    assert os.read(reader, 9) == b""
+    os.close(reader)
 
 
 def test_the_check_for_a_writable_folder_follows_no_link(folder, target, monkeypatch):
