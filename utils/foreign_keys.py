@@ -91,6 +91,8 @@ TABLE: dict[str, tuple[str, Convert] | Only | Flag | None] = {
     "inference_method": ("rollout.schedule", _SCHEDULES),
     "distribution_loss": ("rollout.schedule", _choice(timestep_forcing_dmd="timestep_first", dmd="block_first")),
     "num_frame_first_blocks": ("rollout.leading_blocks", _same),
+    "num_rollout": ("rollout.num_rollouts", _same),
+    "num_overlap_frames": ("rollout.overlap_frames", _same),
     "always_clean_context": ("rollout.context", _choice(true="clean", false="output")),
     "warp_denoising_step": ("rollout.warp_denoising_step", _same),
     "use_ode_trajectory": ("rollout.use_ode_trajectory", _same),

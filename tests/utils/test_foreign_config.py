@@ -322,6 +322,8 @@ def test_every_key_of_an_original_file(tmp_path, theirs, here, capsys):
         ("local_attn_size", -1, "rollout.window", 21),
         ("local_attn_size", 9, "rollout.window", 9),
         ("sink_size", 3, "rollout.sink", 3),
+        ("num_rollout", 4, "rollout.num_rollouts", 4),
+        ("num_overlap_frames", 6, "rollout.overlap_frames", 6),
         ("trainer", "ode", "train.objective", "ode_regression"),
         ("distillation_loss", "ode", "train.objective", "ode_regression"),
         ("mixed_precision", False, "train.dtype", "float32"),
