@@ -12,7 +12,7 @@ docs/config.md lists all configuration keys.
 
 import argparse
 
-from pipeline.command_line import check_arguments, requested_videos, resolve_config, shared_arguments
+from pipeline.command_line import check_arguments, requested_prefix, requested_videos, resolve_config, shared_arguments
 from utils.config_files import read_metadata
 from utils.distributed import rank, world_size
 from utils.errors import UserError, command
@@ -22,10 +22,6 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[shared_arguments()]
     )
-    parser.add_argument(
-        "--i2v", nargs="?", const="", metavar="PATH",
-        help="folder or JSON with an image per prompt, see docs/migrate.md; default: --data_path",
-    )  # fmt: skip
     parser.add_argument("--output_folder", metavar="FOLDER", help="folder for the videos")
     parser.add_argument("--batch_size", type=int, default=1, help="videos generated at once; equal up to rounding")
     parser.add_argument("--order", choices=["step_major", "diagonal"], help="same videos; diagonal writes blocks early")
@@ -58,7 +54,7 @@ def main() -> None:
         config,
         items[rank() :: world_size()],
         folder=args.output_folder,
-        prefix_path=args.image or args.video or (metadata or {}).get("prefix") or "",
+        prefix_path=requested_prefix(args, metadata),
         save_latents=args.save_latents,
         overwrite=args.overwrite,
         batch_size=args.batch_size,

@@ -76,6 +76,10 @@ class WanVAE:
         """Return a decoder for one video's latents, piece by piece and in order; see `StreamingDecoder`."""
         return StreamingDecoder(self, keep)
 
+    def stream_encoder(self) -> "StreamingEncoder":
+        """Return an encoder for one video's pixels, piece by piece and in order."""
+        return StreamingEncoder(self)
+
     def _cast(self, x: Tensor) -> Tensor:
         return x.to(self.net.device, self.net.dtype)
 
@@ -119,6 +123,36 @@ class StreamingDecoder:
             kept = decoded if self.latest is None else torch.cat([self.latest, decoded], dim=1)
             self.latest = kept[:, -self._keep :].clone()  # a view would keep all frames in memory
         return decoded
+
+
+class StreamingEncoder:
+    """Encodes one video piece by piece in constant memory, with the same result as `WanVAE.encode` of the whole.
+
+    Like the decoder, Wan's encoder is causal and keeps the last frames of every convolution's input.
+    """
+
+    def __init__(self, vae: WanVAE):
+        self._vae = vae
+        self._features: list[Tensor | None] | None = None
+
+    @torch.no_grad()
+    def push(self, pixels: Tensor) -> Tensor:
+        """Encode the next pixels [B, T, 3, H, W] in [-1, 1] and return their latents [B, F, C, h, w], float32.
+
+        The first piece of a video has 4n+1 pixel frames, each later one a multiple of 4.
+        """
+        vae, stride = self._vae.net, self._vae.temporal_stride
+        chunks = [stride] * (pixels.shape[1] // stride)
+        if self._features is None:
+            vae.clear_cache()
+            self._features = [None] * len(vae._enc_feat_map)
+            chunks = [1, *chunks]
+        assert sum(chunks) == pixels.shape[1], f"{pixels.shape[1]} pixel frames do not fill whole latent frames"
+        x = self._vae._cast(pixels).transpose(1, 2)
+        x = patchify(x, vae.config.patch_size) if vae.config.patch_size is not None else x
+        pieces = [vae.encoder(chunk, feat_cache=self._features, feat_idx=[0]) for chunk in x.split(chunks, dim=2)]
+        mean, _ = vae.quant_conv(torch.cat(pieces, dim=2)).chunk(2, dim=1)
+        return normalise(vae, mean.float()).transpose(1, 2)
 
 
 def normalise(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:

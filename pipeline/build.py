@@ -1,7 +1,8 @@
 """Build networks, schedules, caches and rollouts from a configuration, and compute sizes and strides."""
 
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -185,28 +186,42 @@ def choose_attention_backend(net: AttentionMixin, name: str) -> None:
 
 
 def rollout_sigmas(rollout: RolloutConfig) -> list[float]:
-    """Return the S + 1 sigmas of a rollout, from the first step's input down to 0."""
+    """Return the S + 1 sigmas of a rollout, from the first step's input down to 0.
+
+    Video-to-video scales all levels by its strength, so it has as many steps as text-to-video (docs/v2v.md compares
+    this with fewer steps).
+    """
     if rollout.num_steps:
-        return solver_sigmas(rollout.num_steps, rollout.timestep_shift)
-    return step_sigmas(rollout.denoising_step_list, rollout.warp_denoising_step, rollout.timestep_shift)
+        sigmas = solver_sigmas(rollout.num_steps, rollout.timestep_shift)
+    else:
+        sigmas = step_sigmas(rollout.denoising_step_list, rollout.warp_denoising_step, rollout.timestep_shift)
+    return [rollout.strength * sigma for sigma in sigmas]
 
 
-def nearest_lengths(rollout: RolloutConfig, num_frames: int, prefix_frames: int) -> list[int]:
+def nearest_lengths(
+    rollout: RolloutConfig, num_frames: int, prefix_frames: int, short_last_block: bool = False
+) -> list[int]:
     """Return an empty list if a video can have this length; else the nearest lengths that work, in latent frames.
 
-    The generated frames must fill whole blocks. After a prefix, the last block may be short.
+    The generated frames must fill whole blocks. After a prefix, or with `short_last_block`, the last block may be
+    short.
     """
     layout = block_layout(rollout, num_frames, prefix_frames)
     block, generated = layout.block_frames, num_frames - prefix_frames
-    if generated > 0 and (layout.is_whole or prefix_frames):
+    if generated > 0 and (layout.is_whole or prefix_frames or short_last_block):
         return []
     first = int(layout.independent_first_frame and not prefix_frames)
     lower = prefix_frames + first + max(1 - first, (generated - first) // block) * block
     return list(dict.fromkeys([lower, lower + block]))
 
 
-def build_schedule(rollout: RolloutConfig, num_frames: int, prefix_frames: int = 0) -> Schedule:
+def build_schedule(
+    rollout: RolloutConfig, num_frames: int, prefix_frames: int = 0, short_last_block: bool = False
+) -> Schedule:
     """Build the schedule of a video of `num_frames` latent frames, of which the prefix fills `prefix_frames`.
+
+    Args:
+        short_last_block: allow a short last block without a prefix, for video-to-video.
 
     Raises:
         UserError: if the frames do not fill whole blocks, with the nearest lengths that work. After a prefix, the last
@@ -218,7 +233,7 @@ def build_schedule(rollout: RolloutConfig, num_frames: int, prefix_frames: int =
             "rollout.schedule=bidirectional cannot continue an image or a clip: the network has one noise level per "
             "video; use block_first or timestep_first with a causal generator"
         )
-    if lengths := nearest_lengths(rollout, num_frames, prefix_frames):
+    if lengths := nearest_lengths(rollout, num_frames, prefix_frames, short_last_block):
         after = f" after a prefix of {prefix_frames}" if prefix_frames else ""
         raise UserError(
             f"{num_frames} latent frames{after} cannot be divided into {describe_blocks(rollout)}; "
@@ -246,6 +261,7 @@ def build_rollout(
     *,
     prefix: Tensor | None = None,
     noise_offset: int = 0,
+    source: Iterator[Tensor] | None = None,
     num_frames: int | None = None,
     size: tuple[int, int] | None = None,
     dtype: torch.dtype | None = None,
@@ -259,6 +275,7 @@ def build_rollout(
         samples: the sample number of each video of the batch.
         prefix: clean latents [1 or B, F, C, h, w] that the videos continue.
         noise_offset: added to block numbers in the keys of noise; earlier rollouts of the video use lower numbers.
+        source: latents [1, 1, C, h, w] of each frame of the clip that video-to-video starts from.
         num_frames: latent frames of the video, prefix included; default: `config.video.num_output_frames`.
         size: height and width of the latents; default: those of `config.video`.
         dtype: dtype of the cached keys and values; default: `config.model.dtype`.
@@ -269,7 +286,9 @@ def build_rollout(
     net, rollout = denoiser.net, config.rollout
     length = num_frames or config.video.num_output_frames
     layout = block_layout(rollout, length, 0 if prefix is None else prefix.shape[1])
-    if prefix is None:  # all blocks are whole, so the layout has no end
+    if config.video.source:
+        length = layout.start(layout.num_blocks)  # a short last block attends to as many frames as the others
+    elif prefix is None:  # all blocks are whole, so the layout has no end
         layout = replace(layout, num_frames=None)
     height, width = size or latent_size(config.video)
     context, sink = context_frames(rollout, length)
@@ -293,6 +312,13 @@ def build_rollout(
     def new_cache() -> KVCache | GuidedCache | None:
         return GuidedCache(empty_cache(), empty_cache()) if isinstance(denoiser, GuidedDenoiser) else empty_cache()
 
+    def source_block(block: int) -> Tensor:
+        assert source is not None
+        frames = list(itertools.islice(source, layout.frames(block)))
+        if len(frames) < layout.frames(block):
+            raise UserError(f"{config.video.source} ends within block {block}: it changed while it was read")
+        return torch.cat(frames, dim=1).to(net.device, non_blocking=True).expand(len(samples), -1, -1, -1, -1)
+
     if prefix is not None:
         prefix = prefix.to(net.device, torch.float32).expand(len(samples), -1, -1, -1, -1)
     arguments: dict[str, Any] = {
@@ -302,6 +328,7 @@ def build_rollout(
         "new_cache": new_cache,
         "layout": layout,
         "prefix": prefix,
+        "source": None if source is None else source_block,
         "deterministic": rollout.use_ode_trajectory,
     }
     return rollout_class(**arguments | options)

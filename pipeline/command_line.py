@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from utils.config import Config, config_flags, load_config
-from utils.config_checks import MAX_VIDEOS
+from utils.config_checks import MAX_FRAMES, MAX_VIDEOS
 from utils.errors import UserError
 from utils.image_prompts import read_image_prompts
 from utils.prompts import Prompt, read_prompts, unique_stems
@@ -30,6 +30,8 @@ FLAGS: dict[str, tuple[str, type]] = {
     "num_rollout": ("rollout.num_rollouts", int),
     "num_overlap_frames": ("rollout.overlap_frames", int),
     "num_frame_first_blocks": ("rollout.leading_blocks", int),
+    "strength": ("rollout.strength", float),
+    "source": ("video.source", str),  # --video with --strength
 }
 METHODS = {  # names of the original code: schedule, leading blocks
     "timestep_first": ("timestep_first", 0),
@@ -68,6 +70,19 @@ def shared_arguments() -> argparse.ArgumentParser:
     parser.add_argument("--num_overlap_frames", help="latent frames that two rollouts share; default: 3")
     parser.add_argument("--image", metavar="FILE", help="first frame of every video")
     parser.add_argument("--video", metavar="FILE", help="clip or saved latents that every video continues")
+    parser.add_argument(
+        "--strength",
+        metavar="S",
+        help="change --video instead of continuing it: factor on the noise levels, above 0 (keeps the clip) and at most "
+        "1 (follows the prompt)",
+    )
+    parser.add_argument(
+        "--i2v",
+        nargs="?",
+        const="",
+        metavar="PATH",
+        help="folder or JSON with an image per prompt, see docs/migrate.md; default: --data_path",
+    )
     parser.add_argument("--height", help="height in pixels")
     parser.add_argument("--width", help="width in pixels")
     parser.add_argument("--fps", help="pixel frames per second of the mp4 file")
@@ -110,6 +125,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         UserError: for the first such flag.
     """
     apply_config_flags(args)
+    args.source = None
     if args.checkpoint_folder:
         if args.checkpoint_path:
             raise UserError("give --checkpoint_path or --checkpoint_folder, not both")
@@ -124,6 +140,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UserError("--extended_prompt_path needs --data_path")
     if args.image and args.video:
         raise UserError("give --image or --video, not both")
+    if args.strength is not None:
+        check_strength(args)
     if args.num_frame_first_blocks is not None and args.inference_method not in (None, "hybrid_block0"):
         raise UserError("--num_frame_first_blocks belongs to --inference_method hybrid_block0")
     for flag in ("num_samples", "batch_size"):
@@ -133,9 +151,31 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UserError(f"--num_samples must be at most {MAX_VIDEOS:,}, not {args.num_samples}")
 
 
+def check_strength(args: argparse.Namespace) -> None:
+    """Check --strength, and make --video the source of video-to-video instead of a prefix.
+
+    Raises:
+        UserError: for a strength outside (0, 1], or without a clip.
+    """
+    try:
+        valid = 0 < float(args.strength) <= 1  # NaN excluded
+    except ValueError:
+        valid = False
+    if not valid:
+        raise UserError(f"--strength must be above 0 and at most 1, not {args.strength}")
+    if not args.video and not args.config_path.endswith(".json"):  # metadata may name a source
+        raise UserError("--strength needs --video CLIP")
+    if args.video:
+        if not os.path.isfile(args.video):
+            raise UserError(f"cannot read {args.video}: there is no such file")
+        args.source, args.video = os.path.abspath(args.video), None
+
+
 def resolve_config(args: argparse.Namespace) -> Config:
     """Load the configuration and apply the flags, then the overrides."""
     changes = []
+    if args.source:  # the whole clip, in constant memory, unless a flag or an override differs
+        changes = [f"video.num_output_frames={MAX_FRAMES}", "rollout.order=diagonal"]
     if args.inference_method:
         schedule, leading = METHODS[args.inference_method]
         changes += [f"rollout.schedule={schedule}", f"rollout.leading_blocks={leading}"]
@@ -152,6 +192,11 @@ def resolve_config(args: argparse.Namespace) -> Config:
     return load_config(args.config_path, [*changes, *args.overrides])
 
 
+def requested_prefix(args: argparse.Namespace, metadata: dict[str, Any] | None) -> str:
+    """Return the path of the prefix of every video; empty for none. `metadata`: see `requested_videos`."""
+    return "" if args.source else args.image or args.video or (metadata or {}).get("prefix") or ""
+
+
 def requested_videos(args: argparse.Namespace, metadata: dict[str, Any] | None) -> list[tuple[Prompt, int, str]]:
     """Return (prompt, sample, file stem) of every video of the run. All ranks return the same list.
 
@@ -161,12 +206,12 @@ def requested_videos(args: argparse.Namespace, metadata: dict[str, Any] | None) 
     Raises:
         UserError: if there is no prompt.
     """
-    images = getattr(args, "i2v", None)
+    images = args.i2v
     if images is None and args.prompt is None and not args.data_path and metadata is not None:
         prompt, sample = Prompt(0, metadata["prompt"], metadata["name"]), metadata["sample"]
         return [(prompt, sample, unique_stems([prompt], sample + 1, args.save_with_index)[0][sample])]
     if images is not None:
-        if args.prompt is not None or args.image or args.video or args.extended_prompt_path:
+        if args.prompt is not None or args.image or args.video or args.source or args.extended_prompt_path:
             raise UserError("--i2v reads prompts and images itself; leave out --prompt, --image and --video")
         prompts = read_image_prompts(images or args.data_path or "")
     elif args.prompt is not None:

@@ -13,8 +13,9 @@ from tqdm import tqdm
 
 from pipeline.build import num_pixel_frames
 from pipeline.output import VideoFiles, VideoJob, VideoOutput, video_metadata
-from pipeline.prefix import check_prefix_exists, is_image, read_prefix
+from pipeline.prefix import check_one_input, check_prefix_exists, is_image, read_prefix
 from pipeline.schedule import Op
+from pipeline.source import fit_to_source
 from pipeline.text_to_video import TextToVideo
 from utils.config import Config
 from utils.config_checks import video_frames
@@ -76,6 +77,7 @@ def generate_videos(
     Raises:
         UserError: for wrong settings or files, for a video with NaN, or if another process makes one of these videos.
     """
+    config = fit_to_source(config)
     jobs = missing_videos(config, items, folder, prefix_path, save_latents, overwrite)
     existing = len(items) - len(jobs)
     if not jobs:
@@ -167,6 +169,7 @@ def check_request(config: Config, prefix_path: str) -> None:
     Raises:
         UserError: with values that work.
     """
+    check_one_input(config, prefix_path)
     if prefix_path:
         check_prefix_exists(prefix_path)
     # An image is one latent frame. The length of a clip is unknown until it is read.

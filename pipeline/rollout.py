@@ -117,6 +117,7 @@ class Rollout:
         new_cache: Callable[[], Cache],
         layout: BlockLayout,
         prefix: Tensor | None = None,
+        source: Callable[[int], Tensor] | None = None,
         deterministic: bool = False,
         on_op: Callable[[Op], None] | None = None,
     ):
@@ -127,6 +128,8 @@ class Rollout:
                 noise of a context that is written with `context_noise`.
             new_cache: returns an empty cache; called only if no released cache can be reused.
             prefix: clean latents [B, prefix frames, C, h, w] that the videos continue.
+            source: maps a block to the clean latents [B, F, C, h, w] that video-to-video starts it from. It is called
+                once per block, in ascending order. None: blocks start from pure noise.
             deterministic: take Euler steps along the predicted flow instead of drawing fresh noise between steps.
             on_op: called after every op, for progress bars and profiles.
         """
@@ -136,6 +139,7 @@ class Rollout:
         self.new_cache = new_cache
         self.layout = layout
         self.prefix = prefix
+        self.source = source
         self.deterministic = deterministic
         self.on_op = on_op or (lambda op: None)
         self.num_steps = len(self.sigmas) - 1
@@ -266,6 +270,8 @@ class Rollout:
         else:
             assert noise_index == 0, f"block {block} has not reached noise index {noise_index} yet"
             x = self.noise(block, 0)
+            if self.source is not None:
+                x = add_noise(self.source(block), x, self.sigmas[0])
             self.blocks[block] = BlockState(0, x, x, previous_x=x)
 
     def _block_moved(self, block: int, finished: Tensor | None) -> None:

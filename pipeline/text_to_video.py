@@ -27,11 +27,13 @@ from pipeline.build import (
 )
 from pipeline.output import decode_frames, frame_range, not_finite, video_metadata
 from pipeline.overlap import Overlap
-from pipeline.prefix import check_prefix_exists, read_prefix
+from pipeline.prefix import check_one_input, check_prefix_exists, read_prefix
 from pipeline.rollout import Rollout
 from pipeline.schedule import Op, Schedule
+from pipeline.source import fit_to_source, source_frames
 from pipeline.video import Video
 from utils.config import Config, load_config, override_config
+from utils.config_checks import MAX_FRAMES
 from utils.device import pick_device
 from utils.errors import UserError
 from utils.prompts import Prompt
@@ -101,7 +103,12 @@ class TextToVideo:
         """
         check_size(config, ModelDirectory.open(config.model.base).transformer_config())
         if prefix_frames is not None:
-            build_schedule(config.rollout, config.video.num_output_frames, prefix_frames)
+            build_schedule(
+                config.rollout,
+                config.video.num_output_frames,
+                prefix_frames,
+                short_last_block=bool(config.video.source),
+            )
 
     # ---- One video ----
 
@@ -114,22 +121,26 @@ class TextToVideo:
         num_frames: int | None = None,
         image: str | os.PathLike[str] | None = None,
         video: str | os.PathLike[str] | None = None,
+        strength: float | None = None,
     ) -> Video:
         """Generate a video.
 
         Args:
             seed: default: the configuration's. Seed and sample number determine all noise.
             sample: index of the video among those of the same prompt and seed.
-            num_frames: latent frames, prefix included; default: the configuration's. F make 4(F-1)+1 pixel frames.
+            num_frames: latent frames, prefix included; default: the configuration's, or with `strength` the whole clip.
+                F make 4(F-1)+1 pixel frames.
             image: path of the image that is the first frame.
-            video: path of the clip, or of the saved latents, that the video continues.
+            video: path of the clip, or of the saved latents, that the video continues or, with `strength`, changes.
+            strength: video-to-video: factor on all noise levels, above 0 and at most 1. A small value keeps the clip, a
+                large one follows the prompt.
 
         Raises:
-            UserError: for an empty prompt, an impossible length, a prefix that cannot be read, or a video with NaN.
+            UserError: for an empty prompt, an impossible length or strength, a file that cannot be read, or a video
+                with NaN.
         """
         started = time.perf_counter()
-        pipe = self._with(seed, num_frames)
-        prefix_path = _prefix_path(image, video)
+        pipe, prefix_path = self._with(seed, num_frames, image, video, strength)
         blocks: list[Tensor] = []
         for part, latents in pipe._blocks_of(prompt, sample, prefix_path):
             blocks.append(latents.cpu())
@@ -148,28 +159,44 @@ class TextToVideo:
         num_frames: int | None = None,
         image: str | os.PathLike[str] | None = None,
         video: str | os.PathLike[str] | None = None,
+        strength: float | None = None,
     ) -> Iterator[np.ndarray]:
         """Generate a video and yield the pixel frames [T, H, W, 3], uint8, of each block as it finishes.
 
         The frames equal `generate(...).frames`, in constant memory. The arguments are those of `generate`; the frames
         of a prefix come first.
         """
-        pipe = self._with(seed, num_frames)
+        pipe, prefix_path = self._with(seed, num_frames, image, video, strength)
         pipe.config.rollout.order = "diagonal"  # finishes blocks early
         decoder = self.vae.stream(overlap_pixel_frames(pipe.config.rollout))
-        for part, latents in pipe._blocks_of(prompt, sample, _prefix_path(image, video), decoder):
+        for part, latents in pipe._blocks_of(prompt, sample, prefix_path, decoder):
             [frames] = decode_frames(decoder, latents, part)
             yield frames
 
-    def _with(self, seed: int | None, num_frames: int | None) -> "TextToVideo":
-        """Return a pipeline with these settings and the same networks."""
+    def _with(
+        self,
+        seed: int | None,
+        num_frames: int | None,
+        image: str | os.PathLike[str] | None,
+        video: str | os.PathLike[str] | None,
+        strength: float | None,
+    ) -> tuple["TextToVideo", str]:
+        """Return a pipeline with these settings and the same networks, and the path of the prefix; empty for none."""
         pipe, config = copy.copy(self), copy.deepcopy(self.config)
+        prefix_path = _prefix_path(image, video)
         if seed is not None:
             config.runtime.seed = seed
         if num_frames is not None:
             config.video.num_output_frames = num_frames
-        pipe.config = override_config(config, [])  # checks the values
-        return pipe
+        if strength is not None:
+            if video is None:
+                raise UserError("strength needs video=CLIP")
+            config.rollout.strength, config.video.source, prefix_path = strength, os.path.abspath(prefix_path), ""
+            if num_frames is None:
+                config.video.num_output_frames = MAX_FRAMES
+        check_one_input(config, prefix_path)
+        pipe.config = fit_to_source(override_config(config, []))  # checks the values
+        return pipe, prefix_path
 
     def _blocks_of(
         self, prompt: str, sample: int, prefix_path: str, decoder: StreamingDecoder | None = None
@@ -237,8 +264,16 @@ class TextToVideo:
             noise_offset: see `build_rollout`.
         """
         assert len(prompts) == len(samples)
-        denoiser = self._denoiser(prompts)
-        return build_rollout(self.config, denoiser, samples, prefix=prefix, noise_offset=noise_offset, on_op=on_op)
+        source = source_frames(self.config, self.vae) if self.config.video.source else None
+        return build_rollout(
+            self.config,
+            self._denoiser(prompts),
+            samples,
+            prefix=prefix,
+            source=source,
+            noise_offset=noise_offset,
+            on_op=on_op,
+        )
 
     def _denoiser(self, prompts: Sequence[str]) -> Denoiser | GuidedDenoiser:
         """Return a denoiser for these prompts, with guidance if it is configured."""
@@ -264,7 +299,8 @@ class TextToVideo:
         Raises:
             UserError: if the frames to generate do not fill whole blocks.
         """
-        return build_schedule(self.config.rollout, self.config.video.num_output_frames, prefix_frames)
+        video = self.config.video
+        return build_schedule(self.config.rollout, video.num_output_frames, prefix_frames, bool(video.source))
 
     def ops(self, schedule: Schedule) -> Iterator[Op]:
         """Return a schedule's ops in the configured order."""

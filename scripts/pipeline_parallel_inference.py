@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pipeline.command_line import check_arguments, requested_videos, resolve_config, shared_arguments
+from pipeline.command_line import check_arguments, requested_prefix, requested_videos, resolve_config, shared_arguments
 from utils.config import Config
 from utils.config_files import read_metadata
 from utils.distributed import rank
@@ -22,7 +22,6 @@ from utils.prompts import Prompt
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Parse and check the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[shared_arguments()]
     )
@@ -62,7 +61,7 @@ def generate(args: argparse.Namespace, config: Config) -> None:
     from pipeline.parallel.stages import describe_assignment
 
     metadata = read_metadata(args.config_path)
-    prefix_path = args.image or args.video or (metadata or {}).get("prefix") or ""
+    prefix_path = requested_prefix(args, metadata)
     if args.plan:
         print(describe_assignment(*plan_ranks(config, prefix_path)) + "\n" if rank() == 0 else "", end="")
         return

@@ -99,6 +99,9 @@ class RolloutConfig:
     guidance_scale: float = 1.0
     """Scale s of classifier-free guidance: unconditional + s (conditional - unconditional), with
     `teacher.negative_prompt`. Networks that are not distilled need it. 1: no guidance, and half the passes."""
+    strength: float = 1.0
+    """Video-to-video: factor on all noise levels, above 0 and at most 1. Blocks start from `video.source`, noised to
+    the first level: a small value keeps the clip, 1 follows the prompt."""
     use_ode_trajectory: bool = False
     """true takes an Euler step along the flow between steps (deterministic). false adds fresh noise to predicted x0."""
     window: int = 21
@@ -145,6 +148,9 @@ class VideoConfig:
     num_output_frames: int = 21
     """Length in latent frames F, including the prefix. The video has 4 (F - 1) + 1 pixel frames. With
     `rollout.num_rollouts` above 1: the length of one rollout."""
+    source: str = ""
+    """Clip or saved latents that video-to-video changes, see `rollout.strength`. The video is at most as long as the
+    clip. Empty: text-to-video."""
 
 
 @dataclass

@@ -27,8 +27,10 @@ _NOT_NEGATIVE = (
 )
 MAX_VIDEOS = 1_000_000
 """Largest number of videos of a run."""
+MAX_FRAMES = 1_000_000
+"""Largest number of latent frames of a video: 69 hours."""
 _LIMITS = {
-    **dict.fromkeys(("video.num_output_frames", "data.num_frames", "distill.max_rollout_frames"), 1_000_000),
+    **dict.fromkeys(("video.num_output_frames", "data.num_frames", "distill.max_rollout_frames"), MAX_FRAMES),
     **dict.fromkeys(("rollout.block_frames", "train.batch_size", "train.keep_checkpoints"), 1_000_000),
     **dict.fromkeys(("video.height", "video.width"), 16_384),  # of H.264
     **dict.fromkeys(("rollout.timestep_shift", "train.timestep_shift", "distill.timestep_shift"), 1000),
@@ -74,6 +76,10 @@ def check_config(config: "Config") -> None:
     _check_repeated_rollouts(config)
     _check_train(config.train)
     _check_distill(config)
+    if config.video.source and config.rollout.num_rollouts > 1:
+        raise UserError("video-to-video makes one rollout of any length: leave out --num_rollout (rollout.num_rollouts)")
+    if config.rollout.strength < 1 and not config.video.source:
+        raise UserError("rollout.strength below 1 needs a clip to start from: --video CLIP --strength S")
     if not 0 <= config.video.crf <= 51:
         raise UserError(f"video.crf must be from 0 (lossless) to 51, not {config.video.crf}")
     sigmas = config.data.sigmas
@@ -129,6 +135,8 @@ def _check_rollout(rollout: "RolloutConfig") -> None:
     num_steps = _num_steps(rollout)
     if rollout.leading_steps > num_steps:
         raise UserError(f"rollout.leading_steps must be at most {num_steps} steps, not {rollout.leading_steps}")
+    if not 0 < rollout.strength <= 1:  # NaN included
+        raise UserError(f"rollout.strength must be above 0 and at most 1, not {rollout.strength}")
     causal = rollout.schedule != "bidirectional"
     if causal and rollout.window and rollout.window < rollout.block_frames + rollout.sink:
         raise UserError(

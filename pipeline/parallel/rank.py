@@ -35,6 +35,7 @@ from pipeline.parallel.transport import MessageChannel, StageTransport, handoff_
 from pipeline.prefix import read_prefix
 from pipeline.rollout import BlockLayout, Rollout
 from pipeline.schedule import Schedule, for_stage
+from pipeline.source import source_frames
 from pipeline.text_to_video import PromptEmbeddings
 from utils.config import Config
 from utils.device import DTYPES
@@ -79,6 +80,9 @@ class PipelineRank:
         self._handoff_groups = handoff_groups()
         self.net = load_network(config, device) if self.caches else None
         self.vae = load_vae(config, device) if rank == self.pipeline.decoder_rank else None
+        self.source_vae = None  # encodes the source where blocks start
+        if config.video.source and rank == self.pipeline.stage_ranks[0]:
+            self.source_vae = self.vae or load_vae(config, device)
         self.embeddings = None
         if rank == self.pipeline.text_rank:
             # Offloading makes room for other networks, so a rank without any keeps its text encoder on the device.
@@ -87,16 +91,15 @@ class PipelineRank:
 
     def make_videos(self, jobs: Sequence[VideoJob]) -> None:
         """Do the work of this rank for the videos of its pipeline. `jobs` are those of all pipelines."""
-        prefix = self._share_prefix()
-        schedule = build_schedule(
-            self.config.rollout, self.config.video.num_output_frames, 0 if prefix is None else prefix.shape[1]
-        )
+        prefixes = self._share_prefixes(jobs)
         if self.embeddings is not None and self.embeddings.offload:
             with self.recorder("text"):  # all prompts at once: the jobs of this pipeline are not assigned yet
                 self.embeddings.encode([job.prompt.text for job in jobs])
         texts, blocks = MessageChannel(self.device), MessageChannel(self.device, self._handoff_groups)
         for job in self._assigned_jobs(jobs):
             embedding = self._share_embedding(job, texts)
+            prefix = prefixes.get(self._prefix_path(job))
+            schedule = self._schedule(prefix)
             if self.net is not None and embedding is not None:
                 self._run_stage(job, self.net, embedding, schedule, prefix, blocks)
             elif self.vae is not None:
@@ -127,24 +130,35 @@ class PipelineRank:
                 return
             yield jobs[index]
 
-    def _share_prefix(self) -> Tensor | None:
-        """Return the latents [1, F, C, h, w] that videos start with. The decoder rank encodes and sends them."""
-        if not self.prefix_path:
-            return None
-        key, stages = f"pipeline {self.pipeline_number} prefix shape", self.pipeline.stage_ranks
+    def _prefix_path(self, job: VideoJob) -> str:
+        return job.prompt.image or self.prefix_path
+
+    def _share_prefixes(self, jobs: Sequence[VideoJob]) -> dict[str, Tensor]:
+        """Return the latents [1, F, C, h, w] that videos start with, by path. The decoder rank encodes and sends them.
+
+        Other ranks than stages and the decoder get tensors of undefined values.
+        """
+        prefixes = {}
+        for number, path in enumerate(dict.fromkeys(map(self._prefix_path, jobs))):
+            if path:
+                prefixes[path] = self._share_prefix(path, f"pipeline {self.pipeline_number} prefix {number} shape")
+        return prefixes
+
+    def _share_prefix(self, path: str, key: str) -> Tensor:
+        stages = self.pipeline.stage_ranks
         if self.vae is not None:
-            prefix = read_prefix(self.prefix_path, self.config, self.vae).to(self.device)
+            prefix = read_prefix(path, self.config, self.vae)
             self.store.set(key, json.dumps(list(prefix.shape)))
             for rank in stages:
                 if rank != self.rank:
-                    dist.send(prefix, rank)
+                    dist.send(prefix.to(self.device), rank)
             return prefix
         while not self.store.check([key]):
             time.sleep(0.01)
         prefix = torch.empty(json.loads(self.store.get(key)), device=self.device)
         if self.rank in stages:
             dist.recv(prefix, self.pipeline.decoder_rank)
-        return prefix
+        return prefix.cpu()  # one per image of --i2v; a rollout moves its own to the device
 
     def _share_embedding(self, job: VideoJob, channel: MessageChannel) -> Tensor | None:
         """Return the prompt embedding [1, L, text_dim] on stages, None on other ranks. The text rank sends it."""
@@ -196,6 +210,7 @@ class PipelineRank:
             Denoiser(net, text),
             [job.sample],
             prefix=prefix,
+            source=source_frames(self.config, self.source_vae) if self.source_vae else None,
             rollout_class=StageRollout,
             transport=transport,
             on_op=transport.after_op,
@@ -253,7 +268,7 @@ class PipelineRank:
         ):
             try:
                 if prefix is not None:
-                    self.output.emit(prefix)
+                    self.output.emit(prefix.to(self.device))
                     bar.update(prefix.shape[1])
                 for block, latents in enumerate(blocks, start=schedule.prefix_blocks):
                     with self.recorder("decode", block):
@@ -264,6 +279,11 @@ class PipelineRank:
                 self.output = None
                 raise
         self.output = None
+
+    def _schedule(self, prefix: Tensor | None) -> Schedule:
+        rollout, video = self.config.rollout, self.config.video
+        prefix_frames = 0 if prefix is None else prefix.shape[1]
+        return build_schedule(rollout, video.num_output_frames, prefix_frames, bool(video.source))
 
     def _layout(self, prefix: Tensor | None) -> BlockLayout:
         prefix_frames = 0 if prefix is None else prefix.shape[1]

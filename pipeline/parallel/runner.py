@@ -5,7 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from pipeline.parallel.rank import PipelineRank
 from pipeline.parallel.stages import Pipeline, plan_pipelines
 from pipeline.parallel.transport import GROUP_TIMEOUT
 from pipeline.schedule import Schedule
+from pipeline.source import fit_to_source
 from utils.config import Config
 from utils.device import pick_own_device
 from utils.distributed import rank, world_size
@@ -64,7 +65,7 @@ def plan_ranks(config: Config, prefix_path: str) -> tuple[list[Pipeline], Schedu
     frames, rollout = config.video.num_output_frames, config.rollout
     if prefix_path:
         frames = rollout.independent_first_frame + (rollout.leading_blocks + 1) * rollout.block_frames
-    schedule = build_schedule(rollout, frames)
+    schedule = build_schedule(rollout, frames, short_last_block=bool(config.video.source))
     return plan_pipelines(world_size(), schedule), schedule
 
 
@@ -79,6 +80,7 @@ def run_pipelines(request: PipelineRequest) -> tuple[RunSummary, list[RankProfil
     Raises:
         UserError: for a request that cannot be fulfilled, before any weights are loaded.
     """
+    request = replace(request, config=fit_to_source(request.config))
     pipelines, schedule = plan_ranks(request.config, request.prefix_path)
     if len(pipelines) > len(request.items):
         most = len(pipelines[0].ranks) * len(request.items)
@@ -86,7 +88,8 @@ def run_pipelines(request: PipelineRequest) -> tuple[RunSummary, list[RankProfil
             f"{world_size()} processes form {len(pipelines)} pipelines, but there are only {len(request.items)} "
             f"videos: start at most {most} processes"
         )
-    check_request(request.config, request.prefix_path)
+    for path in dict.fromkeys(prompt.image or request.prefix_path for prompt, _, _ in request.items):
+        check_request(request.config, path)
     if request.profile_prefix:
         check_profile_files(request)
     missing = _missing_stems(request) if rank() == 0 else []
