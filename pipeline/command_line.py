@@ -73,7 +73,7 @@ def shared_arguments() -> argparse.ArgumentParser:
     parser.add_argument(
         "--strength",
         metavar="S",
-        help="change --video instead of continuing it: factor on the noise levels, above 0 (keeps the clip) and at most "
+        help="change --video instead of continuing it: factor on the noise levels, from 0 (keeps the clip) to "
         "1 (follows the prompt)",
     )
     parser.add_argument(

@@ -63,7 +63,7 @@ def generate(args: argparse.Namespace, config: Config) -> None:
     metadata = read_metadata(args.config_path)
     prefix_path = requested_prefix(args, metadata)
     if args.plan:
-        print(describe_assignment(*plan_ranks(config, prefix_path)) + "\n" if rank() == 0 else "", end="")
+        print(describe_assignment(*plan_ranks(config, bool(prefix_path) or args.i2v is not None)) + "\n" if rank() == 0 else "", end="")
         return
     folder, items = list_outputs(args, metadata)
     prefix = args.profile_output if args.profile else ""

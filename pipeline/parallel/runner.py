@@ -48,7 +48,7 @@ class PipelineRequest:
     """Path prefix of profile files; empty for no profile."""
 
 
-def plan_ranks(config: Config, prefix_path: str) -> tuple[list[Pipeline], Schedule]:
+def plan_ranks(config: Config, has_prefix: bool) -> tuple[list[Pipeline], Schedule]:
     """Return the pipelines of all ranks of this run, and the schedule that they share.
 
     Raises:
@@ -63,7 +63,7 @@ def plan_ranks(config: Config, prefix_path: str) -> tuple[list[Pipeline], Schedu
         )
     # The assignment depends on the steps only. The prefix is not read yet, so use any length that has all caches.
     frames, rollout = config.video.num_output_frames, config.rollout
-    if prefix_path:
+    if has_prefix:
         frames = rollout.independent_first_frame + (rollout.leading_blocks + 1) * rollout.block_frames
     schedule = build_schedule(rollout, frames, short_last_block=bool(config.video.source))
     return plan_pipelines(world_size(), schedule), schedule
@@ -81,7 +81,8 @@ def run_pipelines(request: PipelineRequest) -> tuple[RunSummary, list[RankProfil
         UserError: for a request that cannot be fulfilled, before any weights are loaded.
     """
     request = replace(request, config=fit_to_source(request.config))
-    pipelines, schedule = plan_ranks(request.config, request.prefix_path)
+    has_prefix = bool(request.prefix_path or any(prompt.image for prompt, _, _ in request.items))
+    pipelines, schedule = plan_ranks(request.config, has_prefix)
     if len(pipelines) > len(request.items):
         most = len(pipelines[0].ranks) * len(request.items)
         raise UserError(

@@ -53,6 +53,7 @@ NUMBERS = [
             "window": ("1",),
             "sink": (),
             "num_frame_first_blocks": (),
+            "strength": (ZERO, "2"),
         }.items()
     ),
     (contact_sheet, "{tmp}/videos", "columns", (WORD, NEGATIVE, ZERO, "1", HUGE)),

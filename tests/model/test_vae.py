@@ -117,6 +117,26 @@ def test_streaming_equals_decoding_whole(vae):
         assert torch.equal(torch.cat(pieces, dim=1), whole), cuts
 
 
+def test_streaming_equals_encoding_whole(vae):
+    stride = vae.temporal_stride
+    pixels = randn(1, 1 + 3 * stride, 3, 16, 16)
+    whole = vae.encode(pixels)
+    for cuts in ([1 + 3 * stride], [1, 3 * stride], [1 + stride, 2 * stride], [1, *[stride] * 3]):
+        encoder, other = vae.stream_encoder(), vae.stream_encoder()
+        pieces = []
+        for piece in pixels.split(cuts, dim=1):
+            pieces.append(encoder.push(piece))
+            other.push(piece.flip(1))  # streams are independent
+        assert torch.equal(torch.cat(pieces, dim=1), whole), cuts
+
+
+def test_a_stream_of_pixels_consists_of_whole_latent_frames(plain):
+    with pytest.raises(AssertionError, match="5 pixel frames"):
+        encoder = plain.stream_encoder()
+        encoder.push(randn(1, 1, 3, 16, 16))
+        encoder.push(randn(1, 5, 3, 16, 16))
+
+
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_decoding_equals_diffusers_decode_of_denormalised_latents(variant, batch):

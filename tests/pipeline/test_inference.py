@@ -517,11 +517,6 @@ def wrong_latents(folder: Path, world) -> None:
     save_file({"latents": torch.zeros(1, 16, 8, 8)}, folder / "large.safetensors")
 
 
-def long_clip(folder: Path, world) -> None:
-    with VideoWriter(folder / "long.mp4") as video:
-        video.write(np.zeros((40, 32, 32, 3), np.uint8))
-
-
 BAD = [
     bad("no checkpoint", "--checkpoint_path", "{}/none.pt", says="none.pt do not exist", late=True),
     bad("cut", "--checkpoint_path", "{}/cut.pt", says="is cut off", prepare=truncated_torch, late=True),
@@ -603,7 +598,6 @@ BAD = [
         prepare=text("b.png", "text"),
         late=True,
     ),
-    bad("long clip", "--video", "{}/long.mp4", says="fills all 9 latent frames", prepare=long_clip, late=True),
     bad(
         "latents of another size",
         *("--video", "{}/large.safetensors"),

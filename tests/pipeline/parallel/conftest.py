@@ -22,6 +22,10 @@ def inputs(world, tmp_path_factory) -> Path:
     (folder / "one.txt").write_text("a red circle\n")
     (folder / "two.txt").write_text("a red circle\na blue square\n")
     Image.new("RGB", (32, 32), (200, 40, 40)).save(folder / "start.png")
+    Image.new("RGB", (50, 40), (40, 40, 200)).save(folder / "other.png")
+    (folder / "pairs.json").write_text('{"start.png": "a red circle", "other.png": "a blue square"}')
+    with VideoWriter(folder / "seven.mp4") as video:  # seven latent frames: the last block is short
+        video.write(np.random.default_rng(1).integers(256, size=(25, 32, 32, 3), dtype=np.uint8))
     with VideoWriter(folder / "start.mp4") as video:  # two latent frames
         video.write(np.random.default_rng(0).integers(256, size=(5, 32, 32, 3), dtype=np.uint8))
     save_file({"latents": torch.randn(2, 16, 4, 4).half()}, folder / "start.safetensors")

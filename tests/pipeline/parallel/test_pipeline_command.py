@@ -21,6 +21,8 @@ CASES = {
     "an image": (("--image", "start.png", "--num_output_frames", "10"), (3, 4)),
     "a clip": (("--video", "start.mp4", "--num_output_frames", "11"), (2,)),
     "latents": (("--video", "start.safetensors", "--num_output_frames", "11"), (2,)),
+    "a changed clip": (("--video", "seven.mp4", "--strength", "0.6"), (1, 3, 6)),
+    "an image per prompt": (("--i2v", "pairs.json", "--num_output_frames", "10"), (1, 3, 4)),
     "clean context": (("rollout.context=clean",), (3, 4)),
     "input context": (("rollout.context=input",), (3, 4)),
     "two steps at once": (("rollout.leading_steps=2",), (3, 4)),
