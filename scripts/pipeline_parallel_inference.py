@@ -63,13 +63,12 @@ def generate(args: argparse.Namespace, config: Config) -> None:
     metadata = read_metadata(args.config_path)
     prefix_path = requested_prefix(args, metadata)
     if args.plan:
-        print(describe_assignment(*plan_ranks(config, bool(prefix_path) or args.i2v is not None)) + "\n" if rank() == 0 else "", end="")
+        plan = describe_assignment(*plan_ranks(config, bool(prefix_path) or args.i2v is not None))
+        print(plan + "\n" if rank() == 0 else "", end="")
         return
-    folder, items = list_outputs(args, metadata)
     prefix = args.profile_output if args.profile else ""
-    request = PipelineRequest(
-        config, folder, items, prefix_path, args.save_latents, args.overwrite, args.no_dac, profile_prefix=prefix
-    )
+    options = prefix_path, args.save_latents, args.overwrite, args.no_dac, prefix
+    request = PipelineRequest(config, *list_outputs(args, metadata), *options)
     summary, profiles = run_pipelines(request)
     if rank() == 0:
         print(summary)

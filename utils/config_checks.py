@@ -77,7 +77,9 @@ def check_config(config: "Config") -> None:
     _check_train(config.train)
     _check_distill(config)
     if config.video.source and config.rollout.num_rollouts > 1:
-        raise UserError("video-to-video makes one rollout of any length: leave out --num_rollout (rollout.num_rollouts)")
+        raise UserError(
+            "video-to-video makes one rollout of any length: leave out --num_rollout (rollout.num_rollouts)"
+        )
     if config.rollout.strength < 1 and not config.video.source:
         raise UserError("rollout.strength below 1 needs a clip to start from: --video CLIP --strength S")
     if not 0 <= config.video.crf <= 51:
