@@ -9,7 +9,7 @@ from torch import Tensor
 
 from model.vae import WanVAE
 from model.weight_checks import is_finite
-from pipeline.build import TEMPORAL_STRIDE, num_pixel_frames
+from pipeline.build import num_pixel_frames
 from pipeline.output import read_latents
 from utils.clips import VideoReader, read_image, resize_and_crop
 from utils.config import Config

@@ -177,7 +177,7 @@ class TrainConfig:
     network: str = ""
     """Preset of model/presets.py for a network that starts from random weights. Empty: that of `model.base`."""
     init: str = ""
-    """Initial weights: a folder or a checkpoint file. Empty: random weights of `network`, else those of `model.base`."""
+    """Initial weights: a folder or a checkpoint file. Empty: random weights of `network`, else of `model.base`."""
     output: str = ""
     """Folder for the finished EMA weights, in the diffusers layout."""
     max_iterations: int = 1000
