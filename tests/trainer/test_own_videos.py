@@ -1,8 +1,11 @@
 """Own videos: scripts/process_videos.py, encode_clips.py and create_lmdb.py, on files that the tests write."""
 
 import csv
+import errno
 import json
 import os
+import signal
+import time
 import unicodedata
 from functools import partial
 from pathlib import Path
@@ -24,6 +27,7 @@ from trainer.datasets.video_folder import find_videos, read_captions
 from utils.clips import read_video
 from utils.errors import UserError
 from utils.locks import lock_file
+from utils.video import VideoWriter
 
 SMALL = ("--num_frames", 5, "--height", 32, "--width", 48, "--fps", 8)
 
@@ -33,7 +37,9 @@ def process(source: Path, output: Path, *words: object):
 
 
 def clips_in(folder: Path) -> list[str]:
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.mp4"))
+    """Return the finished clips; a killed process leaves hidden files."""
+    paths = [path for path in folder.rglob("*.mp4") if not path.name.startswith(".")]
+    return sorted(path.relative_to(folder).as_posix() for path in paths)
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +149,47 @@ def test_an_interrupted_clip_leaves_no_file(videos, tmp_path, monkeypatch):
     assert result.code == 130 and [path.name for path in tmp_path.iterdir()] == ["clips.json"]
 
 
+def start(videos: Path, output: Path, slow: bool = False) -> int:
+    """Start the command in a process of its own and return the process ID."""
+    child = os.fork()
+    if child == 0:
+        if slow:
+            write = VideoWriter.write
+            VideoWriter.write = lambda self, frames: (write(self, frames), time.sleep(0.1))
+        os._exit(process(videos, output).code)
+    return child
+
+
+def test_a_killed_process_is_continued_by_two_processes_in_one_folder(videos, processed, tmp_path):
+    killed = start(videos, tmp_path, slow=True)
+    end = time.monotonic() + 30
+    while not clips_in(tmp_path) and time.monotonic() < end:
+        time.sleep(0.02)
+    os.kill(killed, signal.SIGKILL)
+    os.waitpid(killed, 0)
+    kept = {name: (tmp_path / name).stat().st_mtime_ns for name in clips_in(tmp_path)}
+    assert 0 < len(kept) < len(GOOD)
+    assert [os.waitpid(child, 0)[1] for child in (start(videos, tmp_path), start(videos, tmp_path))] == [0, 0]
+    assert clips_in(tmp_path) == GOOD
+    for name in GOOD:
+        assert (tmp_path / name).read_bytes() == (processed[0] / name).read_bytes()
+    assert all((tmp_path / name).stat().st_mtime_ns == written for name, written in kept.items())
+
+
+def fail_on_a_full_disk(source: Path, output: Path, form: ClipFormat, name: str) -> None:
+    with (output / "started").open("a") as file:
+        file.write(f"{name}\n")
+    time.sleep(0.05)
+    raise OSError(errno.ENOSPC, "No space left on device", "a.mp4")
+
+
+def test_an_error_of_the_disk_ends_all_workers(videos, tmp_path, monkeypatch):
+    monkeypatch.setattr("trainer.datasets.process_videos.process_video", fail_on_a_full_disk)
+    result = process(videos, tmp_path, "--num_workers", 2)
+    assert result.code != 0 and "No space left on device" in result.err
+    assert len((tmp_path / "started").read_text().splitlines()) < 10  # of 13 videos
+
+
 def test_no_clip_at_all_is_an_error(tmp_path):
     source = tmp_path / "source"
     source.mkdir()
@@ -155,12 +202,14 @@ def test_no_clip_at_all_is_an_error(tmp_path):
 
 def test_names_that_collide_or_cannot_be_written_are_listed(tmp_path):
     form = ClipFormat(num_frames=1, height=32, width=48)
-    for name in ("a.mov", "a.mov.mp4", "x" * 240 + ".mp4"):
+    (tmp_path / "b").touch()
+    for name in ("a.mov", "a.mov.mp4", "b.mp4", "x" * 240 + ".mp4"):
         write_video(tmp_path / name, moving_square(2, 32, 48))
     outcomes = [process_video(tmp_path, tmp_path / "out", form, name) for name in find_videos(tmp_path)]
     assert [(outcome.kind, outcome.reason.partition(":")[0][:14]) for outcome in outcomes] == [
         ("written", ""),
         ("failed", "its clip has t"),
+        ("written", ""),
         ("failed", "cannot write /"),
     ]
 

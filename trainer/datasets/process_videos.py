@@ -5,7 +5,7 @@ import errno
 import itertools
 import multiprocessing
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from trainer.datasets.video_folder import CAPTIONS_FILE, find_videos, is_utf8, read_captions
-from utils.clips import VideoReader, resize_and_crop
+from utils.clips import VIDEO_SUFFIXES, VideoReader, resize_and_crop
 from utils.errors import UserError
 from utils.files import atomic_path, read_json, write_json
 from utils.locks import lock_file
@@ -84,15 +84,22 @@ def process_videos(
     _write_settings(output, form)
     named = [name for name in names if is_utf8(name)]
     _write_captions(output, {clip_name(name): text for name, text in read_captions(source, named, captions).items()})
-    process = partial(process_video, source, output, form)
     chosen = names[shard::num_shards]
-    with contextlib.ExitStack() as stack:
-        if workers > 1:
-            pool = stack.enter_context(ProcessPoolExecutor(workers, multiprocessing.get_context(_START_METHOD)))
-            results: Iterable[Outcome] = pool.map(process, chosen)
-        else:
-            results = map(process, chosen)
-        return list(tqdm(results, total=len(chosen), unit="video"))
+    outcomes = _map(partial(process_video, source, output, form), chosen, workers)
+    return list(tqdm(outcomes, total=len(chosen), unit="video"))
+
+
+def _map(process: Callable[[str], Outcome], names: Sequence[str], workers: int) -> Iterator[Outcome]:
+    """Yield the outcomes of videos, in order, from this process or from `workers` processes."""
+    if workers == 1:
+        yield from map(process, names)
+        return
+    with ProcessPoolExecutor(workers, multiprocessing.get_context(_START_METHOD)) as pool:
+        try:
+            yield from pool.map(process, names)
+        except BaseException:  # Ctrl-C would otherwise end only the videos in work, and the pool would go on
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def clip_name(name: str) -> str:
@@ -109,8 +116,9 @@ def process_video(source: Path, output: Path, form: ClipFormat, name: str) -> Ou
     if not is_utf8(name):
         return Outcome(name.encode(errors="replace").decode(), FAILED, "its name is not UTF-8; rename it")
     target = output / clip_name(name)
-    if name.endswith(".mp4") and (source / name.removesuffix(".mp4")).is_file():
-        return Outcome(name, FAILED, f"its clip has the name of that of {name.removesuffix('.mp4')}; rename it")
+    other = source / name.removesuffix(".mp4")
+    if name.endswith(".mp4") and other.suffix.lower() in VIDEO_SUFFIXES and other.is_file():
+        return Outcome(name, FAILED, f"its clip has the name of the clip of {other}; rename it")
     if _is_finished(target, form):
         return Outcome(name, KEPT)
     try:
@@ -147,20 +155,24 @@ def _write_clips(path: Path, target: Path, form: ClipFormat) -> int:
                 f"{reader.width}x{reader.height} pixels have the aspect ratio {reader.width / reader.height:.3f}, not "
                 f"{ratio:.3f} within {form.aspect_tolerance:.0%} (--aspect_tolerance)"
             )
-        frames = iter(reader)
-        if not form.all_segments:
-            _write_clip(frames, target, form)
-            return 1
-        with atomic_path(target) as folder:
-            folder.mkdir()
-            for number in itertools.count():
-                try:
-                    _write_clip(frames, folder / f"{number:03d}.mp4", form)
-                except _SkippedVideoError:
-                    if not number:
-                        raise
-                    return number
-    raise AssertionError("unreachable")
+        if form.all_segments:
+            return _write_segments(iter(reader), target, form)
+        _write_clip(iter(reader), target, form)
+        return 1
+
+
+def _write_segments(frames: Iterator[np.ndarray], target: Path, form: ClipFormat) -> int:
+    """Write consecutive clips to the new folder `target` and return their number; the last frames may be left over."""
+    with atomic_path(target) as folder:
+        folder.mkdir()
+        for number in itertools.count():
+            try:
+                _write_clip(frames, folder / f"{number:03d}.mp4", form)
+            except _SkippedVideoError:
+                if not number:
+                    raise
+                break
+    return number
 
 
 def _write_clip(frames: Iterator[np.ndarray], target: Path, form: ClipFormat) -> None:
