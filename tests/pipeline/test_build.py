@@ -5,6 +5,7 @@ import torch
 
 from model.denoiser import Denoiser
 from pipeline.build import (
+    block_layout,
     build_rollout,
     build_schedule,
     context_frames,
@@ -13,6 +14,7 @@ from pipeline.build import (
     pixel_size,
     tokens_per_frame,
 )
+from pipeline.schedule import WriteContext
 from utils.config import Config, RolloutConfig, VideoConfig
 from utils.errors import UserError
 
@@ -84,3 +86,35 @@ def test_lengths_that_blocks_do_not_divide_are_refused_with_the_nearest_lengths(
     ]:
         with pytest.raises(UserError, match=message):
             build_schedule(rollout, num_frames, prefix)
+
+
+def test_an_independent_first_frame_needs_one_frame_more_than_whole_blocks():
+    rollout = RolloutConfig(block_frames=3, independent_first_frame=True)
+    assert [build_schedule(rollout, n).num_blocks for n in (1, 4, 22)] == [1, 2, 8]
+    image = build_schedule(rollout, 22, prefix_frames=1)
+    assert (image.num_blocks, image.prefix_blocks) == (8, 1)
+    assert block_layout(rollout, 22, 1).sizes == block_layout(rollout, 22).sizes == (1, *[3] * 7)
+    for num_frames, choices in (21, "19 or 22"), (2, "1 or 4"), (3, "1 or 4"), (6, "4 or 7"):
+        message = f"{num_frames} latent frames cannot be divided into a first frame and blocks of 3; .*: {choices}$"
+        with pytest.raises(UserError, match=message):
+            build_schedule(rollout, num_frames)
+    rollout.schedule = "bidirectional"  # one block
+    assert build_schedule(rollout, 21).num_blocks == 1 and block_layout(rollout, 21).sizes == (21,)
+
+
+def test_the_schedule_states_the_context_noise_of_generated_blocks():
+    rollout = RolloutConfig(context="clean", context_noise=0.1, schedule="block_first")
+    writes = [op for op in build_schedule(rollout, 10, prefix_frames=1).ops() if isinstance(op, WriteContext)]
+    assert [(op.block, op.context_noise) for op in writes] == [(0, 0.0), (1, 0.1), (2, 0.1)]
+    rollout.schedule, rollout.context = "timestep_first", "output"
+    writes = [op for op in build_schedule(rollout, 6).ops() if isinstance(op, WriteContext)]
+    assert [(op.noise_index, op.context_noise) for op in writes] == [(1, 0.0), (2, 0.0), (3, 0.0), (4, 0.1)]
+
+
+def test_rollouts_follow_the_configured_layout(net, text):
+    config = Config()
+    config.rollout.block_frames, config.rollout.independent_first_frame, config.rollout.window = 2, True, 5
+    config.video.num_output_frames, config.video.height, config.video.width = 7, 32, 48
+    rollout = build_rollout(config, Denoiser(net, text), [0])
+    assert [rollout.noise(block, 0).shape[1] for block in range(4)] == [1, 2, 2, 2]
+    assert rollout.new_cache().context_frames == 3

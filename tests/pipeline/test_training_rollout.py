@@ -35,7 +35,7 @@ def whole_rollout_x0(schedule: Schedule, sigmas: list[float], step: int) -> dict
 
 
 @pytest.mark.parametrize("exit_step", range(4))
-@pytest.mark.parametrize("variant", ["timestep_first", "clean", "input", "leading_blocks"])
+@pytest.mark.parametrize("variant", ["timestep_first", "clean", "input", "leading_blocks", "noisy_clean"])
 def test_a_training_rollout_equals_the_whole_rollout_up_to_its_exit_step(variant, exit_step):
     schedule = Schedule(4, NUM_BLOCKS, **VARIANTS[variant])
     cut, full = exit_x0(schedule, SIGMAS, exit_step), whole_rollout_x0(schedule, SIGMAS, exit_step)
@@ -43,6 +43,18 @@ def test_a_training_rollout_equals_the_whole_rollout_up_to_its_exit_step(variant
     # Leading blocks are written as they are at the exit step; the whole rollout denoises them further.
     same = [0] if variant == "leading_blocks" and exit_step < 3 else range(NUM_BLOCKS)
     assert all(torch.equal(cut[block], full[block]) for block in same)
+
+
+def test_context_noise_is_that_of_inference():
+    """A training rollout writes a block with the same noise as inference, whichever step is the exit step."""
+    schedule = Schedule(4, 2, method="block_first", context_noise=0.2)
+    noise = keyed_block_noise(LAYOUT)
+    for exit_step in range(4):
+        denoiser = FakeDenoiser()
+        rollout = TrainingRollout(denoiser, SIGMAS, noise, FakeCache, LAYOUT, exit_step=exit_step)
+        x0 = dict(rollout.run(list(schedule.ops_until(exit_step)), schedule.caches_until(exit_step)))
+        [(_, _, sigma, written, _)] = [call for call in denoiser.calls if call[0] == "write"]
+        assert sigma == 0.2 and torch.equal(written, 0.8 * x0[0] + 0.2 * noise(0, 4))
 
 
 @pytest.mark.parametrize("exit_step", range(4))
@@ -92,7 +104,9 @@ def gradients(net) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(("context", "history"), [(8, 0), (4, 6)])
-@pytest.mark.parametrize("variant", ["timestep_first", "block_first", "input", "leading_blocks", "leading_steps"])
+@pytest.mark.parametrize(
+    "variant", ["timestep_first", "block_first", "input", "leading_blocks", "leading_steps", "noisy_block_first"]
+)
 def test_gradients_block_by_block_equal_those_of_the_whole_graph(net, variant, context, history):
     exit_step = 2
     schedule = Schedule(4, NUM_BLOCKS, **VARIANTS[variant])

@@ -238,6 +238,23 @@ def test_every_block_is_at_one_point_with_the_teachers_level(tmp_path, make_conf
     assert {point for pair in seen for point in pair} == set(range(5)) and len(seen) > 12  # blocks are independent
 
 
+@pytest.mark.parametrize("forcing", ["diffusion", "teacher", ""])
+def test_an_independent_first_frame_has_its_own_level(tmp_path, make_config, clips, one_end, forcing):
+    """In flow matching with both kinds of forcing, and in ODE regression (no forcing)."""
+    config = make_config(clips, forcing=forcing, batch_size=4) if forcing else make_config(tmp_path, batch_size=4)
+    config.rollout.independent_first_frame, config.rollout.block_frames = True, 5
+    objective = FlowMatching(config, CPU) if forcing else ODERegression(config, CPU)
+    objective.net = spy = SpyNet()
+    different = 0
+    for iteration in range(5):
+        objective.loss(iteration, 0)
+        levels = spy.timestep[:, -6:]
+        assert torch.equal(levels[:, 1:], levels[:, 1:2].expand(-1, 5))
+        different += (levels[:, 0] != levels[:, 1]).sum().item()
+    assert different > 5
+    assert spy.causal == BlockCausalMask((1, 5), teacher_forcing=forcing == "teacher")
+
+
 def test_ode_regression_does_not_depend_on_the_micro_batch_size(make_config, pairs, model):
     objective = ODERegression(make_config(pairs, init=str(model / "transformer")), CPU)
     assert_equal_gradients(gradients_by_micro_batch_size(objective))

@@ -20,6 +20,7 @@ from trainer.objectives.self_rollout import GeneratedClip
 from trainer.trainer import Trainer
 from utils.clips import read_video
 from utils.errors import UserError
+from utils.rng import keyed_noise
 
 CPU = torch.device("cpu")
 Make = Callable[..., ScoreDistillation]
@@ -61,11 +62,16 @@ def roll_out(objective: ScoreDistillation, role: str, iteration: int, micro_batc
 # ---- Rollouts and gradients ----
 
 
-@pytest.mark.parametrize("frames", [6, 12])
+FIRST_FRAME = dict(independent_first_frame=True, block_frames=5)  # divides the clips into blocks of one and five
+
+
+@pytest.mark.parametrize(
+    ("frames", "keys"), [(6, {}), (12, {}), (11, FIRST_FRAME | dict(context="clean", context_noise=0.2))]
+)
 @pytest.mark.parametrize("schedule", ["timestep_first", "block_first"])
-def test_block_by_block_gradients_equal_those_of_the_whole_graph(make: Make, schedule, frames):
+def test_block_by_block_gradients_equal_those_of_the_whole_graph(make: Make, schedule, frames, keys):
     """This also holds if the rollout is longer than the training window (law 6, docs/method.md)."""
-    objective = make(schedule, max_rollout_frames=frames, window=9, guidance_scale=3.0)
+    objective = make(schedule, max_rollout_frames=frames, window=9, guidance_scale=3.0, **keys)
     found = []
     for block_backward in (False, True):
         objective.config.distill.block_backward = block_backward
@@ -216,6 +222,19 @@ def test_a_longer_rollout_trains_its_end_after_a_re_encoded_first_frame(make: Ma
     assert rollouts.training_window(roll_out(objective, "critic", iteration))[1] is None
 
 
+def test_only_the_re_encoded_frame_is_masked_if_the_first_frame_is_independent(make: Make):
+    objective = make(max_rollout_frames=11, forward_kl_weight=0.0, **FIRST_FRAME)
+    rollouts = objective.clip_source
+    iteration = next(i for i in range(20) if rollouts._draw_exit("critic", i)[1] == 11)
+    generated = roll_out(objective, "critic", iteration)
+    assert [generated.blocks[block].shape[1] for block in range(3)] == [1, 5, 5]
+    clip, mask = rollouts.training_window(generated)
+    assert mask.tolist() == [[0, 1, 1, 1, 1, 1]] * 2 and torch.equal(clip[:, 1:], generated.frames[:, 6:])
+    assert list(generated.trained_blocks) == [2] and rollouts.noise(generated).shape == clip.shape
+    iteration = next(i for i in range(20) if rollouts._draw_exit("critic", i)[1] == 6)
+    assert list(roll_out(objective, "critic", iteration).trained_blocks) == [0, 1]
+
+
 def test_micro_batches_sum_to_the_whole_batch(make: Make):
     """Both steps, with DMD and forward KL: four clips as one micro-batch, two or four."""
     objective = make(guidance_scale=3.0, max_rollout_frames=9)
@@ -273,6 +292,23 @@ def test_a_forward_kl_rollout_needs_only_the_points_it_reads(make: Make, pairs, 
     assert_same_bits(whole, cut)
 
 
+def test_context_noise_of_a_forward_kl_rollout_is_fresh(make: Make):
+    """It is not the noise of the trajectory, and it differs between clips."""
+    objective = make("block_first", forward_kl_mode="rollout", context_noise=0.5)
+    term, written = objective.forward_kl, []
+    write = objective.generator.write_block
+    objective.generator.write_block = lambda x, *rest: written.append(x.transpose(1, 2)) or write(x, *rest)
+    points = term.pairs.read([0, 0])  # the same trajectory twice
+    text = term.text.encode([term.pairs.prompts[0]] * 2)
+    x, flow = term.predict(points[:, 0], points[:, 0], 0, text, range(2))
+    x0 = flow_to_x0(x, flow, 1.0)[:, :3].detach()
+    [context] = written
+    noise = (context - 0.5 * x0) / 0.5
+    assert not torch.allclose(noise[0], noise[1], atol=0.1)
+    expected = torch.stack([keyed_noise(objective.config.runtime.seed, n, 0, 4, (3, 16, 4, 4)) for n in range(2)])
+    torch.testing.assert_close(noise, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_activation_checkpointing_works_with_context_input(make: Make):
     """A fused pass that also writes cannot be recomputed for its graph, so the write becomes a pass of its own."""
     objective = make(forward_kl_mode="rollout", context="input", block_backward=False)
@@ -286,9 +322,10 @@ def test_activation_checkpointing_works_with_context_input(make: Make):
         torch.testing.assert_close(found[1][name], gradient, atol=1e-6, rtol=1e-4, msg=name)
 
 
-def test_modes_differ_and_a_rollout_with_context_input_equals_the_block_causal_pass(make: Make):
+@pytest.mark.parametrize("keys", [{}, FIRST_FRAME], ids=["equal blocks", "independent first frame"])
+def test_modes_differ_and_a_rollout_with_context_input_equals_the_block_causal_pass(make: Make, keys):
     """At the first step, a rollout with context rule `input` attends to the same keys and values as one causal pass."""
-    objective = make(context="input")
+    objective = make(context="input", **keys)
     found = {}
     for mode in MODES:
         objective.config.distill.forward_kl_mode = mode
