@@ -160,7 +160,7 @@ class _Translator:
         if isinstance(rule, Only):
             if value == rule.value:
                 self.result.no_effect.append(key)
-            else:
+            elif not self._is_idle(key):
                 self.errors.append(f"{key} {value} cannot be honoured, only {rule.value}: {rule.reason}")
         elif isinstance(rule, Flag):
             self.result.flags[rule.name] = value
@@ -318,6 +318,10 @@ class _Translator:
             indices = [int(index) for index in str(indices).split(",")]
         levels = ode_pair_sigmas(steps or 48, shift or 8.0, indices or [0, 12, 24, 36, -1])
         self._set("data.sigmas", levels, *stated)
+        assumed = {"forward_kl_form": "endpoint", "forward_kl_mode": "block_causal", "forward_kl_weight": 1.0}
+        for name, value in assumed.items():
+            if self._get("distill", name) is None:
+                self._set(f"distill.{name}", value, _DEFAULT)
 
     def _data(self) -> None:
         """Translate data_path: clips, prompts of training, or those of inference."""

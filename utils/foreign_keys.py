@@ -61,6 +61,20 @@ def _guidance(value: Value) -> float:
     return float(value) + 1.0
 
 
+def _sigma(value: Value) -> float:
+    """Convert a timestep to a sigma."""
+    return float(value) / 1000
+
+
+def _refuse(reason: str) -> Convert:
+    """Return a conversion that refuses every value."""
+
+    def convert(value: Value) -> Value:
+        raise Unsupported(reason)
+
+    return convert
+
+
 def _window(value: Value) -> int:
     """Convert local_attn_size: -1 is the whole cache, which holds 21 frames."""
     return 21 if value == -1 else int(value)
@@ -89,7 +103,10 @@ TABLE: dict[str, tuple[str, Convert] | Only | Flag | None] = {
     # schedule
     "denoising_order": ("rollout.schedule", _SCHEDULES),
     "inference_method": ("rollout.schedule", _SCHEDULES),
-    "distribution_loss": ("rollout.schedule", _choice(timestep_forcing_dmd="timestep_first", dmd="block_first")),
+    "distribution_loss": (
+        "rollout.schedule",
+        _choice(timestep_forcing_dmd="timestep_first", dmd="block_first", dmd_switch="block_first"),
+    ),
     "num_frame_first_blocks": ("rollout.leading_blocks", _same),
     "num_rollout": ("rollout.num_rollouts", _same),
     "num_overlap_frames": ("rollout.overlap_frames", _same),
@@ -104,8 +121,10 @@ TABLE: dict[str, tuple[str, Convert] | Only | Flag | None] = {
     "model_kwargs.local_attn_size": ("rollout.window", _window),
     "sink_size": ("rollout.sink", _same),
     "model_kwargs.sink_size": ("rollout.sink", _same),
-    "context_noise": Only(0, "contexts are written without added noise"),
-    "independent_first_frame": Only(False, "every block has the same number of frames"),
+    "model_kwargs.use_infinite_attention": Only(False, "the positions of the sink do not move"),
+    "context_noise": ("rollout.context_noise", _sigma),
+    "independent_first_frame": ("rollout.independent_first_frame", _same),
+    "switch_frame_indices": ("rollout.schedule", _refuse("a video has one prompt")),
     # sizes
     "num_training_frames": ("data.num_frames", _same),
     "height": ("video.height", _same),
@@ -137,8 +156,9 @@ TABLE: dict[str, tuple[str, Convert] | Only | Flag | None] = {
     "pd_loss_weight": ("distill.forward_kl_weight", float),
     "pd_num_steps": ("distill.forward_kl_steps", _same),
     "pd_data_path": ("data.path", _same),
-    "pd_loss_type": ("distill.forward_kl_form", _choice(x0="x0", mse="x0", flow="flow", endpoint="endpoint")),
+    "pd_loss_type": ("distill.forward_kl_form", _choice(x0="x0", velocity="flow", euler_endpoint="endpoint")),
     "pd_compute_mode": ("distill.forward_kl_mode", _choice(single_forward="block_causal", rollout="rollout")),
+    "pd_x0_target_mode": Only("pred_x0", "the target is the chord between two points of the teacher"),
     "backward_simulation": ("distill.backward_simulation", _choice(true=True, false=False)),
     # handled by the functions of `_Translator`, which need several keys at once
     "generator_task": None,
@@ -178,7 +198,8 @@ TABLE: dict[str, tuple[str, Convert] | Only | Flag | None] = {
 }
 NO_EFFECT = (
     *("wandb_*", "*_fsdp_wrap_strategy", "*_grad.*", "gc_interval", "discriminator_lr_multiplier"),
-    *("prompt_name", "prompt_path", "eval_first_n", "global_sink", "max_checkpoints"),
+    *("vis_*", "val_*", "sid_alpha", "max_checkpoints"),
+    "global_sink",  # LongLive reads it where prompts change
     *("adapter.dropout", "adapter.dtype", "adapter.verbose", "adapter.apply_to_critic"),
 )
 """Keys without a counterpart, as patterns."""

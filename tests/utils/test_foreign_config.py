@@ -107,13 +107,16 @@ HIAR = SELF_FORCING | {
     "distribution_loss": "timestep_forcing_dmd",
     "denoising_order": "timestep_first",
     "always_clean_context": True,
+    "context_noise": 100,
+    "independent_first_frame": False,
     "use_ode_trajectory": True,
     "num_rollout_frames": 0,
     "pd_enabled": True,
     "pd_num_steps": 2,
     "pd_loss_weight": 0.2,
     "pd_data_path": "data/pairs",
-    "pd_loss_type": "flow",
+    "pd_loss_type": "velocity",
+    "pd_x0_target_mode": "pred_x0",
     "pd_compute_mode": "single_forward",
     "pd_teacher_timestep_shift": 8.0,
     "pd_teacher_num_inference_steps": 48,
@@ -122,6 +125,8 @@ HIAR = SELF_FORCING | {
 HIAR_HERE = SELF_FORCING_HERE | {
     "rollout.schedule": "timestep_first",
     "rollout.context": "clean",
+    "rollout.context_noise": 0.1,
+    "rollout.independent_first_frame": False,
     "rollout.use_ode_trajectory": True,
     "distill.max_rollout_frames": 21,
     "distill.forward_kl_weight": 0.2,
@@ -257,6 +262,10 @@ LONGLIVE = {
     "num_samples": 2,
     "save_with_index": True,
     "use_ema": True,
+    "global_sink": True,
+    "context_noise": 0,
+    "inference_iter": -1,
+    "seed": 0,
     "generator_ckpt": "longlive_base.pt",
     "lora_ckpt": "lora.pt",
     "adapter": {"type": "lora", "rank": 256, "alpha": 128, "dropout": 0.0},
@@ -324,6 +333,9 @@ def test_every_key_of_an_original_file(tmp_path, theirs, here, capsys):
         ("sink_size", 3, "rollout.sink", 3),
         ("num_rollout", 4, "rollout.num_rollouts", 4),
         ("num_overlap_frames", 6, "rollout.overlap_frames", 6),
+        ("context_noise", 0, "rollout.context_noise", 0.0),
+        ("independent_first_frame", True, "rollout.independent_first_frame", True),
+        ("distribution_loss", "dmd_switch", "rollout.schedule", "block_first"),
         ("trainer", "ode", "train.objective", "ode_regression"),
         ("distillation_loss", "ode", "train.objective", "ode_regression"),
         ("mixed_precision", False, "train.dtype", "float32"),
@@ -340,6 +352,21 @@ def test_every_key_of_an_original_file(tmp_path, theirs, here, capsys):
 )
 def test_one_key(tmp_path, key, value, ours, expected):
     assert value_of(load_config(write(tmp_path, {"timestep_shift": 1.0, key: value})), ours) == expected
+
+
+def test_the_forward_kl_of_hiar(tmp_path):
+    """Its defaults differ from ours; keys of a loss that is off are not read."""
+    keys = {"trainer": "score_distillation", "pd_enabled": True, "pd_num_steps": 1}
+    distill = load_config(write(tmp_path, keys)).distill
+    assert (distill.forward_kl_form, distill.forward_kl_mode) == ("endpoint", "block_causal")
+    assert distill.forward_kl_weight == 1.0
+    forms = {"x0": "x0", "velocity": "flow", "euler_endpoint": "endpoint"}
+    for theirs, ours in forms.items():
+        assert load_config(write(tmp_path, keys | {"pd_loss_type": theirs})).distill.forward_kl_form == ours
+    with pytest.raises(UserError, match="only pred_x0"):
+        load_config(write(tmp_path, keys | {"pd_x0_target_mode": "gt_x0"}))
+    off = keys | {"pd_enabled": False, "pd_x0_target_mode": "gt_x0"}
+    assert load_config(write(tmp_path, off)).distill.forward_kl_weight == 0
 
 
 def test_the_default_file_beside_a_file_is_merged_first(tmp_path, capsys):
@@ -390,6 +417,9 @@ def test_all_unknown_keys_are_reported_at_once(tmp_path):
         ("num_train_timestep", 500, "only 1000"),
         ("denoising_loss_type", "x0", "only flow"),
         ("ts_schedule", True, "only False"),
+        ("context_noise", 1000, "rollout.context_noise must be a sigma"),
+        ("switch_frame_indices", [48, 96], "one prompt"),
+        ("model_kwargs", {"use_infinite_attention": True}, "only False"),
         ("same_step_across_blocks", False, "only True"),
         ("last_step_only", True, "only False"),
         ("load_raw_video", True, "encoded clips"),

@@ -24,6 +24,19 @@ CASES = {
     "a changed clip": (("--video", "seven.mp4", "--strength", "0.6"), (1, 3, 6)),
     "an image per prompt": (("--i2v", "pairs.json", "--num_output_frames", "10"), (1, 3, 4)),
     "clean context": (("rollout.context=clean",), (3, 4)),
+    "context noise, independent first frame": (
+        (
+            "rollout.context=clean",
+            "rollout.context_noise=0.2",
+            "rollout.independent_first_frame=true",
+            "--image",
+            "start.png",
+            "--num_output_frames",
+            "10",
+            "rollout.leading_blocks=1",
+        ),
+        (4,),
+    ),
     "input context": (("rollout.context=input",), (3, 4)),
     "two steps at once": (("rollout.leading_steps=2",), (3, 4)),
     "block-first": (
