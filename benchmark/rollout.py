@@ -10,7 +10,7 @@ from benchmark.flops import PassFlops
 from benchmark.host_syncs import host_syncs
 from benchmark.measure import Measurement, Repeats, Results, peak_memory, reset_peak_memory
 from benchmark.networks import PROMPT
-from pipeline.build import context_frames, latent_size
+from pipeline.build import block_layout, context_frames, latent_size
 from pipeline.output import VideoFiles, VideoJob, VideoOutput
 from pipeline.parallel.profile import WORK, RecordedDenoiser, Recorder, Span
 from pipeline.rollout import Rollout
@@ -70,15 +70,15 @@ class RolloutBenchmark:
             return first, time.perf_counter() - start
 
     def flops(self) -> int:
-        """Return the floating-point operations of all ops."""
+        """Return the floating-point operations of all ops; an independent first frame counts as a whole block."""
         config = self.config
-        block_frames = config.rollout.block_frames
+        block_frames, layout = config.rollout.block_frames, block_layout(config.rollout, config.video.num_output_frames)
         limit, _ = context_frames(config.rollout, config.video.num_output_frames)
         size, text_length = latent_size(config.video), config.model.text_length
         count = PassFlops(self.pipeline.net.config, size, block_frames, limit, text_length)
 
         def op_flops(op: Op) -> int:
-            context = min(op.block * block_frames, limit)
+            context = min(layout.start(op.block), limit)
             if isinstance(op, WriteThenDenoise):
                 return op_flops(op.write) + op_flops(op.denoise)
             if self.baseline is not None:
@@ -132,11 +132,12 @@ def _time_results(benchmark: RolloutBenchmark, rollouts: Sequence[list[Span]]) -
     """Return seconds per pass, block and pixel frame, and pixel frames per second, of rollouts."""
     config = benchmark.config
     block_frames, num_frames = config.rollout.block_frames, config.video.num_output_frames
-    num_blocks, pixel_frames = num_frames // block_frames, _num_pixel_frames(benchmark)
+    layout, pixel_frames = block_layout(config.rollout, num_frames), _num_pixel_frames(benchmark)
+    num_blocks = layout.num_blocks
     context, _ = context_frames(config.rollout, num_frames)
     # Steady state: the window is full for the block and for the block before it, which a joint pass writes. The last
     # block does not count, because its context is never written.
-    full = [block for block in range(num_blocks - 1) if block * block_frames > context]
+    full = [block for block in range(num_blocks - 1) if layout.start(block) > context]
     passes = [span for spans in rollouts for span in spans if span.name in WORK]
     steady = [span for span in passes if span.block in full] or passes
     seconds = [spans[-1].seconds for spans in rollouts]

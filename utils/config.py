@@ -68,7 +68,7 @@ class RolloutConfig:
     schedule: Literal["timestep_first", "block_first", "bidirectional"] = "timestep_first"
     """timestep_first (HiAR) runs one step over all blocks before the next step. block_first (Self-Forcing) runs all
     steps of one block before the next block. bidirectional (CausVid's teacher and bidirectional student) denoises the
-    whole video as one block, without a cache, and ignores block_frames and window."""
+    whole video as one block, without a cache, and ignores the keys of blocks and windows."""
     leading_blocks: int = 0
     """Number of leading blocks that timestep_first denoises block-first. They are clean context for later blocks."""
     leading_steps: int = 0

@@ -66,9 +66,12 @@ FIRST_FRAME = dict(independent_first_frame=True, block_frames=5)  # divides the 
 
 
 @pytest.mark.parametrize(
-    ("frames", "keys"), [(6, {}), (12, {}), (11, FIRST_FRAME | dict(context="clean", context_noise=0.2))]
+    ("schedule", "frames", "keys"),
+    [
+        *((schedule, frames, {}) for schedule in ("timestep_first", "block_first") for frames in (6, 12)),
+        ("timestep_first", 11, FIRST_FRAME | dict(context="clean", context_noise=0.2)),
+    ],
 )
-@pytest.mark.parametrize("schedule", ["timestep_first", "block_first"])
 def test_block_by_block_gradients_equal_those_of_the_whole_graph(make: Make, schedule, frames, keys):
     """This also holds if the rollout is longer than the training window (law 6, docs/method.md)."""
     objective = make(schedule, max_rollout_frames=frames, window=9, guidance_scale=3.0, **keys)
@@ -223,7 +226,7 @@ def test_a_longer_rollout_trains_its_end_after_a_re_encoded_first_frame(make: Ma
 
 
 def test_only_the_re_encoded_frame_is_masked_if_the_first_frame_is_independent(make: Make):
-    objective = make(max_rollout_frames=11, forward_kl_weight=0.0, **FIRST_FRAME)
+    objective = make(max_rollout_frames=11, **FIRST_FRAME)
     rollouts = objective.clip_source
     iteration = next(i for i in range(20) if rollouts._draw_exit("critic", i)[1] == 11)
     generated = roll_out(objective, "critic", iteration)
