@@ -1,10 +1,14 @@
 """runtime.threads: one number of CPU threads for plain python and torchrun, stored in the metadata."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from tiny_model import write_config
+from tiny_model import ROOT, write_config
 
 from utils.config import load_config
 from utils.errors import UserError
@@ -30,6 +34,29 @@ def test_a_run_with_one_thread_gives_the_bits_of_torchrun(tmp_path, infer, refer
         assert (tmp_path / name).read_bytes() == (reference / name).read_bytes()
     metadata = json.loads((tmp_path / f"{CIRCLE}.json").read_text())
     assert metadata["threads"] == 1 and metadata["config"]["runtime"]["threads"] == 1
+
+
+def assert_same_files(folder: Path, reference: Path) -> None:
+    names = sorted(file.name for file in reference.iterdir() if file.suffix in (".mp4", ".safetensors"))
+    assert len(names) == 6
+    for name in names:
+        assert (folder / name).read_bytes() == (reference / name).read_bytes(), name
+
+
+@pytest.mark.slow
+def test_torchrun_writes_the_bits_of_python_with_one_thread(tmp_path, world, infer, reference, two_threads):
+    """A real start of torchrun: it sets the number of threads of its ranks."""
+    words = ["--config_path", world.config, "--data_path", world.prompts, "--output_folder", tmp_path / "torchrun"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "inference.py"]
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    done = subprocess.run(
+        [*launcher, *map(str, words), "--save_latents"], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    infer(tmp_path / "python", "runtime.threads=1")
+    assert_same_files(tmp_path / "torchrun", tmp_path / "python")
+    assert_same_files(tmp_path / "torchrun", reference)
+    assert {json.loads(file.read_text())["threads"] for file in (tmp_path / "torchrun").glob("*.json")} == {1}
 
 
 def test_the_metadata_holds_the_number_that_was_used(tmp_path, infer, two_threads):
