@@ -72,10 +72,11 @@ def read_lora(path: Path) -> State:
     """Return the low-rank factors in a file, without wrappers' prefixes: all of it, or its `generator_lora`.
 
     Raises:
-        UserError: if the file is missing, cut off, unsafe to read, or holds anything else.
+        UserError: if the file is missing, cut off, unsafe to read, differs from its lock file, or holds anything else.
     """
     if not path.is_file():
         raise UserError(f"cannot read LoRA weights {path}: there is no such file")
+    check_loaded(path)
     content = _read_file(path)
     state = content.get("generator_lora", content)
     if not _is_state(state):

@@ -5,6 +5,7 @@ import contextlib
 import csv
 import io
 import json
+import os
 import re
 import sys
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from shapes import world
 from shapes.metrics import SHAPE_METRICS
 from shapes.world import Clip
 from utils.clips import read_video
+from utils.locks import lock_folder
 from utils.tables import markdown_table
 from utils.video import VideoWriter
 
@@ -191,6 +193,15 @@ def test_cached_measurements_are_reused_for_other_tables(folders, evaluated, eva
     assert names == ["color", "presence", "color", "presence"]
     assert (output / "videos.csv").read_text() == (evaluated.folder / "videos.csv").read_text()
     assert len(Evaluated("", output).json["figures"]) > 20
+
+
+def test_a_second_evaluation_in_the_same_folder_is_refused(folders, tmp_path, call):
+    words = (folders / "truth", "--output", tmp_path / "out", "--cache", tmp_path / "cache")
+    (tmp_path / "out").mkdir()
+    with lock_folder(tmp_path / "out", "evaluating in"):
+        code, _, err = call(evaluate, *words)
+    assert code == 2 and f"error: another process is evaluating in {tmp_path / 'out'} (process {os.getpid()} on " in err
+    assert not list((tmp_path / "cache").iterdir()) and not (tmp_path / "out/evaluation.json").exists()
 
 
 def test_unknown_metrics_are_refused(folders, evaluate_fast):

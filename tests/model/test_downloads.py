@@ -10,7 +10,7 @@ from safetensors.torch import save
 
 from model import downloads
 from model.downloads import Download, fetch_weights
-from model.weight_files import read_state
+from model.weight_files import read_lora, read_state
 from model.weights import ModelDirectory
 from scripts import download_weights
 from utils import download_lock
@@ -216,6 +216,14 @@ def test_loading_compares_files_with_the_lock_file(hub, tmp_path):
         read_prompts(prompts)
     lock_path(prompts).unlink()
     assert read_prompts(prompts)[0].text == "a dog"
+
+
+def test_loading_compares_a_lora_file_with_the_lock_file(hub, tmp_path):
+    file = fetch_weights(FILE, tmp_path)
+    assert read_lora(file).keys() == {"x"}
+    file.write_bytes(OTHER_WEIGHTS)
+    with pytest.raises(UserError, match="is not the downloaded file"):
+        read_lora(file)
 
 
 def test_large_files_are_hashed_if_they_changed_after_the_lock_file(hub, tmp_path, monkeypatch):

@@ -45,13 +45,20 @@ def run_rank(words: list[str], environment: dict[str, str], log: str) -> None:
 
 
 def run_single_rank(
-    words: list[str], environment: dict[str, str], log: str, startup_timeout: float, hold: bool, gpus: int
+    words: list[str],
+    environment: dict[str, str],
+    log: str,
+    startup_timeout: float,
+    hold: bool,
+    gpus: int,
+    nan_block: int | None,
 ) -> None:
     """Run one rank in a process of its own.
 
     Args:
         hold: after the last frame of a video, create the file LOG.end and wait until it is deleted.
         gpus: number of GPUs that torch reports.
+        nan_block: block that arrives at the decoder as NaN; None for none.
     """
     from pipeline.output import VideoOutput
     from pipeline.parallel import peers
@@ -69,6 +76,13 @@ def run_single_rank(
         finish(self)
 
     VideoOutput._write_metadata = finish_late
+    emit = VideoOutput.emit
+
+    def emit_nan(self, latents, block=None):
+        emit(self, torch.full_like(latents, float("nan")) if block == nan_block else latents, block)
+
+    if nan_block is not None:
+        VideoOutput.emit = emit_nan
     run_rank(words, environment, log)
 
 
@@ -84,6 +98,7 @@ class RankProcesses:
         startup_timeout: float = 45.0,
         hold: bool = False,
         gpus: int = 0,
+        nan_block: int | None = None,
     ):
         """
         Args:
@@ -94,7 +109,8 @@ class RankProcesses:
         self.logs = [folder.parent / f"{folder.name}.rank{rank}.log" for rank in range(count)]
         self.processes = []
         for rank, environment in enumerate(environments(count)):
-            arguments = (list(map(str, words)), environment, str(self.logs[rank]), startup_timeout, hold, gpus)
+            options = startup_timeout, hold, gpus, nan_block
+            arguments = (list(map(str, words)), environment, str(self.logs[rank]), *options)
             process = CONTEXT.Process(target=run_single_rank, args=arguments, daemon=True)
             if rank not in absent:
                 process.start()

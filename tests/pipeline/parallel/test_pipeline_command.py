@@ -91,6 +91,18 @@ def test_a_rerun_makes_only_missing_videos(inputs, run_ranks, tmp_path):
     assert f"wrote 0 videos (2 existed) to {folder}" in run_ranks(folder, 2, *words)
 
 
+def test_a_video_with_nan_is_an_error_and_made_again(expected, start, run_ranks, tmp_path):
+    """The frames before the NaN stay in a file that no later run counts as the video."""
+    ranks = start(tmp_path / "out", 2, nan_block=2)
+    assert 0 not in ranks.wait()
+    message = "error: block 2 (latent frames 6 to 8) of a red circle-0.mp4 holds NaN or infinity"
+    assert ranks.output.count("error:") == 1 and message in ranks.output, ranks.output
+    assert not [file for file in ranks.folder.glob("[!.]*") if ".unfinished." not in file.name]
+    assert f"wrote 1 video to {ranks.folder} in " in run_ranks(ranks.folder, 2)
+    [made], [reference] = read_latents_in(ranks.folder).values(), expected().values()
+    assert torch.equal(made, reference)
+
+
 def test_the_profile_has_every_op_and_a_timeline(run_ranks, tmp_path):
     words = ("--profile", "--profile_output", tmp_path / "p", "--prompt", "a red circle", "--output_path")
     output = run_ranks(tmp_path / "out", 2, *words, tmp_path / "v.mp4")
