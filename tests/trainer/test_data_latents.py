@@ -226,7 +226,7 @@ def test_roles_positions_and_seeds_have_their_own_noise(make: Make):
 # ---- Whole runs ----
 
 
-def test_an_interrupted_run_on_an_lmdb_ends_with_the_weights_of_a_plain_run_on_shards(make: Make, clips, tmp_path):
+def test_an_interrupted_run_on_shards_ends_with_the_weights_of_a_plain_run_on_an_lmdb(make: Make, clips, tmp_path):
     pack_lmdb(clips, tmp_path / "lmdb", shards=2)
     keys = dict(max_iterations=4, ema_start=1, generator_every=2)
 
@@ -234,11 +234,11 @@ def test_an_interrupted_run_on_an_lmdb_ends_with_the_weights_of_a_plain_run_on_s
         objective = make(path=path, **keys, **more)
         return Trainer(objective.config, objective, str(tmp_path / name))
 
-    plain = trainer("plain", clips, save=False)
+    plain = trainer("plain", tmp_path / "lmdb", save=False)
     before = plain.objective.generator.proj_out.weight.clone()
     plain.train()
     assert not torch.equal(before, plain.objective.generator.proj_out.weight)
-    run = trainer("parts", tmp_path / "lmdb")
+    run = trainer("parts", clips)
     backward = run.objective.backward
 
     def failing(name, iteration, *rest):
@@ -249,7 +249,7 @@ def test_an_interrupted_run_on_an_lmdb_ends_with_the_weights_of_a_plain_run_on_s
     run.objective.backward = failing
     with pytest.raises(Killed):
         run.train()
-    resumed = trainer("parts", tmp_path / "lmdb")
+    resumed = trainer("parts", clips)
     resumed.train()
     assert_same_bits(state_of(resumed), state_of(plain))
 
