@@ -12,7 +12,14 @@ import httpx
 from huggingface_hub import DatasetInfo, HfApi, ModelInfo, hf_hub_download, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 
-from utils.download_lock import DownloadLock, check_download, hash_files, lock_path, read_lock, write_lock
+from utils.download_manifest import (
+    DownloadManifest,
+    check_download,
+    hash_files,
+    manifest_path,
+    read_manifest,
+    write_manifest,
+)
 from utils.errors import UserError
 from utils.files import refuse_device, writable_folder
 
@@ -61,46 +68,48 @@ MODEL_FILES = ["*.json", "*.safetensors", "*.pth", "*.model", "*.txt", "LICENSE*
 
 
 def fetch_weights(download: Download, root: Path, revision: str | None = None) -> Path:
-    """Download to `root / download.destination`, write its lock file, and return the path.
+    """Download to `root / download.destination`, write its manifest, and return the path.
 
-    If there is a lock file already, its revision is downloaded, and the files must be those of the lock file. Nothing
+    If there is a manifest already, its revision is downloaded, and the files must be those of the manifest. Nothing
     is downloaded if they all exist.
 
     Args:
-        revision: a commit, branch or tag; default: that of the lock file, else the newest.
+        revision: a commit, branch or tag; default: that of the manifest, else the newest.
 
     Raises:
         UserError: without network, if the repository, revision or file does not exist, or if a file differs from the
-            lock file.
+            manifest.
     """
     target = root / download.destination
     refuse_device(target)
-    lock = read_lock(target)
-    if lock is not None and lock.repo != download.repo:
-        raise UserError(f"{lock_path(target)} is of {lock.repo}, not {download.repo}; delete it and {target}")
-    if lock is None and target.is_file():
+    manifest = read_manifest(target)
+    if manifest is not None and manifest.repo != download.repo:
+        raise UserError(f"{manifest_path(target)} is of {manifest.repo}, not {download.repo}; delete it and {target}")
+    if manifest is None and target.is_file():
         if revision is not None:
-            raise UserError(f"{target} exists without a lock file, so its revision is unknown; delete it first")
+            raise UserError(f"{target} exists without a manifest, so its revision is unknown; delete it first")
         return target  # downloaded by hand
-    complete = lock is not None and all(file.is_file() for file in lock.paths(target))
-    if complete and revision in (None, lock.revision if lock else None):
+    complete = manifest is not None and all(file.is_file() for file in manifest.paths(target))
+    if complete and revision in (None, manifest.revision if manifest else None):
         check_download(target)
         return target
     with _hub_errors(download.page, revision):
         # Request the revision first: without network, snapshot_download would return an incomplete folder.
-        wanted = revision or (lock.revision if lock else None)
+        wanted = revision or (manifest.revision if manifest else None)
         repo = HfApi().repo_info(download.repo, revision=wanted, repo_type=download.repo_type, files_metadata=True)
         assert isinstance(repo, (ModelInfo, DatasetInfo))
-        if lock is not None and repo.sha != lock.revision:
+        if manifest is not None and repo.sha != manifest.revision:
             raise UserError(
-                f"{lock_path(target)} pins revision {lock.revision}, but {wanted} is {repo.sha}; to change it, delete "
-                f"the lock file and {target}"
+                f"{manifest_path(target)} pins revision {manifest.revision}, but {wanted} is {repo.sha}; to change it, "
+                f"delete the manifest and {target}"
             )
-        return _download(download, target, repo, lock)
+        return _download(download, target, repo, manifest)
 
 
-def _download(download: Download, target: Path, repo: ModelInfo | DatasetInfo, lock: DownloadLock | None) -> Path:
-    """Download one revision and compare its files with the hub's hashes and the lock file, or write the lock file."""
+def _download(
+    download: Download, target: Path, repo: ModelInfo | DatasetInfo, manifest: DownloadManifest | None
+) -> Path:
+    """Download one revision and compare its files with the hub's hashes and the manifest, or write the manifest."""
     hashes = {file.rfilename: file.lfs.sha256 if file.lfs else None for file in repo.siblings or ()}
     patterns = list(download.patterns) or MODEL_FILES if download.file is None else [download.file]
     names = [name for name in hashes if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
@@ -117,16 +126,16 @@ def _download(download: Download, target: Path, repo: ModelInfo | DatasetInfo, l
         if folder.is_symlink():
             raise UserError(f"{folder} is a symbolic link, and would overwrite other files; delete the link")
         hf_hub_download(download.repo, names[0], revision=repo.sha, local_dir=writable_folder(folder))
-    found = DownloadLock(download.repo, str(repo.sha), hash_files(folder, names))
+    found = DownloadManifest(download.repo, str(repo.sha), hash_files(folder, names))
     expected = {name: sha256 for name, sha256 in hashes.items() if sha256}
-    expected |= {name: locked.sha256 for name, locked in (lock.files if lock else {}).items()}
+    expected |= {name: listed.sha256 for name, listed in (manifest.files if manifest else {}).items()}
     for name, file in found.files.items():
         if file.sha256 != expected.get(name, file.sha256):
             raise UserError(
                 f"{folder / name} has sha256 {file.sha256}, not {expected[name]}; delete it and download it again"
             )
-    if lock is None:
-        write_lock(target, found)
+    if manifest is None:
+        write_manifest(target, found)
     if download.file is not None:
         os.replace(folder / names[0], target)
         shutil.rmtree(folder)

@@ -34,13 +34,23 @@ def check_weights(state: Mapping[str, Tensor], source: Path | str) -> None:
     Raises:
         UserError: for the first tensor with NaN, infinity, or values of another type.
     """
+    check_floating_point(state, source)
+    for name, tensor in state.items():
+        if not is_finite(tensor):
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise UserError(f"{source}: tensor {name} holds NaN or infinity in {kind}; {_COPY}, or choose another one")
+
+
+def check_floating_point(state: Mapping[str, Tensor], source: Path | str) -> None:
+    """Check that all weights have a floating-point dtype. Their values are not read.
+
+    Raises:
+        UserError: for the first tensor of another dtype.
+    """
     for name, tensor in state.items():
         if not tensor.is_floating_point():
             kind = str(tensor.dtype).removeprefix("torch.")
             raise UserError(f"{source}: tensor {name} holds {kind} values, not floating-point weights; {_COPY}")
-        if not is_finite(tensor):
-            kind = str(tensor.dtype).removeprefix("torch.")
-            raise UserError(f"{source}: tensor {name} holds NaN or infinity in {kind}; {_COPY}, or choose another one")
 
 
 def check_zip(path: Path) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from model.weight_checks import check_weights, check_zip
 from model.weight_names import DIT_NAMES, State, join_names, rename, without_wrappers
-from utils.download_lock import check_loaded
+from utils.download_manifest import check_loaded
 from utils.errors import UserError
 from utils.files import atomic_path, output_file, read_json, write_json
 
@@ -42,7 +42,7 @@ def read_checkpoint(path: str | Path, use_ema: bool = False) -> State:
         use_ema: read `generator_ema`, the moving average of the trained weights, instead of `generator`.
 
     Raises:
-        UserError: if the file is missing, cut off, unsafe to read, lacks these weights, or differs from its lock file.
+        UserError: if the file is missing, cut off, unsafe to read, lacks these weights, or differs from its manifest.
     """
     state = read_state(Path(path), use_ema)
     names = {name: without_wrappers(name) for name in state}
@@ -72,7 +72,7 @@ def read_lora(path: Path) -> State:
     """Return the low-rank factors in a file, without wrappers' prefixes: all of it, or its `generator_lora`.
 
     Raises:
-        UserError: if the file is missing, cut off, unsafe to read, differs from its lock file, or holds anything else.
+        UserError: if the file is missing, cut off, unsafe to read, differs from its manifest, or holds anything else.
     """
     if not path.is_file():
         raise UserError(f"cannot read LoRA weights {path}: there is no such file")

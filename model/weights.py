@@ -24,6 +24,7 @@ from model.config_checks import (
 )
 from model.weight_checks import (
     check_class,
+    check_floating_point,
     check_heads,
     check_latent_statistics,
     check_text_heads,
@@ -31,10 +32,11 @@ from model.weight_checks import (
     check_vocabulary,
     check_weights,
     head_dim,
+    is_finite,
 )
 from model.weight_files import HOW_TO_DOWNLOAD, read_checkpoint, read_model_json, read_state
 from model.weight_names import UMT5_NAMES, State, join_names, num_layers, rename
-from utils.download_lock import check_loaded
+from utils.download_manifest import check_loaded
 from utils.errors import UserError
 
 Net = TypeVar("Net", bound=nn.Module)
@@ -101,12 +103,14 @@ def load_into(net: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
         raise UserError(
             f"{source} does not fit the network{sizes}; use weights of the same architecture. Names: {found}"
         )
+    check_floating_point(state, source)
     on_meta = any(tensor.is_meta for tensor in expected.values())
-    check_weights(state, source)
+    stored = state
     if on_meta:
-        casts = [name for name, tensor in expected.items() if tensor.dtype != state[name].dtype]
-        state = {name: aligned(state[name].to(tensor.dtype)) for name, tensor in expected.items()}
-        check_weights({name: state[name] for name in casts}, source)  # float16 ends at 65504
+        state = {name: aligned(stored[name].to(tensor.dtype)) for name, tensor in expected.items()}
+    if not all(is_finite(tensor) for tensor in state.values()):  # a cast keeps NaN, and can overflow to infinity
+        check_weights(stored, source)
+        check_weights(state, source)
     net.load_state_dict(dict(state), assign=on_meta)
 
 
@@ -251,7 +255,7 @@ class ModelDirectory:
         """Open a folder in diffusers' layout (model_index.json) or in Wan's own (config.json).
 
         Raises:
-            UserError: if the folder has neither layout, or differs from the lock file of its download.
+            UserError: if the folder has neither layout, or differs from the manifest of its download.
         """
         path = Path(path)
         if not path.is_dir():

@@ -272,8 +272,8 @@ def decode_frames(
 def not_finite(part: str, video: str = "", decoded: bool = False) -> str:
     """Return the error message for NaN in a part of a video; `decoded`: the latents are finite, the pixels are not."""
     found = f"{part} of {video}" if video else part
-    stage = "was decoded to NaN or infinity by the VAE" if decoded else "holds NaN or infinity"
-    return f"{found} {stage}; no video is written: try model.dtype=float32, or other weights"
+    cause = f"the VAE decodes {found} to NaN or infinity" if decoded else f"NaN or infinity in {found}"
+    return f"{cause}; no video is written: try model.dtype=float32, or other weights"
 
 
 # ---- Metadata ----

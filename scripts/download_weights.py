@@ -5,9 +5,9 @@
 
 Run the same command again to resume an interrupted download.
 
-A lock file beside each download, such as ckpts/hiar.pt.lock.json, holds the revision and the sha256 of every file. Keep
-it under version control: with it, the same command downloads the same files anywhere, or fails. Loading compares sizes,
-and the sha256 of files that are small or changed later; --check compares the sha256 of all files.
+A manifest beside each download, such as ckpts/hiar.pt.manifest.json, holds the revision and the sha256 of every file.
+Keep it under version control: with it, the same command downloads the same files anywhere, or fails. Loading compares
+sizes, and the sha256 of files that are small or changed later; --check compares the sha256 of all files.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from model.downloads import DOWNLOADS, downloads_table, fetch_weights
-from utils.download_lock import check_download
+from utils.download_manifest import check_download
 from utils.errors import UserError, command
 
 
@@ -25,8 +25,8 @@ from utils.errors import UserError, command
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help="downloads, see --list")
-    parser.add_argument("--revision", help="commit, branch or tag to download; default: the lock file's, or the newest")
-    parser.add_argument("--check", action="store_true", help="download nothing; compare all files with the lock file")
+    parser.add_argument("--revision", help="commit, branch or tag to download; default: the manifest's, or the newest")
+    parser.add_argument("--check", action="store_true", help="download nothing; compare all files with the manifest")
     parser.add_argument("--list", action="store_true", help="list all downloads and exit")
     parser.add_argument("--root", type=Path, default=Path(), help="folder for all downloads (default: current folder)")
     args = parser.parse_args()
@@ -42,7 +42,7 @@ def main() -> None:
     for name in args.names:
         if args.check:
             check_download(args.root / DOWNLOADS[name].destination)
-            print(f"{name}: all files are those of the lock file")
+            print(f"{name}: all files are those of the manifest")
         else:
             path = fetch_weights(DOWNLOADS[name], args.root, args.revision)
             print(f"{name}: {path} (licence: {DOWNLOADS[name].license})")

@@ -101,12 +101,16 @@ class Checkpoints:
             ) from None
 
     def load(self, state: Mapping[str, Tensor], path: Path | None = None) -> Path | None:
-        """Load a checkpoint into the tensors of `state` and return its folder; None if the run has no checkpoint.
+        """Load a checkpoint into the tensors of `state` and return its folder; None if there is no checkpoint.
+
+        Without `path`, the newest checkpoint of this run is loaded. With `path`, there are three cases:
+
+        - The run has loaded `path` before: it continues from its newest checkpoint.
+        - `path` is a checkpoint of this run: it is loaded, and later checkpoints are renamed to abandoned-*.
+        - `path` is a checkpoint of another run: it is loaded, if this run has no checkpoints yet.
 
         Args:
-            path: the checkpoint to start from; default: the newest of this run. If it belongs to this run, later
-                checkpoints are renamed to abandoned-*. If it belongs to another run, this run must have no checkpoints
-                yet. Called again with the same path, the run resumes from its newest checkpoint.
+            path: the checkpoint that `--resume` names.
 
         Raises:
             UserError: if `path` is not a checkpoint or conflicts with those of the run; if the checkpoint is broken or
@@ -126,7 +130,7 @@ class Checkpoints:
                 + (f", or resume from the previous checkpoint with --resume {earlier}" if earlier else "")
             ) from None
         if rank() == 0 and source == path:
-            self._start_from(path)
+            self._branch_from(path)
         return source
 
     def _agree_on_source(self, path: Path | None) -> Path | None:
@@ -143,34 +147,45 @@ class Checkpoints:
             raise source
         return source
 
-    def _choose_source(self, path: Path | None) -> Path | None:
-        """Clean up after a killed run, and return the checkpoint to load."""
+    def _choose_source(self, requested: Path | None) -> Path | None:
+        """Return the checkpoint to load, `requested` or the newest of this run; None if there is neither.
+
+        If an earlier start of this run has loaded `requested` already, the newest checkpoint is the right one.
+
+        Raises:
+            UserError: if `requested` is not a checkpoint, or is of another run although this one has checkpoints.
+        """
+        self._clean_up_after_crash()
+        saved = self.saved()
+        newest = saved[-1] if saved else None
+        if requested is None or (saved and self._resumed_from() == str(requested.resolve())):
+            return newest
+        if not (requested / ".metadata").is_file():
+            raise UserError(
+                f"--resume {requested} is not a checkpoint; give auto or a folder such as LOGDIR/checkpoints/00000500"
+            )
+        if saved and requested.resolve() not in [folder.resolve() for folder in saved]:
+            raise UserError(
+                f"{self.folder} already has checkpoints; leave out --resume to continue from them, or choose another "
+                f"--logdir to start from {requested}"
+            )
+        return requested
+
+    def _clean_up_after_crash(self) -> None:
+        """Finish the rename of complete checkpoints, and delete those that were being written."""
         for partial in self.folder.glob(".*.partial"):
             final = self.folder / partial.name.removeprefix(".").removesuffix(".partial")
             if (partial / ".metadata").exists() and not final.exists():  # .metadata is written last
                 partial.rename(final)
             else:
                 shutil.rmtree(partial, ignore_errors=True)
-        saved = self.saved()
-        if path is None or (saved and self._resumed_from() == str(path.resolve())):
-            return saved[-1] if saved else None
-        if not (path / ".metadata").is_file():
-            raise UserError(
-                f"--resume {path} is not a checkpoint; give auto or a folder such as LOGDIR/checkpoints/00000500"
-            )
-        if saved and path.resolve() not in [folder.resolve() for folder in saved]:
-            raise UserError(
-                f"{self.folder} already has checkpoints; leave out --resume to continue from them, or choose another "
-                f"--logdir to start from {path}"
-            )
-        return path
 
     def _resumed_from(self) -> str:
         file = self.folder / _RESUMED_FROM
         return file.read_text() if file.exists() else ""
 
-    def _start_from(self, path: Path) -> None:
-        """Rename the checkpoints later than `path`, and store `path` as the start of this run."""
+    def _branch_from(self, path: Path) -> None:
+        """Continue this run from `path`: set its later checkpoints aside, and remember `path` for the next start."""
         for later in self.saved():
             if later.name > path.name:
                 names = (self.folder / f"abandoned-{later.name}-{n}" for n in itertools.count())

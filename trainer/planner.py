@@ -117,48 +117,60 @@ def has_blockwise_rollouts(config: Config) -> bool:
 
 
 def rollout_rows(config: Config, trained_dit: dict) -> Rows:
-    """Return the rows of the generator's rollouts: KV caches, the blocks' context, and activations."""
-    train, distill, block = config.train, config.distill, config.rollout.block_frames
-    frames, longest, layers = config.data.num_frames, distill.max_rollout_frames, trained_dit["num_layers"]
+    """Return the rows of the generator's rollouts: KV caches, keys and values for the backward pass, and activations.
+
+    All are numbers of frames times the bytes of one frame's keys and values in one layer.
+    """
+    train, distill, block_frames = config.train, config.distill, config.rollout.block_frames
+    clip_frames, longest, num_layers = config.data.num_frames, distill.max_rollout_frames, trained_dit["num_layers"]
+    tokens = train.batch_size * frame_tokens(config, trained_dit)
+    frame_bytes = 2 * tokens * width(trained_dit) * DTYPES[train.dtype].itemsize  # 2: keys and values
+
     context, _ = context_frames(config.rollout, longest)
     cached = context + (replay_history(config, longest) if distill.block_backward else 0)
-    contexts = block_contexts(config)
-    in_graph = block if distill.block_backward else frames
-    # Keys and values of one frame in one layer.
-    frame = 2 * train.batch_size * frame_tokens(config, trained_dit) * width(trained_dit) * DTYPES[train.dtype].itemsize
-    rows: Rows = [(f"KV cache of a rollout, {cached} frames", layers * (cached + block) * frame)]
+    rows: Rows = [(f"KV cache of a rollout, {cached} frames", num_layers * (cached + block_frames) * frame_bytes)]
     if forward_kl_has_rollout(config):
-        own, _ = context_frames(config.rollout, frames)
-        rows.append((f"KV cache of the forward KL's rollout, {own} frames", layers * (own + block) * frame))
-    if train.activation_checkpointing:  # one layer at a time concatenates context and block
+        cached, _ = context_frames(config.rollout, clip_frames)
+        label = f"KV cache of the forward KL's rollout, {cached} frames"
+        rows.append((label, num_layers * (cached + block_frames) * frame_bytes))
+
+    contexts = block_contexts(config)
+    if train.activation_checkpointing:
         # A cache that is still appended to is copied in every layer, because the graph needs its old content.
         copied = sum(contexts) if forward_kl_has_rollout(config) or not distill.block_backward else 0
+        one_layer = max(contexts) + block_frames  # concatenated in one layer at a time
         label = "context of checkpointed blocks" + (f", {copied} frames copied" if copied else "")
-        rows.append((label, (layers * copied + max(contexts) + block) * frame))
+        rows.append((label, (num_layers * copied + one_layer) * frame_bytes))
     else:
-        stored = sum(contexts) + len(contexts) * block
+        stored = sum(contexts) + len(contexts) * block_frames
         label = f"keys and values of context and block in every layer, {stored} frames"
-        rows.append((label, layers * stored * frame))
+        rows.append((label, num_layers * stored * frame_bytes))
+
+    in_graph = block_frames if distill.block_backward else clip_frames
     label = f"activations of {in_graph} frames of the generator"
     rows.append((label, activation_bytes(config, trained_dit, in_graph)))
     return rows
 
 
 def block_contexts(config: Config) -> list[int]:
-    """Return the context frames of the blocks that have a graph at the same time, in the most expensive case."""
+    """Return the context frames of each block whose graph is in memory, at the moment that needs the most memory.
+
+    With `distill.block_backward`, a rollout has the graph of one block at a time, otherwise of all its trained blocks.
+    The forward KL's rollout always has all of them.
+    """
     rollout, distill, clip_frames = config.rollout, config.distill, config.data.num_frames
 
-    def contexts(frames: int, blocks: range) -> list[int]:
-        layout, (context, _) = block_layout(rollout, frames), context_frames(rollout, frames)
-        return [min(layout.start(block), context) for block in blocks]
+    def contexts_of_rollout(num_frames: int) -> list[int]:
+        layout, (context, _) = block_layout(rollout, num_frames), context_frames(rollout, num_frames)
+        return [min(layout.start(block), context) for block in trained_blocks(config, num_frames)]
 
     lengths = range(clip_frames, max(clip_frames, distill.max_rollout_frames) + 1, rollout.block_frames)
-    cases = [contexts(n, trained_blocks(config, n)) for n in lengths]
+    moments = [contexts_of_rollout(num_frames) for num_frames in lengths]
     if distill.block_backward:
-        cases = [[max(case)] for case in cases if case]
+        moments = [[max(contexts)] for contexts in moments if contexts]
     if forward_kl_has_rollout(config):
-        cases.append(contexts(clip_frames, trained_blocks(config, clip_frames)))
-    return max(cases, key=lambda case: sum(case) + len(case) * rollout.block_frames)
+        moments.append(contexts_of_rollout(clip_frames))
+    return max(moments, key=lambda contexts: sum(contexts) + len(contexts) * rollout.block_frames)
 
 
 def forward_kl_has_rollout(config: Config) -> bool:
@@ -173,12 +185,13 @@ def activation_bytes(config: Config, net: dict, frames: int) -> float:
     q, k, v and outputs of both attentions. The feed-forward adds two of its own width. With checkpointing, every layer
     stores its input, and one layer at a time stores everything.
     """
-    train = config.train
-    element, tokens = DTYPES[train.dtype].itemsize, frames * frame_tokens(config, net) * train.batch_size
-    layer = tokens * (width(net) * (2 * 4 + 14 * element) + 2 * net["ffn_dim"] * element)
-    if not train.activation_checkpointing:
-        return net["num_layers"] * layer
-    return net["num_layers"] * tokens * width(net) * element + layer
+    train, dim, item = config.train, width(net), DTYPES[config.train.dtype].itemsize
+    tokens = train.batch_size * frames * frame_tokens(config, net)
+    whole_layer = tokens * (dim * (2 * 4 + 14 * item) + net["ffn_dim"] * 2 * item)
+    layer_input = tokens * dim * item
+    if train.activation_checkpointing:
+        return net["num_layers"] * layer_input + whole_layer
+    return net["num_layers"] * whole_layer
 
 
 def encoder_and_vae_rows(config: Config, trained_dit: dict, shards: int = 1) -> Rows:

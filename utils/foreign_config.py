@@ -22,7 +22,7 @@ from utils.foreign_keys import NO_EFFECT, NOT_TRAINABLE, TABLE, TRAINING_ONLY, F
 DEFAULT_FILE = "default_config.yaml"
 """HiAR and Self-Forcing merge each file over the file of this name in the same folder."""
 _LONGLIVE_2 = {"infra", "checkpoints", "algorithm", "training", "inference", "evaluation", "logging"}
-_FULL_SHIFT = 8.0  # of the originals' scheduler where a file states no shift
+_FULL_SHIFT = 8.0  # of the public code's scheduler, for files without a shift
 _CHANNELS = 16  # of Wan2.1's latents
 
 _DEFAULT = "(default of the original)"
@@ -54,7 +54,7 @@ class Translation:
 def translate_file(
     path: str, content: DictConfig, our_keys: Sequence[str], for_training: bool = False
 ) -> Translation | None:
-    """Translate a file of the originals, merged over a default_config.yaml beside it; return None for our own files.
+    """Translate a file of the public code, merged over a default_config.yaml beside it; return None for our own files.
 
     Args:
         content: of the file.
@@ -78,14 +78,14 @@ def translate_file(
 
 
 def is_foreign(values: Mapping[str, Value], sections: Sequence[str]) -> bool:
-    """Return whether the keys of a YAML file are those of the originals. `sections` are the names of ours."""
+    """Return whether the keys of a YAML file are those of the public code. `sections` are the names of ours."""
     if _is_longlive_2(values):
         return True
     return not set(sections) & values.keys() and any(key in TABLE for key in _flatten(values))
 
 
 def translate(path: str, values: Mapping[str, Value], our_keys: Sequence[str], for_training: bool) -> Translation:
-    """Translate the content of a file of the originals.
+    """Translate the content of a file of the public code.
 
     Args:
         path: the file, for messages.
@@ -231,7 +231,7 @@ class _Translator:
                 self.errors.append(f"{key} {value} cannot be honoured (choose from causal_video, bidirectional_video)")
 
     def _steps(self) -> None:
-        """Translate the list of steps. Without warping, the originals take the nearest of 1000 shifted levels.
+        """Translate the list of steps. Without warping, the public code uses the nearest of 1000 shifted levels.
 
         ODE regression reads such levels, which are those of the teacher's trajectories. A trailing 0 is kept: it means
         clean blocks.
@@ -346,7 +346,7 @@ class _Translator:
             self.result.not_trainable.append(f"adapter (LoRA): {NOT_TRAINABLE}")
 
     def _implied(self) -> None:
-        """State what the originals' code fixes or assumes where our defaults differ."""
+        """Set the keys that the public code fixes or assumes, where our defaults differ."""
         hybrid = "hybrid_block0" in (self.theirs.get("inference_method"), self.theirs.get("denoising_order"))
         if hybrid and self._get("rollout", "leading_blocks") is None:
             self._set("rollout.leading_blocks", 1, _DEFAULT)

@@ -12,7 +12,7 @@ from pathlib import Path
 import ftfy
 
 from utils.config_checks import MAX_VIDEOS
-from utils.download_lock import check_loaded
+from utils.download_manifest import check_loaded
 from utils.errors import UserError
 
 NEGATIVE_PROMPT = (

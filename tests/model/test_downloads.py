@@ -1,7 +1,8 @@
-"""model/downloads.py and utils/download_lock.py: a download can be repeated exactly, and changed files are errors."""
+"""model/downloads.py, utils/download_manifest.py: a download can be repeated exactly; changed files are errors."""
 
 import json
 import os
+import re
 
 import pytest
 import torch
@@ -13,8 +14,8 @@ from model.downloads import Download, fetch_weights
 from model.weight_files import read_lora, read_state
 from model.weights import ModelDirectory
 from scripts import download_weights
-from utils import download_lock
-from utils.download_lock import check_download, check_loaded, lock_path
+from utils import download_manifest
+from utils.download_manifest import check_download, check_loaded, manifest_path
 from utils.errors import UserError
 from utils.prompts import read_prompts
 
@@ -38,18 +39,18 @@ def hub(monkeypatch):
     hub.close()
 
 
-def lock(target) -> dict:
-    return json.loads(lock_path(target).read_text())
+def manifest(target) -> dict:
+    return json.loads(manifest_path(target).read_text())
 
 
 # ---- Downloading ----
 
 
-def test_a_folder_gets_a_lock_file(hub, tmp_path):
+def test_a_folder_gets_a_manifest(hub, tmp_path):
     folder = fetch_weights(FOLDER, tmp_path)
     assert (folder / "part/w.safetensors").read_bytes() == WEIGHTS and not (folder / "other.bin").exists()
-    stored = lock(folder)
-    assert lock_path(folder) == tmp_path / "models/m.lock.json"
+    stored = manifest(folder)
+    assert manifest_path(folder) == tmp_path / "models/m.manifest.json"
     assert stored["repo"] == "lab/model" and stored["revision"] == hub.branches["main"]
     assert set(stored["files"]) == {"config.json", "part/w.safetensors", "some/prompts.txt"}
     assert stored["files"]["config.json"] == {
@@ -59,10 +60,10 @@ def test_a_folder_gets_a_lock_file(hub, tmp_path):
 
 
 @pytest.mark.parametrize(("item", "content"), [(FILE, WEIGHTS), (PROMPTS, b"a cat\n")])
-def test_a_file_gets_a_lock_file(hub, tmp_path, item, content):
+def test_a_file_gets_a_manifest(hub, tmp_path, item, content):
     path = fetch_weights(item, tmp_path)
-    assert path.read_bytes() == content and lock(path)["revision"] == hub.branches["main"]
-    assert sorted(p.name for p in path.parent.iterdir()) == [path.name, f"{path.name}.lock.json"]
+    assert path.read_bytes() == content and manifest(path)["revision"] == hub.branches["main"]
+    assert sorted(p.name for p in path.parent.iterdir()) == [path.name, f"{path.name}.manifest.json"]
 
 
 @pytest.mark.parametrize("item", [FOLDER, FILE])
@@ -77,18 +78,18 @@ def test_a_complete_download_is_compared_without_the_hub(hub, tmp_path, item):
 
 
 @pytest.mark.parametrize("item", [FOLDER, FILE])
-def test_a_lock_file_pins_the_revision(hub, tmp_path, item):
-    """With the lock file alone, another machine downloads the old revision, though the branch has moved."""
+def test_a_manifest_pins_the_revision(hub, tmp_path, item):
+    """With the manifest alone, another machine downloads the old revision, though the branch has moved."""
     path, old = fetch_weights(item, tmp_path / "here"), hub.branches["main"]
-    there = lock_path(tmp_path / "there" / item.destination)
+    there = manifest_path(tmp_path / "there" / item.destination)
     there.parent.mkdir(parents=True)
-    there.write_bytes(lock_path(path).read_bytes())
+    there.write_bytes(manifest_path(path).read_bytes())
     hub.commit(config_json=CONFIG, part__w_safetensors=OTHER_WEIGHTS)
     copy = fetch_weights(item, tmp_path / "there")
     weights = copy / "part/w.safetensors" if copy.is_dir() else copy
-    assert weights.read_bytes() == WEIGHTS and lock(copy)["revision"] == old
+    assert weights.read_bytes() == WEIGHTS and manifest(copy)["revision"] == old
     newest = fetch_weights(item, tmp_path / "new")
-    assert lock(newest)["revision"] == hub.branches["main"] != old
+    assert manifest(newest)["revision"] == hub.branches["main"] != old
 
 
 @pytest.mark.parametrize("item", [FOLDER, FILE])
@@ -96,19 +97,19 @@ def test_another_content_of_the_locked_revision_is_an_error(hub, tmp_path, item)
     path = tmp_path / item.destination
     path.parent.mkdir(parents=True)
     fetch_weights(item, tmp_path / "first")
-    stored = lock(tmp_path / "first" / item.destination)
+    stored = manifest(tmp_path / "first" / item.destination)
     stored["files"]["part/w.safetensors"]["sha256"] = "0" * 64
-    lock_path(path).write_text(json.dumps(stored))
+    manifest_path(path).write_text(json.dumps(stored))
     with pytest.raises(UserError, match=r"w\.safetensors has sha256 .*, not 0000"):
         fetch_weights(item, tmp_path)
-    assert lock(path) == stored and not path.is_file()
+    assert manifest(path) == stored and not path.is_file()
 
 
 def test_content_that_differs_from_the_hubs_own_hash_is_an_error(hub, tmp_path):
     hub.wrong_content["part/w.safetensors"] = OTHER_WEIGHTS
     with pytest.raises(UserError, match=r"w\.safetensors has sha256"):
         fetch_weights(FILE, tmp_path)
-    assert not (tmp_path / FILE.destination).exists() and not lock_path(tmp_path / FILE.destination).exists()
+    assert not (tmp_path / FILE.destination).exists() and not manifest_path(tmp_path / FILE.destination).exists()
 
 
 @pytest.mark.parametrize("item", [FOLDER, FILE])
@@ -116,22 +117,22 @@ def test_revision_chooses_a_commit_branch_or_tag(hub, tmp_path, item):
     old = hub.branches["tag"] = hub.branches["main"]
     new = hub.commit(config_json=CONFIG, part__w_safetensors=OTHER_WEIGHTS)
     for number, revision in enumerate((old, "tag")):
-        assert lock(fetch_weights(item, tmp_path / str(number), revision))["revision"] == old
+        assert manifest(fetch_weights(item, tmp_path / str(number), revision))["revision"] == old
         assert fetch_weights(item, tmp_path / str(number), revision)  # again
-    assert lock(fetch_weights(item, tmp_path / "new", "main"))["revision"] == new
+    assert manifest(fetch_weights(item, tmp_path / "new", "main"))["revision"] == new
     with pytest.raises(UserError, match=f"pins revision {new}, but tag is {old}"):
         fetch_weights(item, tmp_path / "new", "tag")
     with pytest.raises(UserError, match="has no revision absent"):
         fetch_weights(item, tmp_path / "absent", "absent")
 
 
-def test_a_file_without_a_lock_file_is_kept(hub, tmp_path):
+def test_a_file_without_a_manifest_is_kept(hub, tmp_path):
     path = tmp_path / FILE.destination
     path.parent.mkdir()
     path.write_bytes(b"downloaded by hand")
     assert fetch_weights(FILE, tmp_path) == path and path.read_bytes() == b"downloaded by hand"
-    assert not lock_path(path).exists() and not hub.requests
-    with pytest.raises(UserError, match="without a lock file"):
+    assert not manifest_path(path).exists() and not hub.requests
+    with pytest.raises(UserError, match="without a manifest"):
         fetch_weights(FILE, tmp_path, "main")
 
 
@@ -178,7 +179,7 @@ def test_the_script_downloads_checks_and_pins(hub, tmp_path, call):
     code, out, _ = call(download_weights, "file", "folder", "--root", tmp_path)
     assert code == 0 and "file: " in out and "licence: MIT" in out
     code, out, _ = call(download_weights, "--check", "file", "folder", "--root", tmp_path)
-    assert code == 0 and out.count("all files are those of the lock file") == 2
+    assert code == 0 and out.count("all files are those of the manifest") == 2
     (tmp_path / "models/m/config.json").write_bytes(CONFIG + b" ")
     code, _, err = call(download_weights, "--check", "folder", "--root", tmp_path)
     assert code == 2 and "config.json is not the downloaded file: it has" in err
@@ -186,7 +187,7 @@ def test_the_script_downloads_checks_and_pins(hub, tmp_path, call):
     code, _, err = call(download_weights, "--check", "folder", "--root", tmp_path)
     assert code == 2 and "config.json is missing" in err
     code, _, err = call(download_weights, "--check", "prompts", "--root", tmp_path)
-    assert code == 2 and "has no lock file" in err
+    assert code == 2 and "has no manifest" in err
     for words in ("file", "folder"), ("file", "--check"):
         code, _, err = call(download_weights, *words, "--revision", "main", "--root", tmp_path)
         assert code == 2 and "--revision needs exactly one NAME" in err
@@ -197,7 +198,7 @@ def test_the_script_downloads_checks_and_pins(hub, tmp_path, call):
 # ---- Loading ----
 
 
-def test_loading_compares_files_with_the_lock_file(hub, tmp_path):
+def test_loading_compares_files_with_the_manifest(hub, tmp_path):
     folder, file, prompts = (fetch_weights(item, tmp_path) for item in (FOLDER, FILE, PROMPTS))
     ModelDirectory.open(folder), read_state(file), read_state(folder / "part"), read_prompts(prompts)
     (folder / "config.json").write_bytes(CONFIG.replace(b"1", b"2"))
@@ -214,11 +215,11 @@ def test_loading_compares_files_with_the_lock_file(hub, tmp_path):
     prompts.write_text("a dog\n")
     with pytest.raises(UserError, match="is not the downloaded file"):
         read_prompts(prompts)
-    lock_path(prompts).unlink()
+    manifest_path(prompts).unlink()
     assert read_prompts(prompts)[0].text == "a dog"
 
 
-def test_loading_compares_a_lora_file_with_the_lock_file(hub, tmp_path):
+def test_loading_compares_a_lora_file_with_the_manifest(hub, tmp_path):
     file = fetch_weights(FILE, tmp_path)
     assert read_lora(file).keys() == {"x"}
     file.write_bytes(OTHER_WEIGHTS)
@@ -226,10 +227,10 @@ def test_loading_compares_a_lora_file_with_the_lock_file(hub, tmp_path):
         read_lora(file)
 
 
-def test_large_files_are_hashed_if_they_changed_after_the_lock_file(hub, tmp_path, monkeypatch):
-    monkeypatch.setattr(download_lock, "SMALL_BYTES", 10)
+def test_large_files_are_hashed_if_they_changed_after_the_manifest(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(download_manifest, "SMALL_BYTES", 10)
     file = fetch_weights(FILE, tmp_path)
-    locked_at = lock_path(file).stat().st_mtime_ns
+    locked_at = manifest_path(file).stat().st_mtime_ns
     file.write_bytes(OTHER_WEIGHTS)
     os.utime(file, ns=(locked_at + 1, locked_at + 1))
     with pytest.raises(UserError, match="its sha256 is"):
@@ -242,9 +243,9 @@ def test_large_files_are_hashed_if_they_changed_after_the_lock_file(hub, tmp_pat
 
 def test_check_lets_copied_files_load_without_hashing(hub, tmp_path, monkeypatch):
     file = fetch_weights(FILE, tmp_path)
-    os.utime(lock_path(file), (0, 0))
+    os.utime(manifest_path(file), (0, 0))
     check_download(file)
-    assert lock_path(file).stat().st_mtime_ns >= file.stat().st_mtime_ns
+    assert manifest_path(file).stat().st_mtime_ns >= file.stat().st_mtime_ns
 
 
 HEAD = '{"repo": "a", "revision": "b", "files": '
@@ -257,8 +258,17 @@ HEAD = '{"repo": "a", "revision": "b", "files": '
         *(HEAD + '{"w": {"size": "x", "sha256": "y"}}}', HEAD + '{"w": {"size": 1}}}'),
     ],
 )
-def test_a_broken_lock_file_is_one_error(tmp_path, content):
+def test_a_broken_manifest_is_one_error(tmp_path, content):
     (tmp_path / "w.pt").write_bytes(b"")
-    (tmp_path / "w.pt.lock.json").write_text(content)
-    with pytest.raises(UserError, match="lock file of a download"):
+    (tmp_path / "w.pt.manifest.json").write_text(content)
+    with pytest.raises(UserError, match="manifest of a download"):
         check_loaded(tmp_path / "w.pt")
+
+
+def test_a_manifest_under_its_older_name_is_read(hub, tmp_path):
+    path = fetch_weights(FILE, tmp_path)
+    older = manifest_path(path).rename(path.with_name(f"{path.name}.lock.json"))
+    assert manifest_path(path) == older and fetch_weights(FILE, tmp_path) == path
+    path.write_bytes(b"changed")
+    with pytest.raises(UserError, match=re.escape(f"delete {older}")):
+        check_loaded(path)

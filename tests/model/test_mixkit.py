@@ -45,8 +45,8 @@ def test_archives_are_downloaded_locked_and_unpacked(hub, tmp_path):
     videos = tmp_path / "mixkit/videos"
     content = {path.relative_to(videos).as_posix(): path.read_bytes() for path in videos.rglob("*.mp4")}
     assert content == {"Air/a.mp4": b"one", "Air/c.mp4": b"3", "b.mp4": b"two"}
-    lock = json.loads((tmp_path / "mixkit.lock.json").read_text())
-    assert lock["revision"] == first and set(lock["files"]) == {"all_mixkit/1.tar", "all_mixkit/2.tar"}
+    manifest = json.loads((tmp_path / "mixkit.manifest.json").read_text())
+    assert manifest["revision"] == first and set(manifest["files"]) == {"all_mixkit/1.tar", "all_mixkit/2.tar"}
 
     (videos / "b.mp4").write_bytes(b"t")  # an interrupted copy
     times = {path: path.stat().st_mtime_ns for path in videos.rglob("*.mp4")}

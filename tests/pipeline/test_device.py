@@ -42,7 +42,7 @@ def test_a_cpu_changes_no_current_gpu(gpus):
 
 
 @pytest.mark.parametrize(
-    ("name", "count", "processes", "says"),
+    ("name", "count", "processes", "message"),
     [
         ("cuda", 1, 2, "2 processes on this machine need a GPU each, but there are 1: start 1"),
         ("auto", 2, 4, "4 processes on this machine need a GPU each, but there are 2: start 2"),
@@ -51,9 +51,9 @@ def test_a_cpu_changes_no_current_gpu(gpus):
         ("cuda", 0, 2, "no device 'cuda:1' here"),
     ],
 )
-def test_more_processes_than_gpus_are_an_error(gpus, name, count, processes, says):
+def test_more_processes_than_gpus_are_an_error(gpus, name, count, processes, message):
     current = gpus(count, processes)
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UserError, match=message):
         pick_own_device(name)
     assert current == []
 

@@ -252,7 +252,7 @@ def test_an_interrupt_returns_the_frames_so_far(world, schedule, frames):
             r"returned latents \[1, 16, 1, 4, 4\], not \[1, 16, 3, 4, 4\]",
         ),
         (lambda latents: {"latents": None}, "returned latents NoneType"),
-        (lambda latents: {"latents": latents / 0}, "holds NaN or infinity"),
+        (lambda latents: {"latents": latents / 0}, "NaN or infinity in latent frames 0 to 8"),
     ],
     ids=["name", "tensor", "shape", "none", "nan"],
 )

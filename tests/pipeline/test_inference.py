@@ -473,14 +473,14 @@ def test_a_generator_checkpoint_and_its_ema(tmp_path, world, command, reference)
 # ---- Bad input ----
 
 
-def bad(name: str, *words: object, says: str, prepare=None, late: bool = False):
+def bad(name: str, *words: object, message: str, prepare=None, late: bool = False):
     """Return a test case: arguments that spoil a valid command line, and part of the error line.
 
     Args:
         prepare: called first, with the test's folder and the `world`.
         late: the error appears while weights load, so other lines may come before it.
     """
-    return pytest.param(words, says, prepare, late, id=name)
+    return pytest.param(words, message, prepare, late, id=name)
 
 
 def damage(weights: str):
@@ -518,101 +518,112 @@ def wrong_latents(folder: Path, world) -> None:
 
 
 BAD = [
-    bad("no checkpoint", "--checkpoint_path", "{}/none.pt", says="none.pt do not exist", late=True),
-    bad("cut", "--checkpoint_path", "{}/cut.pt", says="is cut off", prepare=truncated_torch, late=True),
+    bad("no checkpoint", "--checkpoint_path", "{}/none.pt", message="none.pt do not exist", late=True),
+    bad("cut", "--checkpoint_path", "{}/cut.pt", message="is cut off", prepare=truncated_torch, late=True),
     bad(
         "cut safetensors",
         *("--checkpoint_path", "{}/cut.safetensors"),
-        says="is cut off",
+        message="is cut off",
         prepare=damage("cut.safetensors"),
         late=True,
     ),
     bad(
         "another network",
         *("--checkpoint_path", "{}/other.pt"),
-        says="it has 1 layers of width 32, the network 2 layers of width 32",
+        message="it has 1 layers of width 32, the network 2 layers of width 32",
         prepare=other_architecture,
         late=True,
     ),
     bad(
         "no ema",
         *("--checkpoint_path", "{}/plain.pt", "--use_ema"),
-        says="has no generator_ema",
+        message="has no generator_ema",
         prepare=without_ema,
         late=True,
     ),
-    bad("no model", "model.base={}/none", says="none does not exist"),
-    bad("frames", "--num_output_frames", "10", says="the nearest valid --num_output_frames: 9 or 12"),
-    bad("few frames", "--num_output_frames", "1", says="the nearest valid --num_output_frames: 3 or 6"),
-    bad("no frames", "--num_output_frames", "0", says="must be positive"),
-    bad("words for frames", "--num_output_frames", "many", says="must be a whole number, not 'many'"),
+    bad("no model", "model.base={}/none", message="none does not exist"),
+    bad("frames", "--num_output_frames", "10", message="the nearest valid --num_output_frames: 9 or 12"),
+    bad("few frames", "--num_output_frames", "1", message="the nearest valid --num_output_frames: 3 or 6"),
+    bad("no frames", "--num_output_frames", "0", message="must be positive"),
+    bad("words for frames", "--num_output_frames", "many", message="must be a whole number, not 'many'"),
     bad(
-        "height", "--height", "40", says="--height 40 is not a multiple of 16 (VAE and patches); the nearest: 32 or 48"
+        "height",
+        "--height",
+        "40",
+        message="--height 40 is not a multiple of 16 (VAE and patches); the nearest: 32 or 48",
     ),
-    bad("width", "--width", "8", says="--width 8 is not a multiple of 16 (VAE and patches); the nearest: 16"),
-    bad("no prompts", "--data_path", "{}/empty.txt", says="holds no prompts", prepare=text("empty.txt", "")),
+    bad("width", "--width", "8", message="--width 8 is not a multiple of 16 (VAE and patches); the nearest: 16"),
+    bad("no prompts", "--data_path", "{}/empty.txt", message="holds no prompts", prepare=text("empty.txt", "")),
     bad(
-        "blank prompts", "--data_path", "{}/blank.txt", says="holds no prompts", prepare=text("blank.txt", " \n\t\n\n")
+        "blank prompts",
+        "--data_path",
+        "{}/blank.txt",
+        message="holds no prompts",
+        prepare=text("blank.txt", " \n\t\n\n"),
     ),
-    bad("no prompt file", "--data_path", "{}/none.txt", says="No such file"),
-    bad("binary prompts", "--data_path", "{}/b.txt", says="is not UTF-8", prepare=text("b.txt", b"\xff\xfe\x80")),
-    bad("unequal prompts", "--extended_prompt_path", "{}/l.txt", says="5 lines", prepare=text("l.txt", "one\n")),
-    bad("unknown key", "video.heigth=64", says="heigth"),
-    bad("unknown section", "vidoe.height=64", says="vidoe"),
-    bad("wrong type", "video.height=tall", says="video.height"),
-    bad("bad choice", "rollout.schedule=random", says="rollout.schedule"),
-    bad("section for a key", "rollout=5", says="RolloutConfig"),
-    bad("broken override", "rollout.denoising_step_list=[1000", says="rollout.denoising_step_list"),
-    bad("no override", "timestep_first", says="overrides are section.key=value"),
-    bad("small window", "--window", "2", says="rollout.window must be at least a block"),
-    bad("no config", "--config_path", "{}/none.yaml", says="no config file"),
-    bad("broken config", "--config_path", "{}/b.yaml", says="not valid YAML", prepare=text("b.yaml", "model: [")),
+    bad("no prompt file", "--data_path", "{}/none.txt", message="No such file"),
+    bad("binary prompts", "--data_path", "{}/b.txt", message="is not UTF-8", prepare=text("b.txt", b"\xff\xfe\x80")),
+    bad("unequal prompts", "--extended_prompt_path", "{}/l.txt", message="5 lines", prepare=text("l.txt", "one\n")),
+    bad("unknown key", "video.heigth=64", message="heigth"),
+    bad("unknown section", "vidoe.height=64", message="vidoe"),
+    bad("wrong type", "video.height=tall", message="video.height"),
+    bad("bad choice", "rollout.schedule=random", message="rollout.schedule"),
+    bad("section for a key", "rollout=5", message="RolloutConfig"),
+    bad("broken override", "rollout.denoising_step_list=[1000", message="rollout.denoising_step_list"),
+    bad("no override", "timestep_first", message="overrides are section.key=value"),
+    bad("small window", "--window", "2", message="rollout.window must be at least a block"),
+    bad("no config", "--config_path", "{}/none.yaml", message="no config file"),
+    bad("broken config", "--config_path", "{}/b.yaml", message="not valid YAML", prepare=text("b.yaml", "model: [")),
     bad(
         "broken record",
         "--config_path",
         "{}/b.json",
-        says="not a valid metadata file",
+        message="not a valid metadata file",
         prepare=text("b.json", '{"config": '),
     ),
-    bad("other json", "--config_path", "{}/b.json", says="not the metadata of a video", prepare=text("b.json", "[1]")),
-    bad("file for a folder", "--output_folder", "{}/f", says="cannot write to folder", prepare=text("f", "")),
-    bad("file above folder", "--output_folder", "{}/f/out", says="cannot write to folder", prepare=text("f", "")),
-    bad("no samples", "--num_samples", "0", says="--num_samples must be at least 1, not 0"),
-    bad("no batch", "--batch_size", "0", says="--batch_size must be at least 1, not 0"),
-    bad("image and video", "--image", "a.png", "--video", "b.mp4", says="--image or --video, not both"),
-    bad("no image", "--image", "{}/none.png", says="none.png: there is no such file"),
-    bad("no video", "--video", "{}/none.mp4", says="none.mp4: there is no such file"),
-    bad("no latents", "--video", "{}/none.safetensors", says="there is no such file"),
-    bad("no video inside", "--video", "{}/b.mp4", says="cannot read video", prepare=text("b.mp4", "text"), late=True),
+    bad(
+        "other json", "--config_path", "{}/b.json", message="not the metadata of a video", prepare=text("b.json", "[1]")
+    ),
+    bad("file for a folder", "--output_folder", "{}/f", message="cannot write to folder", prepare=text("f", "")),
+    bad("file above folder", "--output_folder", "{}/f/out", message="cannot write to folder", prepare=text("f", "")),
+    bad("no samples", "--num_samples", "0", message="--num_samples must be at least 1, not 0"),
+    bad("no batch", "--batch_size", "0", message="--batch_size must be at least 1, not 0"),
+    bad("image and video", "--image", "a.png", "--video", "b.mp4", message="--image or --video, not both"),
+    bad("no image", "--image", "{}/none.png", message="none.png: there is no such file"),
+    bad("no video", "--video", "{}/none.mp4", message="none.mp4: there is no such file"),
+    bad("no latents", "--video", "{}/none.safetensors", message="there is no such file"),
+    bad(
+        "no video inside", "--video", "{}/b.mp4", message="cannot read video", prepare=text("b.mp4", "text"), late=True
+    ),
     bad(
         "no latents inside",
         *("--video", "{}/b.safetensors"),
-        says="cannot read latents from",
+        message="cannot read latents from",
         prepare=text("b.safetensors", "text"),
         late=True,
     ),
     bad(
         "no image inside",
         *("--image", "{}/b.png", "--num_output_frames", 10),
-        says="cannot read image",
+        message="cannot read image",
         prepare=text("b.png", "text"),
         late=True,
     ),
     bad(
         "latents of another size",
         *("--video", "{}/large.safetensors"),
-        says="[16, 8, 8], the video's are [16, 4, 4]",
+        message="[16, 8, 8], the video's are [16, 4, 4]",
         prepare=wrong_latents,
         late=True,
     ),
-    bad("no such device", "--device", "cuda:7", says="no device 'cuda:7' here"),
-    bad("no device name", "--device", "toaster", says="no device 'toaster' here"),
-    bad("no attention backend", "model.attention_backend=telepathy", says="telepathy", late=True),
+    bad("no such device", "--device", "cuda:7", message="no device 'cuda:7' here"),
+    bad("no device name", "--device", "toaster", message="no device 'toaster' here"),
+    bad("no attention backend", "model.attention_backend=telepathy", message="telepathy", late=True),
 ]
 
 
-@pytest.mark.parametrize(("words", "says", "prepare", "late"), BAD)
-def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, world, command, monkeypatch, words, says, prepare, late):
+@pytest.mark.parametrize(("words", "message", "prepare", "late"), BAD)
+def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, world, command, monkeypatch, words, message, prepare, late):
     if prepare is not None:
         prepare(tmp_path, world)
     if not late:
@@ -621,7 +632,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, world, command, monk
     out = tmp_path / "out"
     result = command("--config_path", world.config, "--data_path", world.prompts, "--output_folder", out, *words)
     assert result.code == 2
-    assert says in result.err and "Traceback" not in result.err
+    assert message in result.err and "Traceback" not in result.err
     lines = result.err.splitlines()
     assert [line for line in lines if line.startswith("error:")] == [lines[-1]]
     assert late or len(lines) == 1, result.err

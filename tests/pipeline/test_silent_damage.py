@@ -83,7 +83,7 @@ def test_nan_in_latents_names_the_block_and_leaves_no_video(tmp_path, make, nan_
     nan_in_block(block, value)
     result = make(tmp_path, "--save_latents")
     frames = f"latent frames {3 * block} to {3 * block + 2}"
-    assert_one_line(result, f"block {block} ({frames}) of {CIRCLE}.mp4 holds NaN or infinity")
+    assert_one_line(result, f"NaN or infinity in block {block} ({frames}) of {CIRCLE}.mp4")
     assert names(tmp_path) == []
 
 
@@ -98,7 +98,7 @@ def test_a_rerun_makes_a_video_with_nan_again(tmp_path, make, nan_in_block, monk
 
 def test_nan_of_the_vae_names_the_block(tmp_path, make, monkeypatch):
     monkeypatch.setattr(WanVAE, "_cast", lambda self, x: torch.full_like(x, NAN))
-    assert_one_line(make(tmp_path), "block 0 (latent frames 0 to 2)", "was decoded to NaN or infinity by the VAE")
+    assert_one_line(make(tmp_path), "the VAE decodes block 0 (latent frames 0 to 2)", "to NaN or infinity")
     assert names(tmp_path) == []
 
 
@@ -112,7 +112,7 @@ def test_nan_in_one_video_of_a_batch_names_that_video(tmp_path, world, command, 
 def test_nan_in_a_video_of_the_python_api_is_an_error(world, nan_in_block):
     pipe = TextToVideo.load(str(world.config))
     nan_in_block(1)
-    message = r"block 1 \(latent frames 3 to 5\) holds NaN or infinity"
+    message = r"NaN or infinity in block 1 \(latent frames 3 to 5\)"
     with pytest.raises(UserError, match=message):
         pipe.generate("a red circle")
     with pytest.raises(UserError, match=message):
@@ -132,7 +132,7 @@ def test_finished_latents_of_all_kinds_are_checked_without_a_host_sync(world, mo
     for shape, where in (((1, 2, 16, 4, 4), 0), ((1, 1, 16, 2, 2), -1)):
         latents = torch.zeros(shape)
         latents.view(-1)[where] = NAN
-        with pytest.raises(UserError, match="a block holds NaN or infinity"):
+        with pytest.raises(UserError, match="NaN or infinity in a block"):
             decode_frames(vae.stream(), latents, "a block")
 
 
@@ -149,7 +149,7 @@ def overflowing(world, tmp_path) -> Path:
 
 def test_weights_that_overflow_make_no_video(tmp_path, make, overflowing):
     result = make(tmp_path / "out", "--checkpoint_path", overflowing)
-    assert_one_line(result, "block 0 (latent frames 0 to 2)", "holds NaN or infinity")
+    assert_one_line(result, "NaN or infinity in block 0 (latent frames 0 to 2)")
     assert names(tmp_path / "out") == []
 
 

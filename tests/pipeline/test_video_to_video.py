@@ -231,11 +231,11 @@ def files(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_one_line_before_weights_are_loaded(world, command, files, tmp_path, monkeypatch, case):
-    words, says = BAD[case]
+    words, message = BAD[case]
     monkeypatch.setattr(TextToVideo, "load", None)
     always = ("--config_path", world.config, "--prompt", PROMPT, "--output_folder", tmp_path)
     result = command(*always, *(word.format(files) for word in words))
-    assert result.code == 2 and result.err.count("\n") == 1 and says in result.err, result.err
+    assert result.code == 2 and result.err.count("\n") == 1 and message in result.err, result.err
 
 
 def test_latents_of_another_size_are_refused(pipe, tmp_path):
