@@ -240,6 +240,10 @@ def test_an_interrupt_returns_the_frames_so_far(world, schedule, frames):
     assert len(calls) == 6 and result.shape[2] == frames
     assert torch.equal(result[:, :, -3:], calls[5]) and torch.equal(result[:, :, :3], calls[3])
     assert latents_of(pipe).shape[2] == 9  # an interrupt ends one call
+    calls.clear()
+    image = Image.new("RGB", (32, 32))  # one latent frame; it is not an unfinished block
+    continued = latents_of(pipe, image=image, num_frames=25, callback_on_step_end=stop)
+    assert continued.shape[2] == 7 and torch.equal(continued[:, :, -3:], calls[5])
 
 
 @pytest.mark.parametrize(
