@@ -132,6 +132,36 @@ def test_every_size_of_a_config_json_refuses_other_values(model, part, key):
             LOADERS[part](ModelDirectory.open(model))
 
 
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (-2, "num_layers must be at most 1,000 and not negative, not -2"),
+        (1.5, "num_layers must be a whole number, not '1.5'"),
+    ],
+)
+def test_a_wrong_size_is_named_with_its_file(model, value, message):
+    file = model / "transformer/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_layers": value}))
+    with pytest.raises(UserError, match=f"^{file}: {message}; "):
+        LOADERS["transformer"](ModelDirectory.open(model))
+
+
+def test_a_list_of_other_elements_is_refused(model):
+    file = model / "vae/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"dim_mult": ["x", "y"]}))
+    with pytest.raises(UserError, match=r"dim_mult must be a list, each a whole number, not \"\['x', 'y'\]\""):
+        LOADERS["vae"](ModelDirectory.open(model))
+
+
+def test_a_text_encoder_without_its_largest_distance_has_the_usual_one(model):
+    file = model / "text_encoder/config.json"
+    sizes = json.loads(file.read_text())
+    sizes.pop("relative_attention_max_distance", None)
+    file.write_text(json.dumps(sizes))
+    encoder, _ = ModelDirectory.open(model).load_text_encoder()
+    assert encoder.config.relative_attention_max_distance == 128
+
+
 @pytest.mark.parametrize("layers", [10**6, 1001])
 def test_a_million_layers_end_at_once(model, layers):
     file = model / "transformer/config.json"

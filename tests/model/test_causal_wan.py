@@ -17,7 +17,7 @@ from wan_samples import CLIP_TIMESTEP, CLOSE, PROMPT, TEXT_DIM, clip, filled_cac
 from model import presets
 from model.attention import BlockCausalMask
 from model.causal_wan import CausalWanModel
-from model.rotary import rotary_table
+from model.rotary import rotary_table, rotate
 
 
 @pytest.fixture(scope="module")
@@ -122,8 +122,19 @@ def test_only_the_distance_to_the_context_matters(net, text):
 
 def test_positions_far_away_are_exact():
     """In float32, the angles of the fast channels would be wrong at frame 10^6."""
-    cos, _ = rotary_table(16, 1_000_000, (1, 1, 1), torch.device("cpu"))
-    assert cos[0, 0, 0].item() == pytest.approx(torch.tensor(1e6, dtype=torch.float64).cos().item(), abs=1e-6)
+    cos, sin = rotary_table(16, 1_000_000, (1, 1, 1), torch.device("cpu"))
+    time = [1e6 * 10000 ** (-channel / 8) for channel in range(0, 8, 2)]  # 8 of 16 channels; the rest is at row 0
+    expected = torch.tensor([*time, 0, 0, 0, 0], dtype=torch.float64)
+    torch.testing.assert_close(cos[0, 0], expected.cos().float(), atol=1e-6, rtol=0)
+    torch.testing.assert_close(sin[0, 0], expected.sin().float(), atol=1e-6, rtol=0)
+
+
+def test_rotation_keeps_the_order_of_channels():
+    """Attention would not notice another order, but cached keys of other programs would differ."""
+    x = torch.randn(1, 3, 2, 8)
+    assert torch.equal(rotate(x, torch.ones(3, 1, 4), torch.zeros(3, 1, 4)), x)
+    quarter = rotate(x, torch.zeros(3, 1, 4), torch.ones(3, 1, 4))
+    assert torch.equal(quarter[..., 0::2], -x[..., 1::2]) and torch.equal(quarter[..., 1::2], x[..., 0::2])
 
 
 # ---- gradients ----

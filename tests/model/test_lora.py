@@ -42,7 +42,7 @@ def test_factors_are_added(make_net, tmp_path, layout):
         factors[layer] = torch.randn(RANK, in_features), torch.randn(out_features, RANK)
         state |= dict(zip(names_of(layer, layout), factors[layer], strict=True))
         if layout == "musubi":  # it always has alpha, which scales by alpha / rank
-            state[f"lora_unet_{LAYERS[layer].replace('.', '_')}.alpha"] = torch.tensor(float(RANK))
+            state[f"lora_unet_{LAYERS[layer].replace('.', '_')}.alpha"] = torch.tensor(RANK)  # a whole number
     save_file(state, tmp_path / "lora.safetensors")
     before = {name: value.clone() for name, value in net.state_dict().items()}
     fuse_lora(net, str(tmp_path / "lora.safetensors"), scale=0.5)
@@ -77,6 +77,14 @@ def test_torch_files_are_read(make_net, tmp_path, prefix):
     torch.save({"generator_lora": state, "critic_lora": {}} if prefix else state, tmp_path / "lora.pt")
     fuse_lora(net, str(tmp_path / "lora.pt"))
     torch.testing.assert_close(net.get_submodule("blocks.0.attn1.to_q").weight, before + up @ down)
+
+
+def test_a_file_with_nan_is_refused_and_named(make_net, tmp_path):
+    name = "transformer.blocks.0.attn1.to_q"
+    state = {f"{name}.lora_A.weight": torch.full((4, 8), float("nan")), f"{name}.lora_B.weight": torch.zeros(8, 4)}
+    save_file(state, tmp_path / "lora.safetensors")
+    with pytest.raises(UserError, match=r"lora\.safetensors.*attn1\.to_q\.lora_A\.weight"):
+        fuse_lora(make_net(num_layers=1), str(tmp_path / "lora.safetensors"))
 
 
 def test_a_missing_file_is_refused(net, tmp_path):

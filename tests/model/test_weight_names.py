@@ -8,9 +8,14 @@ from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffu
 from torch import Tensor, nn
 from weight_samples import TEXT_CONFIG, assert_same, native_text_state, tiny_text_encoder
 
-from model.weight_names import DIT_NAMES, UMT5_NAMES, WRAPPERS, State, export_state, inverse, rename
+from model.weight_names import DIT_NAMES, UMT5_NAMES, WRAPPERS, State, export_state, inverse, join_names, rename
 from model.weights import infer_umt5_config
 from utils.errors import UserError
+
+
+def test_long_lists_of_names_are_cut():
+    assert join_names(["a", "b", "c"]) == "a, b, c" and join_names(iter("abcd")) == "a, b, c, ..."
+    assert join_names("abcd", 2) == "a, b, ..." and join_names([]) == ""
 
 
 def test_dit_names_agree_with_diffusers(state, native):

@@ -1,5 +1,6 @@
 """The Python API: its videos equal those of inference.py; the examples of docs/api.md and the notebook run."""
 
+import copy
 import json
 import re
 import subprocess
@@ -16,6 +17,7 @@ from tiny_model import ROOT
 
 from pipeline import TextToVideo
 from pipeline.text_to_video import find_file
+from pipeline.video import Video
 from utils.config import load_config
 from utils.errors import UserError
 from utils.video import VideoWriter
@@ -69,6 +71,13 @@ def test_saved_frames_are_those_in_memory(tmp_path, video):
         writer.write(video.frames)
     assert video.save(tmp_path / "x.mp4").read_bytes() == (tmp_path / "frames.mp4").read_bytes()
     assert "data:image/webp;base64," in video._repr_html_()
+
+
+def test_a_saved_video_has_the_quality_of_its_configuration(tmp_path, video):
+    metadata = copy.deepcopy(video.metadata)
+    metadata["config"]["video"]["crf"] = 40
+    coarse = Video(video.latents, video._vae, video.fps, metadata)
+    assert 2 * coarse.save(tmp_path / "x.mp4").stat().st_size < video.save(tmp_path / "y.mp4").stat().st_size
 
 
 # ---- Streaming ----
