@@ -189,7 +189,7 @@ def rollout_sigmas(rollout: RolloutConfig) -> list[float]:
     """Return the S + 1 sigmas of a rollout, from the first step's input down to 0.
 
     Video-to-video scales all levels by its strength, so it has as many steps as text-to-video (docs/v2v.md compares
-    this with fewer steps).
+    this with a start in the middle of the list).
     """
     if rollout.num_steps:
         sigmas = solver_sigmas(rollout.num_steps, rollout.timestep_shift)

@@ -58,7 +58,7 @@ def measure_edits(pipe: TextToVideo, folder: Path, args: argparse.Namespace) -> 
             edited = pipe.generate(prompt, video=clip, strength=strength, sample=index)
             made[f"strength {name}"] = path = edited.save(folder / f"{index}_{name}.mp4")
             rows[name].append(measure_edit(read_video(path)[0], edit))
-        if index < 2:
+        if index < 1:
             captions = {name: f"{name}: {prompt}" for name in made} | {"clip": f"clip: {edit.clip.scene.caption}"}
             strips += [replace(read_strip(path, 6), caption=captions[name]) for name, path in made.items()]
     save_contact_sheet(folder / "edits.png", strips, columns=6)
