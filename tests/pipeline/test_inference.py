@@ -378,13 +378,13 @@ def test_an_image_is_the_first_frame(tmp_path, infer, encode, reference):
 
 
 def test_a_clip_is_continued(tmp_path, infer, encode):
-    """The VAE encodes 13 of 15 frames (stride 4): 4 latent frames, a short block of one and a whole block."""
+    """The VAE encodes the last 13 of 15 frames (stride 4): 4 latent frames, a short block of one and a whole block."""
     clip = np.random.default_rng(0).integers(0, 255, (15, 32, 32, 3), dtype=np.uint8)
     with VideoWriter(tmp_path / "clip.mp4") as video:
         video.write(clip)
     infer(tmp_path / "out", *ONE, "--video", tmp_path / "clip.mp4", "--num_output_frames", 10)
     result = latents(tmp_path / "out")[CIRCLE]
-    assert len(result) == 10 and torch.equal(result[:4], encode(read_video(tmp_path / "clip.mp4")[0][:13]))
+    assert len(result) == 10 and torch.equal(result[:4], encode(read_video(tmp_path / "clip.mp4")[0][-13:]))
     assert len(read_video(tmp_path / f"out/{CIRCLE}.mp4")[0]) == 37
 
 
