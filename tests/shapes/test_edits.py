@@ -52,7 +52,6 @@ def test_a_jump_at_the_seam_is_measured(first):
     later = world.render(replace(clip, x=(clip.x + 5) % 64), 25)
     jump = means(measure_start(np.concatenate([given, later[first:]]), first, clip, given, given + 1))
     assert 4 < jump["step at the seam, pixels"] < 6 and jump["step inside blocks, pixels"] < 0.3
-    assert jump["warp error at the seam"] >= smooth["warp error at the seam"]
     assert 48 < jump["PSNR to the reconstruction, dB"] < 48.2
     assert "PSNR to the given frames, dB" not in means(measure_start(frames, first, clip))
 
