@@ -228,11 +228,8 @@ def build_schedule(
             block may be short. Also for a bidirectional schedule with a prefix.
     """
     layout = block_layout(rollout, num_frames, prefix_frames)
-    if rollout.schedule == "bidirectional" and prefix_frames:
-        raise UserError(
-            "rollout.schedule=bidirectional cannot continue an image or a clip: the network has one noise level per "
-            "video; use block_first or timestep_first with a causal generator"
-        )
+    if prefix_frames:
+        check_causal(rollout)
     if lengths := nearest_lengths(rollout, num_frames, prefix_frames, short_last_block):
         after = f" after a prefix of {prefix_frames}" if prefix_frames else ""
         raise UserError(
@@ -252,6 +249,19 @@ def build_schedule(
         )
     except ValueError as error:
         raise UserError(f"rollout: {error}") from None
+
+
+def check_causal(rollout: RolloutConfig) -> None:
+    """Check that videos of this schedule can continue a prefix.
+
+    Raises:
+        UserError: for a bidirectional schedule.
+    """
+    if rollout.schedule == "bidirectional":
+        raise UserError(
+            "rollout.schedule=bidirectional cannot continue an image or a clip: the network has one noise level per "
+            "video; use block_first or timestep_first with a causal generator"
+        )
 
 
 def build_rollout(

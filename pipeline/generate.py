@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pipeline.build import num_pixel_frames
+from pipeline.build import check_causal, num_pixel_frames
 from pipeline.output import VideoFiles, VideoJob, VideoOutput, video_metadata
 from pipeline.prefix import check_one_input, check_prefix_exists, is_image, read_prefix
 from pipeline.schedule import Op
@@ -171,6 +171,7 @@ def check_request(config: Config, prefix_path: str) -> None:
     """
     check_one_input(config, prefix_path)
     if prefix_path:
+        check_causal(config.rollout)
         check_prefix_exists(prefix_path)
     # An image is one latent frame. The length of a clip is unknown until it is read.
     TextToVideo.check(config, prefix_frames=0 if not prefix_path else 1 if is_image(prefix_path) else None)

@@ -34,15 +34,16 @@ class Teacher:
 
     @classmethod
     def load(cls, config: Config, device: torch.device) -> "Teacher":
-        """Load the weights of `teacher.path` (empty: the transformer of `model.base`) and the text encoder.
+        """Load the weights of `teacher.path` (empty: the transformer of its base) and the text encoder of `model.base`.
 
         Raises:
             UserError: for missing or corrupt files, or an impossible video size (see `check_size`).
         """
         model, dtype = config.model, DTYPES[config.model.dtype]
         directory = ModelDirectory.open(model.base)
-        check_size(config, directory.transformer_config())
-        net = directory.load_transformer(CausalWanModel, dtype, weights=config.teacher.path or None).to(device)
+        own = ModelDirectory.open(config.teacher.base) if config.teacher.base else directory
+        check_size(config, own.transformer_config())
+        net = own.load_transformer(CausalWanModel, dtype, weights=config.teacher.path or None).to(device)
         choose_attention_backend(net, model.attention_backend)
         if model.compile:
             net.compile_layers()

@@ -36,6 +36,7 @@ WORD, NEGATIVE, ZERO, HUGE = "x", "-1", "0", "3000000000"
 CONFIG, OUT = "--config_path {config}", "{tmp}/out"
 INFER = f"{CONFIG} --prompt a --output_folder {OUT}"
 TEACHER = f"{CONFIG} --data_path {{prompts}} --output_folder {OUT}"
+PARALLEL = f"{CONFIG} --prompt a --output_path {OUT}"
 PAIRS = f"{CONFIG} --caption_path {{prompts}} --output_folder {OUT}"
 PROCESS = f"--input_dir {{tmp}}/videos --output_dir {OUT}"
 PLAN = f"{CONFIG} --denoise 1 --context 1 --decode 1"
@@ -55,6 +56,8 @@ NUMBERS = [
             "sink": (),
             "num_frame_first_blocks": (),
             "strength": (ZERO, "2"),
+            "num_rollout": (ZERO, HUGE),
+            "num_overlap_frames": (ZERO,),
         }.items()
     ),
     (contact_sheet, "{tmp}/videos", "columns", (WORD, NEGATIVE, ZERO, "1", HUGE)),
@@ -238,6 +241,19 @@ def test_bad_outputs(world, tmp_path, refuse, module, good, flag, suffix, place)
         (inference.main, f"{INFER} model.base={{tmp}}/none", "does not exist"),
         (inference.main, f"{INFER} model.lora={{tmp}}/none", "none"),
         (inference.main, f"{INFER} model.attention_backend=nope", "attention_backend"),
+        (inference.main, f"{INFER} rollout.schedule=bidirectional --image a.png", "cannot continue an image"),
+        (inference.main, f"{INFER} rollout.schedule=bidirectional --video a.mp4", "cannot continue an image"),
+        (inference.main, f"{INFER} rollout.schedule=bidirectional --num_rollout 2", "needs a causal generator"),
+        (inference.main, f"{INFER} --num_rollout 2 --num_overlap_frames 9", "below the 9 latent frames"),
+        (inference.main, f"{INFER} --num_rollout 2 --video a.mp4 --strength 0.5", "num_rollouts=1"),
+        (inference.main, f"{INFER} --num_rollout 1000000", "latent frames; at most"),
+        (inference.main, f"{INFER} rollout.guidance_scale=nan", "finite"),
+        (inference.main, f"{INFER} rollout.num_steps=3 rollout.leading_steps=4", "at most 3 steps"),
+        (sample_teacher.main, f"{TEACHER} teacher.base={{tmp}}/none", "does not exist"),
+        (sample_teacher.main, f"{TEACHER} teacher.path={{tmp}}/none", "none"),
+        (pipeline_parallel_inference.main, f"{PARALLEL} rollout.guidance_scale=2", "run without guidance"),
+        (pipeline_parallel_inference.main, f"{PARALLEL} --num_rollout 2", "one rollout per video"),
+        (pipeline_parallel_inference.main, f"{PARALLEL} --plan --num_rollout 2", "one rollout per video"),
         (train.main, CONFIG, "--logdir"),
         (train.main, f"{CONFIG} --logdir {OUT}", "objective"),
         (train.main, f"{CONFIG} --dry-run world_size=x", "world_size"),
