@@ -156,8 +156,6 @@ def _check_repeated_rollouts(config: "Config") -> None:
             "rollout.num_rollouts above 1 needs a causal generator, because each rollout continues the previous one; "
             "set rollout.schedule=block_first or timestep_first"
         )
-    if config.video.source:
-        raise UserError("video-to-video follows a clip of any length in one rollout: set rollout.num_rollouts=1")
     if rollout.overlap_frames >= frames:
         raise UserError(
             f"rollout.overlap_frames must be below the {frames} latent frames of a rollout "

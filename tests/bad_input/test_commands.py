@@ -245,7 +245,6 @@ def test_bad_outputs(world, tmp_path, refuse, module, good, flag, suffix, place)
         (inference.main, f"{INFER} rollout.schedule=bidirectional --video a.mp4", "cannot continue an image"),
         (inference.main, f"{INFER} rollout.schedule=bidirectional --num_rollout 2", "needs a causal generator"),
         (inference.main, f"{INFER} --num_rollout 2 --num_overlap_frames 9", "below the 9 latent frames"),
-        (inference.main, f"{INFER} --num_rollout 2 --video a.mp4 --strength 0.5", "num_rollouts=1"),
         (inference.main, f"{INFER} --num_rollout 1000000", "latent frames; at most"),
         (inference.main, f"{INFER} rollout.guidance_scale=nan", "finite"),
         (inference.main, f"{INFER} rollout.num_steps=3 rollout.leading_steps=4", "at most 3 steps"),
