@@ -13,6 +13,7 @@ from pipeline import TextToVideo
 from pipeline.build import overlap_pixel_frames, rollout_sigmas
 from pipeline.overlap import Overlap
 from utils.clips import read_video
+from utils.config import override_config
 from utils.errors import UserError
 from utils.rng import keyed_noise
 
@@ -31,6 +32,11 @@ def pipe(world) -> TextToVideo:
 @pytest.fixture(scope="module")
 def video(pipe):
     return pipe.generate(PROMPT)
+
+
+def changed(pipe: TextToVideo, *overrides: str) -> TextToVideo:
+    """Return the same networks with another configuration."""
+    return TextToVideo(override_config(pipe.config, overrides), pipe.net, pipe.embeddings.cache, pipe.vae)
 
 
 def denoise_block(pipe: TextToVideo, denoiser: Denoiser, cache, start: int, noise_block: int, frames: int):
@@ -63,9 +69,7 @@ def test_rollouts_equal_a_plain_reimplementation(pipe, video):
 
 
 def test_the_first_rollout_is_the_video_without_repetition(pipe, video):
-    alone = TextToVideo(pipe.config, pipe.net, pipe.embeddings.cache, pipe.vae)
-    alone = alone._with(None, None)
-    alone.config.rollout.num_rollouts = 1
+    alone = changed(pipe, "rollout.num_rollouts=1")
     assert torch.equal(alone.generate(PROMPT).latents, video.latents[:FRAMES])
 
 
@@ -83,8 +87,7 @@ def test_every_rollout_has_its_own_noise(pipe, monkeypatch):
 
 @pytest.mark.parametrize("schedule", ["block_first", "timestep_first"])
 def test_streamed_frames_are_those_of_generate(pipe, schedule):
-    own = pipe._with(None, None)
-    own.config.rollout.schedule = schedule
+    own = changed(pipe, f"rollout.schedule={schedule}")
     parts = list(own.stream(PROMPT))
     assert [len(part) for part in parts] == [5, 8, 4, 4]
     assert np.array_equal(np.concatenate(parts), own.generate(PROMPT).frames)
@@ -116,9 +119,7 @@ def test_only_the_overlap_stays_in_memory(pipe):
 
 
 def test_an_overlap_of_one_frame_is_an_image(pipe):
-    own = pipe._with(None, None)
-    own.config.rollout.overlap_frames = 1
-    latents = own.generate(PROMPT).latents
+    latents = changed(pipe, "rollout.overlap_frames=1").generate(PROMPT).latents
     assert len(latents) == FRAMES + 2 * (FRAMES - 1) and latents.isfinite().all()
 
 

@@ -70,8 +70,8 @@ def generate_ode_pairs(
         return
 
     # `teacher.base` names the teacher of the DMD loss (14B in configs/hiar.yaml); pairs are made with `model.base`.
-    own = replace(config, teacher=replace(config.teacher, base=""))
-    teacher = Teacher.load(own, pick_device(config.runtime.device, config.runtime.threads))
+    pair_config = replace(config, teacher=replace(config.teacher, base=""))
+    teacher = Teacher.load(pair_config, pick_device(config.runtime.device, config.runtime.threads))
     teacher_channels = teacher.net.config.in_channels
     if channels not in (None, teacher_channels):
         raise UserError(f"--latent_shape has {channels} channels, but the teacher's latents have {teacher_channels}")
