@@ -64,7 +64,7 @@ def test_tables_have_means_and_intervals():
 def test_the_script_prints_both_tables(tmp_path, call):
     config = write_config(tmp_path / "c.yaml", write_model(tmp_path / "model"), video={"height": 64, "width": 64})
     words = ("--config_path", config, "--output_folder", tmp_path / "out", "--num_videos", 1, "--strengths", 0.5)
-    code, out, err = call(measure_v2v, *words, "rollout.denoising_step_list=[1000]")
+    code, out, err = call(measure_v2v, "rollout.denoising_step_list=[1000]", *words)
     assert code == 0, err
     assert out.count("| 0.5 ") == out.count("| none ") == out.count("| image ") == out.count("| clip ") == 1
     assert (tmp_path / "out/edits.png").exists() and len(list((tmp_path / "out").glob("*.json"))) == 4
