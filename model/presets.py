@@ -10,6 +10,11 @@ TRANSFORMERS: dict[str, dict[str, Any]] = {
     "wan-1.3b": dict(num_attention_heads=12, attention_head_dim=128, ffn_dim=8960, num_layers=30, text_dim=4096),
     "wan-14b": dict(num_attention_heads=40, attention_head_dim=128, ffn_dim=13824, num_layers=40, text_dim=4096),
     "shapes": dict(num_attention_heads=6, attention_head_dim=32, ffn_dim=768, num_layers=6, text_dim=64),
+    # 12x12 latents in patches of 3x3: as many tokens as "shapes" has for 8x8 latents.
+    "shapes-96": dict(
+        **dict(num_attention_heads=6, attention_head_dim=32, ffn_dim=768, num_layers=6, text_dim=64),
+        **dict(patch_size=(1, 3, 3), in_channels=8, out_channels=8),
+    ),
 }
 
 VAES: dict[str, dict[str, Any]] = {
@@ -30,12 +35,14 @@ VAES: dict[str, dict[str, Any]] = {
         latents_std=[1.0] * 16,
     ),
 }
+VAES["shapes-96"] = VAES["shapes"] | dict(z_dim=8, latents_mean=[0.0] * 8, latents_std=[1.0] * 8)
 
 TEXT_ENCODERS: dict[str, dict[str, Any]] = {
     "wan": dict(vocab_size=256384, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64),
     # 384 is the vocabulary of ByT5: bytes, special tokens and unused ids.
     "shapes": dict(vocab_size=384, d_model=64, d_kv=16, d_ff=160, num_layers=3, num_heads=4, dropout_rate=0.0),
 }
+TEXT_ENCODERS["shapes-96"] = TEXT_ENCODERS["shapes"]
 
 Net = TypeVar("Net", bound=nn.Module)
 

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from model.weights import ModelDirectory
 from shapes import world
+from shapes.look import STYLES
 from trainer.datasets.clips import shard_files
 from trainer.datasets.encode import encode_clips
 from trainer.datasets.encode_videos import encode_videos
@@ -39,6 +40,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--fps", type=float, help="frames per second; default: 16. Other videos are resampled")
     parser.add_argument("--num_clips", type=int, help="number of clips of the miniature world; default: 2048")
     parser.add_argument("--num_frames", type=int, default=21, help="latent frames per clip")
+    parser.add_argument("--size", type=int, choices=list(STYLES), help="frame size of these clips; default: 64")
     parser.add_argument("--seed", type=int, help="seed of the miniature world's clips; default: 0")
     parser.add_argument("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu")
     args = parser.parse_args()
@@ -46,7 +48,7 @@ def parse_arguments() -> argparse.Namespace:
     require_range(args, 1, 25_000, "num_frames")
     require_range(args, 0, math.inf, "seed")
     require_range(args, 0.1, 999, "fps")
-    unused = ("num_clips", "seed") if args.videos else ("captions", "fps")
+    unused = ("num_clips", "size", "seed") if args.videos else ("captions", "fps")
     if given := [name for name in unused if getattr(args, name) is not None]:
         raise UserError(f"--{given[0]} {'is for the miniature world, not for' if args.videos else 'needs'} --videos")
     return args
@@ -59,10 +61,11 @@ def main() -> None:
     directory, device = ModelDirectory.open(args.base), pick_device(args.device)
     with lock_output(folder, "encoding clips in"):
         if not args.videos:
-            clips = [world.sample_clip(args.seed or 0, index) for index in range(args.num_clips or 2048)]
+            size = args.size or 64
+            clips = [world.sample_clip(args.seed or 0, i, size=size) for i in range(args.num_clips or 2048)]
             num_frames = 4 * (args.num_frames - 1) + 1
             encode_clips(
-                [clip.scene.caption for clip in clips],
+                [clip.caption for clip in clips],
                 lambda index: world.to_pixels(world.render(clips[index], num_frames)),
                 args.num_frames,
                 folder,

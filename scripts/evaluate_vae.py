@@ -21,6 +21,7 @@ from evaluation.metrics import MetricCurve
 from model.vae import WanVAE
 from model.weights import ModelDirectory
 from shapes import world
+from shapes.look import STYLES
 from shapes.metrics import detect_shapes, ground_truth_curves
 from utils.arguments import MAX_COUNT, require_range
 from utils.errors import UserError, command
@@ -35,6 +36,7 @@ def main() -> None:
     parser.add_argument("--base", default="data/shapes-wan", help="model directory")
     parser.add_argument("--num_clips", type=int, default=12, help="number of clips")
     parser.add_argument("--num_frames", type=int, default=81, help="pixel frames per clip, 4n+1")
+    parser.add_argument("--size", type=int, choices=list(STYLES), default=64, help="height and width in pixels")
     parser.add_argument("--seed", type=int, default=9, help="seed of the clips")
     args = parser.parse_args()
     require_range(args, 1, MAX_COUNT, "num_clips")
@@ -46,7 +48,7 @@ def main() -> None:
     squared = np.zeros((args.num_clips, args.num_frames))
     errors: dict[str, list[list[float]]] = {"pixel_error": [], "color_error": [], "background_error": []}
     for index in tqdm(range(args.num_clips), unit="clip"):
-        clip = world.sample_clip(args.seed, index, held_out=True)
+        clip = world.sample_clip(args.seed, index, held_out=True, size=args.size)
         pixels = world.to_pixels(world.render(clip, args.num_frames)).transpose(0, 1)[None]
         decoded = vae.decode(vae.encode(pixels))
         squared[index] = (decoded - pixels).square().mean(dim=(0, 2, 3, 4)).numpy()

@@ -9,6 +9,7 @@
 #   MODEL      folder for the weights (default data/shapes-wan)
 #   CLIPS      number of encoded clips (default 4096)
 #   PAIRS      number of ODE pairs (default 2048)
+#   SIZE       frame size in pixels: 64, or 96 for the world with unnamed attributes (default 64)
 #   PROCESSES  processes that share the work, with one thread each (default 2)
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -17,6 +18,9 @@ runs=${RUNS:-runs/shapes}
 model=${MODEL:-data/shapes-wan}
 python=${PYTHON:-python}
 processes=${PROCESSES:-2}
+size=${SIZE:-64}
+network=shapes
+((size == 64)) || network=shapes-$size
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 run() { # script [argument ...]: run on all processes
@@ -36,7 +40,8 @@ train_as() { # name stage output [override ...]: train a stage under another nam
     shift 3
     echo "== $name"
     run train.py --config_path "configs/shapes/$stage.yaml" --logdir "$runs/$name" \
-        model.base="$model" train.output="$output" "$@"
+        model.base="$model" train.output="$output" train.network="$network" data.frame_size="$size" \
+        video.height="$size" video.width="$size" "$@"
 }
 
 # Copy the files that are not trained.
@@ -51,14 +56,17 @@ train vae "$short" "$@"
 train vae_long "$model" train.init="$short" "$@"
 
 echo "== clips"
-run scripts/encode_clips.py --base "$model" --output "$runs/clips" --num_clips "${CLIPS:-4096}"
+run scripts/encode_clips.py --base "$model" --output "$runs/clips" --num_clips "${CLIPS:-4096}" \
+    --size "$size"
 
 train teacher "$model/transformer" data.path="$runs/clips" "$@"
 
 echo "== ODE pairs"
-"$python" scripts/write_shapes_clips.py --output "$runs" --num_clips "${PAIRS:-2048}" --seed 1 --captions_only
+"$python" scripts/write_shapes_clips.py --output "$runs" --num_clips "${PAIRS:-2048}" --seed 1 --size "$size" \
+    --captions_only
 run scripts/generate_ode_pairs.py --config_path configs/shapes.yaml --caption_path "$runs/captions.txt" \
-    --output_folder "$runs/ode_pairs" --batch_size 8 --num_inference_steps 16 --dtype float16 model.base="$model"
+    --output_folder "$runs/ode_pairs" --batch_size 8 --num_inference_steps 16 --dtype float16 model.base="$model" \
+    video.height="$size" video.width="$size"
 
 train ode_init "$model/ode_init" data.path="$runs/ode_pairs" train.init="$model/transformer" "$@"
 

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tqdm import tqdm
 
 from shapes import world
+from shapes.look import STYLES
 from utils.arguments import MAX_COUNT, require_range
 from utils.errors import command
 from utils.files import writable_folder, write_json, write_text
@@ -29,6 +30,7 @@ def main() -> None:
     parser.add_argument("--output", required=True, help="folder to write")
     parser.add_argument("--num_clips", type=int, default=16, help="number of clips")
     parser.add_argument("--num_frames", type=int, default=81, help="pixel frames per clip")
+    parser.add_argument("--size", type=int, choices=list(STYLES), default=64, help="height and width in pixels")
     parser.add_argument("--seed", type=int, default=0, help="seed of the clips")
     parser.add_argument("--held_out", action="store_true", help="write clips that are held out from training")
     parser.add_argument("--captions_only", action="store_true", help="write captions.txt only")
@@ -37,8 +39,8 @@ def main() -> None:
     require_range(args, 1, 100_000, "num_frames")
     require_range(args, 0, math.inf, "seed")
     folder = writable_folder(args.output)
-    clips = [world.sample_clip(args.seed, index, args.held_out) for index in range(args.num_clips)]
-    write_text(folder / "captions.txt", "".join(clip.scene.caption + "\n" for clip in clips))
+    clips = [world.sample_clip(args.seed, index, args.held_out, args.size) for index in range(args.num_clips)]
+    write_text(folder / "captions.txt", "".join(clip.caption + "\n" for clip in clips))
     if args.captions_only:
         return
     write_json(folder / "captions.json", {f"{index:05d}.mp4": clip.scene.caption for index, clip in enumerate(clips)})

@@ -14,7 +14,7 @@ from model.vae import decode_clip, encode_clip, use_channels_last_
 from model.weights import ModelDirectory
 from shapes import world
 from trainer.datasets.order import ClipRandom, batch_positions, draw_clip_length
-from trainer.networks import preset
+from trainer.networks import mixed_precision, preset
 from trainer.objectives import OBJECTIVES
 from trainer.objectives.base import SingleNetObjective
 from trainer.objectives.losses import kl_to_standard_normal
@@ -34,7 +34,8 @@ class TextAttributes(SingleNetObjective):
         torch.manual_seed(config.runtime.seed)
         encoder = UMT5EncoderModel(UMT5Config(**preset(presets.TEXT_ENCODERS, config)))
         width = encoder.config.d_model
-        heads = nn.ModuleDict({name: nn.Linear(width, size) for name, size in world.NUM_CLASSES.items()})
+        # One class more than the world has: the caption does not name the attribute.
+        heads = nn.ModuleDict({name: nn.Linear(width, size + 1) for name, size in world.NUM_CLASSES.items()})
         self.encoder, self.heads = encoder, heads
         self.net = nn.ModuleDict({"encoder": encoder, "heads": heads}).to(device)
         self.tokenizer = ByT5Tokenizer()
@@ -43,14 +44,17 @@ class TextAttributes(SingleNetObjective):
         """Return the sum of every attribute's cross-entropy, predicted from the mean embedding."""
         seed = self.config.runtime.seed
         numbers = batch_positions(self.config.train, iteration, micro_batch)
-        scenes = [world.sample_clip(seed, i, held_out=i % 7 == 0).scene for i in numbers]  # a seventh is held out
+        size = self.config.data.frame_size
+        clips = [world.sample_clip(seed, i, held_out=i % 7 == 0, size=size) for i in numbers]  # a seventh is held out
+        scenes = [clip.scene.without(clip.omitted) for clip in clips]
         tokens = self.tokenizer([scene.caption for scene in scenes], padding=True, return_tensors="pt").to(self.device)
         hidden = self.encoder(**tokens).last_hidden_state
         mask = tokens.attention_mask[..., None]
         pooled = (hidden * mask).sum(1) / mask.sum(1)
         losses, correct = [], []
         for name, head in self.heads.items():
-            target = torch.tensor([scene.labels[name] for scene in scenes], device=self.device)
+            labels = torch.tensor([scene.labels[name] for scene in scenes], device=self.device)
+            target = labels % (world.NUM_CLASSES[name] + 1)  # -1, not named, becomes the last class
             logits = head(pooled)
             losses.append(F.cross_entropy(logits, target))
             correct.append((logits.argmax(-1) == target).float().mean().item())
@@ -86,10 +90,11 @@ class VAEReconstruction(SingleNetObjective):
         numbers = batch_positions(train, iteration, micro_batch)[:num_clips]
         pixels = torch.stack([self.clip(i, num_frames) for i in numbers])
         pixels = pixels.to(self.device, memory_format=torch.channels_last_3d)
-        mean, log_variance = encode_clip(self.net, pixels)
-        noise = ClipRandom(self.config, "posterior", iteration, micro_batch, num_clips).normal(mean.shape[1:]).to(mean)
-        latents = mean + noise * (0.5 * log_variance).exp()
-        error = decode_clip(self.net, latents) - pixels
+        with mixed_precision(self.config, self.device):
+            mean, log_variance = (moment.float() for moment in encode_clip(self.net, pixels))
+            random = ClipRandom(self.config, "posterior", iteration, micro_batch, num_clips)
+            latents = mean + random.normal(mean.shape[1:]).to(mean) * (0.5 * log_variance).exp()
+            error = decode_clip(self.net, latents).float() - pixels
         kl = kl_to_standard_normal(mean, log_variance)
         squared = error.square().mean()
         loss = error.abs().mean() + 4 * squared + train.kl_weight * kl
@@ -97,7 +102,8 @@ class VAEReconstruction(SingleNetObjective):
 
     def clip(self, index: int, num_frames: int) -> Tensor:
         """Return training clip number `index`, pixels [3, T, H, W] in [-1, 1]."""
-        return world.to_pixels(world.render(world.sample_clip(self.config.runtime.seed, index), num_frames))
+        clip = world.sample_clip(self.config.runtime.seed, index, size=self.config.data.frame_size)
+        return world.to_pixels(world.render(clip, num_frames))
 
     def export(self, folder: Path, weights: dict[str, Tensor]) -> None:
         """Write `vae/`. If the encoder was trained, measure the latents' mean and standard deviation per channel."""

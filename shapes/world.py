@@ -2,21 +2,28 @@
 
 A few attributes define a scene and its caption. A clip of a scene can be rendered at any length: a shape that leaves on
 one side enters on the other, so its direction never changes.
+
+The frame size selects one of two styles (shapes/look.py). Clips of 64x64 pixels show what their captions name and
+nothing else. Clips of 96x96 pixels also have attributes that no caption names, and half of their captions omit some
+attributes.
 """
 
 import itertools
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-SIZE = 64  # pixels, height and width
+from shapes import drawing
+from shapes.drawing import coverage
+from shapes.look import FIRST_STYLE, STYLES, Look, Style, sample_look, shift_color
+
+SIZE = FIRST_STYLE.size  # pixels, height and width of the first style
+RADIUS = FIRST_STYLE.radius
 FPS = 16
-RADIUS = 15.0  # pixels, of the circle; the other shapes have about the same area
-EDGE = 3.0  # pixels; width of the soft edge, so that latents of 8x8 pixels encode positions well
 
 COLORS = {
     "red": (225, 40, 45),
@@ -44,17 +51,25 @@ DIRECTIONS = {  # unit steps (right, down)
     "down right": (0.5**0.5, 0.5**0.5),
     "down left": (-(0.5**0.5), 0.5**0.5),
 }
-SPEEDS = {"slowly": 0.75, "fast": 2.25}  # pixels per frame
+SPEEDS = {"slowly": 0.75, "fast": 2.25}  # pixels per frame at 64x64 pixels; larger frames move proportionally
+PATTERN_DEPTH = 0.4  # part of a shape's brightness that the pattern removes
+OMITTABLE = ("color", "shape", "background", "direction", "speed")
+
+
+def _words(values: Iterable[str]) -> str:
+    return "|".join(sorted(values, key=len, reverse=True))
+
 
 _CAPTION = re.compile(
-    r"an? (?P<color>\w+) (?P<shape>\w+) moving (?P<direction>(?:up|down|left|right)(?: left| right)?) "
-    r"(?P<speed>\w+) on a (?P<graded>graded )?(?P<background>\w+) background"
+    rf"an? (?:(?P<color>{_words(COLORS)}) )?(?P<shape>{_words(SHAPES)}|shape) moving"
+    rf"(?: (?P<direction>{_words(DIRECTIONS)}))?(?: (?P<speed>{_words(SPEEDS)}))?"
+    rf"(?: on a (?P<graded>graded )?(?P<background>{_words(BACKGROUNDS)}) background)?"
 )
 
 
 @dataclass(frozen=True)
 class Scene:
-    """The content of a caption: everything about a clip except its start position."""
+    """The content of a caption. An empty attribute is not named; a scene to render has no empty attribute."""
 
     color: str
     shape: str
@@ -68,10 +83,9 @@ class Scene:
         """The scene's only caption."""
         article = "an" if self.color == "orange" else "a"
         graded = "graded " if self.graded else ""
-        return (
-            f"{article} {self.color} {self.shape} moving {self.direction} {self.speed} "
-            f"on a {graded}{self.background} background"
-        )
+        behind = f"on a {graded}{self.background} background" if self.background else ""
+        words = article, self.color, self.shape or "shape", "moving", self.direction, self.speed, behind
+        return " ".join(word for word in words if word)
 
     @property
     def held_out(self) -> bool:
@@ -83,15 +97,22 @@ class Scene:
 
     @property
     def labels(self) -> dict[str, int]:
-        """The class index of each attribute."""
-        return {
-            "color": list(COLORS).index(self.color),
-            "shape": SHAPES.index(self.shape),
-            "background": list(BACKGROUNDS).index(self.background),
-            "graded": int(self.graded),
-            "direction": list(DIRECTIONS).index(self.direction),
-            "speed": list(SPEEDS).index(self.speed),
+        """The class index of each attribute; -1 for an attribute that is not named."""
+        named = {name: list(values).index(value) if value else -1 for name, values, value in self._named()}
+        return named | {"graded": int(self.graded) if self.background else -1}
+
+    def _named(self) -> Iterator[tuple[str, Iterable[str], str]]:
+        vocabulary = {
+            **{"color": COLORS, "shape": SHAPES, "background": BACKGROUNDS},
+            **{"direction": DIRECTIONS, "speed": SPEEDS},
         }
+        return ((name, values, getattr(self, name)) for name, values in vocabulary.items())
+
+    def without(self, omitted: Iterable[str]) -> "Scene":
+        """Return this scene with some attributes not named. A background that is not named has no named grading."""
+        names = tuple(omitted)
+        scene = replace(self, **{name: "" for name in names})
+        return replace(scene, graded=False) if "background" in names else scene
 
 
 NUM_CLASSES = {
@@ -118,7 +139,7 @@ def all_scenes(held_out: bool) -> Iterator[Scene]:
 
 
 def parse_caption(caption: str) -> Scene:
-    """Parse a caption.
+    """Parse a caption. Attributes that it does not name are empty.
 
     Raises:
         ValueError: if this world has no such caption.
@@ -126,13 +147,11 @@ def parse_caption(caption: str) -> Scene:
     match = _CAPTION.fullmatch(" ".join(caption.split()).rstrip("."))
     if match is None:
         raise ValueError(f"not a caption of the miniature world: {caption!r}")
-    fields: dict = match.groupdict()
-    fields["graded"] = fields["graded"] is not None
-    scene = Scene(**fields)
-    known = scene.color in COLORS and scene.shape in SHAPES and scene.background in BACKGROUNDS
-    if not (known and scene.speed in SPEEDS and scene.direction in DIRECTIONS):
-        raise ValueError(f"not a caption of the miniature world: {caption!r}")
-    return scene
+    named = {name: value or "" for name, value in match.groupdict().items()}
+    if named["shape"] == "shape":
+        named["shape"] = ""
+    graded = bool(named.pop("graded"))
+    return Scene(**named, graded=graded)
 
 
 def is_caption(text: str) -> bool:
@@ -146,24 +165,58 @@ def is_caption(text: str) -> bool:
 
 @dataclass(frozen=True)
 class Clip:
-    """A scene with the position of the shape's centre in frame 0, in pixels."""
+    """A scene with everything else that its frames depend on.
+
+    Attributes:
+        x, y: position of the shape's centre in frame 0, in pixels.
+        omitted: attributes of the scene that the caption does not name.
+    """
 
     scene: Scene
     x: float
     y: float
+    look: Look = Look()
+    style: Style = FIRST_STYLE
+    omitted: tuple[str, ...] = ()
+
+    @property
+    def caption(self) -> str:
+        """The clip's caption."""
+        return self.scene.without(self.omitted).caption
 
     def position(self, frame: np.ndarray | int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the centre (x, y) in pixels at pixel frames `frame`, wrapped into [0, SIZE)."""
+        """Return the centre (x, y) in pixels at pixel frames `frame`, wrapped into the frame."""
+        size = self.style.size
         step_x, step_y = DIRECTIONS[self.scene.direction]
-        distance = SPEEDS[self.scene.speed] * np.asarray(frame, dtype=np.float64)
-        return (self.x + step_x * distance) % SIZE, (self.y + step_y * distance) % SIZE
+        distance = SPEEDS[self.scene.speed] * (size / FIRST_STYLE.size) * np.asarray(frame, dtype=np.float64)
+        return (self.x + step_x * distance) % size, (self.y + step_y * distance) % size
+
+    @property
+    def color(self) -> np.ndarray:
+        """The exact colour of the shape, float32 RGB."""
+        return np.array(shift_color(COLORS[self.scene.color], self.look.hue, self.look.brightness), dtype=np.float32)
 
 
-def sample_clip(seed: int, index: int, held_out: bool = False) -> Clip:
-    """Return clip number `index` of the endless data set `seed`. The result depends on the arguments only."""
+def sample_clip(seed: int, index: int, held_out: bool = False, size: int = SIZE) -> Clip:
+    """Return clip number `index` of the endless data set `seed`. The result depends on the arguments only.
+
+    Args:
+        held_out: draw a scene that is held out from training.
+        size: frame size in pixels, a key of `STYLES`.
+    """
     rng = np.random.default_rng([seed, index, int(held_out)])
-    scenes = _SCENES[held_out]
-    return Clip(scenes[rng.integers(len(scenes))], *rng.uniform(0, SIZE, 2))
+    scenes, style = _SCENES[held_out], STYLES[size]
+    scene = scenes[rng.integers(len(scenes))]
+    x, y = rng.uniform(0, size, 2)
+    if not style.unnamed:
+        return Clip(scene, x, y)
+    others = [color for name, color in COLORS.items() if name not in (scene.color, scene.background)]
+    look = sample_look(rng, others)
+    omitted: tuple[str, ...] = ()
+    if rng.random() < 0.5:
+        chosen = rng.random(len(OMITTABLE))
+        omitted = tuple(n for n, u in zip(OMITTABLE, chosen, strict=True) if u < max(0.35, chosen.min() + 1e-9))
+    return Clip(scene, float(x), float(y), look, style, omitted)
 
 
 _SCENES = {held_out: tuple(all_scenes(held_out)) for held_out in (False, True)}
@@ -171,40 +224,30 @@ _SCENES = {held_out: tuple(all_scenes(held_out)) for held_out in (False, True)}
 
 def render(clip: Clip, num_frames: int, first_frame: int = 0) -> np.ndarray:
     """Render `num_frames` pixel frames from `first_frame` on; uint8 [T, H, W, 3]."""
-    scene = clip.scene
-    opacity = coverage(scene.shape, *clip.position(np.arange(first_frame, first_frame + num_frames)))[..., None]
-    behind = background(scene)[None]
-    color = np.array(COLORS[scene.color], dtype=np.float32)
+    look, style = clip.look, clip.style
+    x, y = clip.position(np.arange(first_frame, first_frame + num_frames))
+    opacity = coverage(clip.scene.shape, x, y, look, style)[..., None]
+    behind = background(clip.scene, look, style)[None]
+    color = clip.color
+    if look.pattern != "plain":
+        shade = drawing.pattern_shade(look.pattern, *drawing.torus_offsets(x, y, style.size), style.period)
+        color = color * (1 - PATTERN_DEPTH * shade[..., None])
     return np.round(behind + opacity * (color - behind)).astype(np.uint8)
 
 
-def coverage(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Return the fraction of each pixel that a shape centred at (x, y) covers, [T, SIZE, SIZE] in [0, 1]."""
-    grid = np.arange(SIZE, dtype=np.float32) + 0.5
-    half = SIZE / 2
-    # Distances on the torus.
-    dx = (grid[None, None, :] - x[:, None, None] + half) % SIZE - half
-    dy = (grid[None, :, None] - y[:, None, None] + half) % SIZE - half
-    return np.clip(0.5 - _signed_distance(shape, dx, dy) / EDGE, 0, 1)
-
-
-def _signed_distance(shape: str, dx: np.ndarray, dy: np.ndarray) -> np.ndarray:
-    """Return the distance to the outline in pixels, negative inside, at offsets (dx, dy) from the centre."""
-    if shape == "circle":
-        return np.hypot(dx, dy) - RADIUS
-    if shape == "square":
-        return np.maximum(np.abs(dx), np.abs(dy)) - 0.89 * RADIUS
-    # An upright triangle: a horizontal base below, two slanted sides above.
-    slant = np.abs(dx) * 0.866 - dy * 0.5
-    return np.maximum(slant, dy) - 0.72 * RADIUS
-
-
-def background(scene: Scene) -> np.ndarray:
-    """Render the background, float32 [H, W, 3]; if graded, brightness falls from 1.25x (top) to 0.55x (bottom)."""
-    color = np.array(BACKGROUNDS[scene.background], dtype=np.float32)
-    ramp = np.linspace(1.25, 0.55, SIZE, dtype=np.float32) if scene.graded else np.ones(SIZE, dtype=np.float32)
-    image = np.broadcast_to((color[None, :] + 12) * ramp[:, None] - 12 * np.ones((SIZE, 1)), (SIZE, 3))
-    return np.clip(np.broadcast_to(image[:, None, :], (SIZE, SIZE, 3)), 0, 255).astype(np.float32)
+def background(scene: Scene, look: Look = Look(), style: Style = FIRST_STYLE) -> np.ndarray:
+    """Render everything behind the shape, float32 [H, W, 3]."""
+    size = style.size
+    color = np.array(BACKGROUNDS[scene.background], dtype=np.float32) + np.array(look.tone, dtype=np.float32)
+    # Black has a small brightness too; without the 12, its ramp would be invisible.
+    brightness = drawing.ramp(look.gradient, style.ramp, size) if scene.graded else np.ones((size, size), np.float32)
+    image = np.clip((color + 12) * brightness[..., None] - 12, 0, 255)
+    if look.pebble is not None:
+        x, y = np.array([look.pebble.x * size]), np.array([look.pebble.y * size])
+        distance = np.hypot(*drawing.torus_offsets(x, y, size))[0] - style.pebble_radius
+        opacity = np.clip(0.5 - distance / style.edge, 0, 1)[..., None]
+        image = image + opacity * (np.array(look.pebble.color) - image)
+    return image.astype(np.float32)
 
 
 def to_pixels(frames: np.ndarray) -> Tensor:

@@ -164,6 +164,8 @@ class DataConfig:
     """File with one prompt per line for the rollouts of score_distillation. Empty: the prompts of the ODE pairs."""
     num_frames: int = 21
     """Latent frames per training clip."""
+    frame_size: int = 64
+    """Height and width in pixels of the miniature's training clips: 64, or 96 for clips with unnamed attributes."""
     sigmas: list[float] = field(default_factory=list)
     """Noise levels of the points of an ODE pair, noisy to clean. Only for folders without a sigmas.json."""
 
