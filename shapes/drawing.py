@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from shapes.look import FIRST_STYLE, Look, Style
+from shapes.look import AS_NAMED, FIRST_STYLE, Look, Style
 
 # The slanted sides of the triangle: 0.866 |x| - 0.5 y <= 0.72 radius. The base: y <= 0.72 radius.
 _SLANT = (0.866, 0.5)
@@ -17,7 +17,7 @@ def torus_offsets(x: np.ndarray, y: np.ndarray, size: int) -> tuple[np.ndarray, 
     return dx, dy
 
 
-def coverage(shape: str, x: np.ndarray, y: np.ndarray, look: Look = Look(), style: Style = FIRST_STYLE) -> np.ndarray:
+def coverage(shape: str, x: np.ndarray, y: np.ndarray, look: Look = AS_NAMED, style: Style = FIRST_STYLE) -> np.ndarray:
     """Return the fraction of each pixel that a shape centred at (x, y) covers, [T, H, W] in [0, 1]."""
     dx, dy = torus_offsets(x, y, style.size)
     stretch = look.elongation**0.5

@@ -88,6 +88,9 @@ class Look:
     pebble: Pebble | None = None
 
 
+AS_NAMED = Look()  # the look of every clip of the first style
+
+
 def sample_look(rng: np.random.Generator, pebble_colors: list[tuple[int, int, int]]) -> Look:
     """Draw a look.
 

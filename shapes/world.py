@@ -19,7 +19,7 @@ from torch import Tensor
 
 from shapes import drawing
 from shapes.drawing import coverage
-from shapes.look import FIRST_STYLE, STYLES, Look, Style, sample_look, shift_color
+from shapes.look import AS_NAMED, FIRST_STYLE, STYLES, Look, Style, sample_look, shift_color
 
 SIZE = FIRST_STYLE.size  # pixels, height and width of the first style
 RADIUS = FIRST_STYLE.radius
@@ -175,7 +175,7 @@ class Clip:
     scene: Scene
     x: float
     y: float
-    look: Look = Look()
+    look: Look = AS_NAMED
     style: Style = FIRST_STYLE
     omitted: tuple[str, ...] = ()
 
@@ -235,7 +235,7 @@ def render(clip: Clip, num_frames: int, first_frame: int = 0) -> np.ndarray:
     return np.round(behind + opacity * (color - behind)).astype(np.uint8)
 
 
-def background(scene: Scene, look: Look = Look(), style: Style = FIRST_STYLE) -> np.ndarray:
+def background(scene: Scene, look: Look = AS_NAMED, style: Style = FIRST_STYLE) -> np.ndarray:
     """Render everything behind the shape, float32 [H, W, 3]."""
     size = style.size
     color = np.array(BACKGROUNDS[scene.background], dtype=np.float32) + np.array(look.tone, dtype=np.float32)
