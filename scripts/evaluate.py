@@ -26,6 +26,7 @@ from evaluation.results import EvaluationResults, report_examples
 from evaluation.video_metrics import PLOTTED_PIXEL_CURVES
 from evaluation.videos import open_folders
 from shapes.metrics import ShapesWorld
+from shapes.unnamed import UnnamedShapesWorld, world_of_video
 from utils.arguments import MAX_COUNT, require_range
 from utils.errors import UserError, command
 from utils.files import writable_folder
@@ -38,7 +39,7 @@ from utils.tables import markdown_table
 def main() -> None:
     args = parse_arguments()
     folders = open_folders(args.folders, read_prompts(args.data_path) if args.data_path else ())
-    world: ShapesWorld | None = ShapesWorld()
+    world: ShapesWorld | UnnamedShapesWorld | None = world_of_video(folders[0].videos[0].path)
     keys = [video.key for folder in folders for video in folder.videos]
     if args.world == "any" or (args.world == "auto" and not all_captions(world, keys)):
         world = None
@@ -55,7 +56,8 @@ def main() -> None:
         if world and args.floor_videos:
             from shapes.noise_floors import measure_noise_floors  # imports diffusers, which takes seconds
 
-            results.noise_floors = measure_noise_floors(methods[0], args.floor_videos, args.base, args.block_frames)
+            floor = args.floor_videos, args.base, args.block_frames
+            results.noise_floors = measure_noise_floors(methods[0], world, *floor)
         for table in results.tables:
             print(f"{table.title}\n\n{markdown_table(table.rows)}\n")
         examples = report_examples(folders, args.examples, args.max_frames)
@@ -78,9 +80,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--block_frames", type=int, default=3, help="latent frames per block, for the seam metrics")
     parser.add_argument("--base", default="data/shapes-wan", help="model directory with the VAE of the noise floor")
     parser.add_argument("--floor_videos", type=int, default=24, help="renderings per noise floor; 0: no noise floors")
-    parser.add_argument(
-        "--metrics", "--figures", nargs="+", metavar="NAME", help="metrics in the printed tables; default: all"
-    )
+    parser.add_argument("--metrics", "--figures", nargs="+", metavar="NAME", help="printed metrics; default: all")
     parser.add_argument(
         "--cache", help="folder for per-frame measurements, reused by later runs; default: OUTPUT/observed"
     )

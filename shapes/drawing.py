@@ -20,31 +20,31 @@ def torus_offsets(x: np.ndarray, y: np.ndarray, size: int) -> tuple[np.ndarray, 
 def coverage(shape: str, x: np.ndarray, y: np.ndarray, look: Look = AS_NAMED, style: Style = FIRST_STYLE) -> np.ndarray:
     """Return the fraction of each pixel that a shape centred at (x, y) covers, [T, H, W] in [0, 1]."""
     dx, dy = torus_offsets(x, y, style.size)
-    stretch = look.elongation**0.5
-    distance = signed_distance(shape, dx, dy, look.size * style.radius, (stretch, 1 / stretch))
+    distance = signed_distance(shape, dx, dy, look.size * style.radius, look.elongation)
     return np.clip(0.5 - distance / style.edge, 0, 1)
 
 
 def signed_distance(
-    shape: str, dx: np.ndarray, dy: np.ndarray, radius: float, stretch: tuple[float, float]
+    shape: str, dx: np.ndarray, dy: np.ndarray, radius: float | np.ndarray, elongation: float | np.ndarray
 ) -> np.ndarray:
     """Return the distance to the outline in pixels, negative inside, at offsets (dx, dy) from the centre.
 
+    For an ellipse, the distance is exact to first order.
+
     Args:
-        stretch: factors of the shape's width and height. For an ellipse, the distance is exact to first order.
+        radius: of the circle with the same area and the same size attribute; one number, or [T, 1, 1].
+        elongation: width over height, at equal area; one number, or [T, 1, 1].
     """
-    a, b = stretch
+    a, b = elongation**0.5, elongation**-0.5  # factors of width and height
     if shape == "circle":
         u, v = dx / a, dy / b
         length = np.hypot(u, v)
-        if a == b == 1:
-            return length - radius
-        gradient = np.hypot(u / a, v / b) / np.maximum(length, 1e-6)
-        return (length - radius) / np.maximum(gradient, 1e-6)
+        slope = np.hypot(u / a, v / b) / np.maximum(length, 1e-6)
+        return (length - radius) / np.maximum(slope, 1e-6)
     if shape == "square":
         return np.maximum(np.abs(dx) - 0.89 * radius * a, np.abs(dy) - 0.89 * radius * b)
     # An upright triangle: a horizontal base below, two slanted sides above.
-    steepness = float(np.hypot(_SLANT[0] / a, _SLANT[1] / b) / np.hypot(*_SLANT))
+    steepness = np.hypot(_SLANT[0] / a, _SLANT[1] / b) / np.hypot(*_SLANT)
     slant = (np.abs(dx) / a * _SLANT[0] - dy / b * _SLANT[1] - 0.72 * radius) / steepness
     return np.maximum(slant, dy - 0.72 * radius * b)
 

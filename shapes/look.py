@@ -13,6 +13,14 @@ import numpy as np
 PATTERNS = ("plain", "stripes", "dots")
 RGB = tuple[float, float, float]
 
+# Ranges of the attributes: shifts in degrees and RGB values, and factors.
+HUE = 10.0
+BRIGHTNESS = (0.72, 1.02)
+SIZES = (0.75, 1.15)
+ELONGATION = 0.35  # natural logarithm
+COMMON_TONE, CHANNEL_TONE = 24.0, 16.0
+TONE = COMMON_TONE + CHANNEL_TONE
+
 
 @dataclass(frozen=True)
 class Style:
@@ -97,19 +105,19 @@ def sample_look(rng: np.random.Generator, pebble_colors: list[tuple[int, int, in
     Args:
         pebble_colors: colours that the pebble may have, before its own shift of hue and brightness.
     """
-    common, channels = rng.uniform(-24, 24), rng.uniform(-16, 16, 3)
+    common, channels = rng.uniform(-COMMON_TONE, COMMON_TONE), rng.uniform(-CHANNEL_TONE, CHANNEL_TONE, 3)
     red, green, blue = (float(common + channel) for channel in channels)
     color = pebble_colors[int(rng.integers(len(pebble_colors)))]
     return Look(
-        hue=float(rng.uniform(-10, 10)),
-        brightness=float(rng.uniform(0.72, 1.02)),
-        size=float(rng.uniform(0.75, 1.15)),
-        elongation=float(np.exp(rng.uniform(-0.35, 0.35))),
+        hue=float(rng.uniform(-HUE, HUE)),
+        brightness=float(rng.uniform(*BRIGHTNESS)),
+        size=float(rng.uniform(*SIZES)),
+        elongation=float(np.exp(rng.uniform(-ELONGATION, ELONGATION))),
         pattern=PATTERNS[int(rng.integers(len(PATTERNS)))],
         tone=(red, green, blue),
         gradient=float(rng.uniform(0, 360)),
         pebble=Pebble(
-            shift_color(color, float(rng.uniform(-10, 10)), float(rng.uniform(0.72, 1.02))),
+            shift_color(color, float(rng.uniform(-HUE, HUE)), float(rng.uniform(*BRIGHTNESS))),
             *map(float, rng.uniform(0, 1, 2)),
         ),
     )

@@ -192,8 +192,9 @@ def ground_truth_curves(detections: ShapeDetections, scene: Scene, block_frames:
     Args:
         block_frames: latent frames per block, for `seam` (at block borders) and `inside` (at other latent frames).
     """
-    curves = _appearance_curves(detections, scene) | _motion_curves(detections, scene)
-    curves |= _seam_curves(detections, block_frames)
+    present, position = detections.present, detections.position
+    curves = _appearance_curves(detections, scene) | motion_curves(present, position, scene)
+    curves |= seam_curves(present, position, block_frames)
     # Detected colours by channel, independent of the caption: input of the drift metrics.
     all_frames = np.ones(len(detections.present), dtype=bool)
     for channel in range(3):
@@ -225,34 +226,42 @@ def _appearance_curves(detections: ShapeDetections, scene: Scene) -> dict[str, M
     }
 
 
-def _motion_curves(detections: ShapeDetections, scene: Scene) -> dict[str, MetricCurve]:
-    """Measure motion over one latent frame; valid if the shape is present at both ends."""
-    num_frames, present, position = len(detections.present), detections.present, detections.position
+def motion_curves(present: np.ndarray, position: np.ndarray, scene: Scene) -> dict[str, MetricCurve]:
+    """Measure motion over one latent frame; valid if the shape is present at both ends and the caption names it.
+
+    Args:
+        present: [T] bool.
+        position: [T, 2] in pixels of a frame of 64x64.
+    """
+    num_frames = len(present)
     velocity, known = np.zeros((num_frames, 2)), np.zeros(num_frames, dtype=bool)
     if num_frames > LAG:
         velocity[:-LAG] = torus_difference(position[LAG:] - position[:-LAG]) / LAG
         known[:-LAG] = present[LAG:] & present[:-LAG]
     speed = np.hypot(*velocity.T)
-    along = velocity @ np.array(world.DIRECTIONS[scene.direction])
+    along = velocity @ np.array(world.DIRECTIONS.get(scene.direction, (0, 0)))
     right_direction = (speed >= STILL) & (along >= np.cos(np.pi / 8) * speed)  # half the angle between two directions
     names, speeds = list(world.SPEEDS), list(world.SPEEDS.values())
     # The limit between two speeds is their geometric mean. Motion at twice the highest speed counts as a jump.
     limits = [STILL, *(np.sqrt(a * b) for a, b in itertools.pairwise(speeds)), 2 * speeds[-1]]
+    right_speed = np.digitize(speed, limits) - 1 == (names.index(scene.speed) if scene.speed else -2)
     return {
-        "direction": MetricCurve(right_direction.astype(float), known),
-        "speed": MetricCurve((np.digitize(speed, limits) - 1 == names.index(scene.speed)).astype(float), known),
+        "direction": MetricCurve(right_direction.astype(float), known & bool(scene.direction)),
+        "speed": MetricCurve(right_speed.astype(float), known & bool(scene.speed)),
         # The component along the direction: jitter across it does not add speed.
-        "speed_ratio": MetricCurve(along / world.SPEEDS[scene.speed], known & right_direction),
+        "speed_ratio": MetricCurve(
+            along / world.SPEEDS.get(scene.speed, 1.0), known & right_direction & bool(scene.speed)
+        ),
         "moving": MetricCurve((speed >= STILL).astype(float), known),
     }
 
 
-def _seam_curves(detections: ShapeDetections, block_frames: int) -> dict[str, MetricCurve]:
-    """Measure how far each step deviates from the video's median step."""
-    num_frames, present = len(detections.present), detections.present
+def seam_curves(present: np.ndarray, position: np.ndarray, block_frames: int) -> dict[str, MetricCurve]:
+    """Measure how far each step deviates from the video's median step; arguments as in `motion_curves`."""
+    num_frames = len(present)
     deviation, known = np.zeros(num_frames), np.zeros(num_frames, dtype=bool)
     if num_frames > 2:
-        step = torus_difference(np.diff(detections.position, axis=0))
+        step = torus_difference(np.diff(position, axis=0))
         both = present[1:] & present[:-1]
         usual = np.median(step[both], axis=0) if both.any() else np.zeros(2)
         deviation[1:] = np.hypot(*(step - usual).T)
@@ -265,8 +274,9 @@ def _seam_curves(detections: ShapeDetections, block_frames: int) -> dict[str, Me
 
 
 class ShapesWorld:
-    """The miniature world as an `evaluation.measurements.World`."""
+    """The miniature world of 64x64 pixels as an `evaluation.measurements.World`."""
 
+    size = SIZE
     metrics = SHAPE_METRICS
     plotted_curves = (
         *("presence", "shape", "color", "background", "grading", "direction", "speed_ratio", "moving"),
@@ -275,7 +285,7 @@ class ShapesWorld:
     source_files = (Path(__file__), Path(world.__file__))
 
     def is_caption(self, prompt: str) -> bool:
-        return world.is_caption(prompt)
+        return world.is_caption(prompt) and -1 not in world.parse_caption(prompt).labels.values()
 
     def detect(self, frames: np.ndarray) -> dict[str, np.ndarray]:
         return vars(detect_shapes(frames))

@@ -14,20 +14,27 @@ from model.vae import WanVAE
 from model.weights import ModelDirectory
 from shapes import world
 from shapes.metrics import ShapesWorld
+from shapes.unnamed import UnnamedShapesWorld
 from utils.video import VideoWriter
 
 
-def measure_noise_floors(method: Method, num_videos: int, model_folder: str, block_frames: int) -> list[Method]:
+def measure_noise_floors(
+    method: Method,
+    shapes_world: ShapesWorld | UnnamedShapesWorld,
+    num_videos: int,
+    model_folder: str,
+    block_frames: int,
+) -> list[Method]:
     """Measure renderings of some prompts of a method, before and after the VAE.
 
     Both pass through the video encoder, as generated videos do. They have the length of the method's longest video.
 
     Args:
+        shapes_world: the world of the method's videos.
         num_videos: number of prompts, spread evenly over the method's videos.
         model_folder: model directory with the VAE.
         block_frames: latent frames per block.
     """
-    shapes_world = ShapesWorld()
     vae = WanVAE(ModelDirectory.open(model_folder).load_vae(torch.float32))
     num_frames = max(len(video.curves["presence"].value) for video in method.videos)
     num_frames = (num_frames - 1) // vae.temporal_stride * vae.temporal_stride + 1
@@ -36,8 +43,10 @@ def measure_noise_floors(method: Method, num_videos: int, model_folder: str, blo
     with tempfile.TemporaryDirectory() as folder:
         for number in tqdm(selected, desc="noise floors", unit="video"):
             key = method.videos[number].key
-            start = np.random.default_rng([key.seed, key.sample, int(number)]).uniform(0, world.SIZE, 2)
-            rendering = world.render(world.Clip(world.parse_caption(key.prompt), *start), num_frames)
+            rng = np.random.default_rng([key.seed, key.sample, int(number)])
+            rendering = world.render(
+                world.draw_clip(world.parse_caption(key.prompt), rng, shapes_world.size), num_frames
+            )
             pixels = world.to_pixels(rendering).transpose(0, 1)[None]
             versions: tuple[np.ndarray | torch.Tensor, ...] = rendering, vae.decode(vae.encode(pixels))[0]
             for floor, frames in zip(floors, versions, strict=True):

@@ -53,6 +53,7 @@ DIRECTIONS = {  # unit steps (right, down)
 }
 SPEEDS = {"slowly": 0.75, "fast": 2.25}  # pixels per frame at 64x64 pixels; larger frames move proportionally
 PATTERN_DEPTH = 0.4  # part of a shape's brightness that the pattern removes
+BLACK = 12  # brightness of black in a graded background; without it, the ramp of black would be invisible
 OMITTABLE = ("color", "shape", "background", "direction", "speed")
 
 
@@ -205,18 +206,32 @@ def sample_clip(seed: int, index: int, held_out: bool = False, size: int = SIZE)
         size: frame size in pixels, a key of `STYLES`.
     """
     rng = np.random.default_rng([seed, index, int(held_out)])
-    scenes, style = _SCENES[held_out], STYLES[size]
-    scene = scenes[rng.integers(len(scenes))]
+    scenes = _SCENES[held_out]
+    clip = draw_clip(scenes[rng.integers(len(scenes))], rng, size)
+    if not STYLES[size].unnamed or rng.random() >= 0.5:
+        return clip
+    chosen = rng.random(len(OMITTABLE))
+    omitted = tuple(n for n, u in zip(OMITTABLE, chosen, strict=True) if u < max(0.35, chosen.min() + 1e-9))
+    return replace(clip, omitted=omitted)
+
+
+def draw_clip(scene: Scene, rng: np.random.Generator, size: int) -> Clip:
+    """Draw everything about a clip that its caption does not name: start position, look and omitted attributes.
+
+    Args:
+        scene: its empty attributes are drawn too.
+        size: frame size in pixels, a key of `STYLES`.
+    """
+    style = STYLES[size]
+    omitted = tuple(name for name in OMITTABLE if not getattr(scene, name))
+    if omitted:
+        matching = [s for held_out in _SCENES for s in _SCENES[held_out] if s.without(omitted) == scene]
+        scene = matching[rng.integers(len(matching))]
     x, y = rng.uniform(0, size, 2)
     if not style.unnamed:
-        return Clip(scene, x, y)
+        return Clip(scene, x, y, style=style, omitted=omitted)
     others = [color for name, color in COLORS.items() if name not in (scene.color, scene.background)]
-    look = sample_look(rng, others)
-    omitted: tuple[str, ...] = ()
-    if rng.random() < 0.5:
-        chosen = rng.random(len(OMITTABLE))
-        omitted = tuple(n for n, u in zip(OMITTABLE, chosen, strict=True) if u < max(0.35, chosen.min() + 1e-9))
-    return Clip(scene, float(x), float(y), look, style, omitted)
+    return Clip(scene, float(x), float(y), sample_look(rng, others), style, omitted)
 
 
 _SCENES = {held_out: tuple(all_scenes(held_out)) for held_out in (False, True)}
@@ -239,9 +254,8 @@ def background(scene: Scene, look: Look = AS_NAMED, style: Style = FIRST_STYLE) 
     """Render everything behind the shape, float32 [H, W, 3]."""
     size = style.size
     color = np.array(BACKGROUNDS[scene.background], dtype=np.float32) + np.array(look.tone, dtype=np.float32)
-    # Black has a small brightness too; without the 12, its ramp would be invisible.
     brightness = drawing.ramp(look.gradient, style.ramp, size) if scene.graded else np.ones((size, size), np.float32)
-    image = np.clip((color + 12) * brightness[..., None] - 12, 0, 255)
+    image = np.clip((color + BLACK) * brightness[..., None] - BLACK, 0, 255)
     if look.pebble is not None:
         x, y = np.array([look.pebble.x * size]), np.array([look.pebble.y * size])
         distance = np.hypot(*drawing.torus_offsets(x, y, size))[0] - style.pebble_radius
