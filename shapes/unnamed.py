@@ -12,7 +12,7 @@ from shapes.drift import DRIFT_METRICS, SIZE, UNNAMED, drift_curves, hue
 from shapes.look import BRIGHTNESS, HUE, STYLES, TONE, shift_color
 from shapes.metrics import STILL, ShapesWorld, motion_curves, seam_curves
 from shapes.world import BLACK, Scene
-from utils.video import read_video
+from utils.clips import read_video
 
 GRADED = 0.2  # minimum gradient of a graded background, relative to its brightness; clips have 0.35 or more
 
