@@ -60,6 +60,9 @@ run scripts/encode_clips.py --base "$model" --output "$runs/clips" --num_clips "
     --size "$size"
 
 train teacher "$model/transformer" data.path="$runs/clips" "$@"
+if ((size > 64)); then
+    train causal "$model/causal" data.path="$runs/clips" train.init="$model/transformer" "$@"
+fi
 
 echo "== ODE pairs"
 "$python" scripts/write_shapes_clips.py --output "$runs" --num_clips "${PAIRS:-2048}" --seed 1 --size "$size" \

@@ -43,6 +43,8 @@ _LIMITS = {
     "video.fps": 999,
 }
 """Largest values. Beyond them a run would allocate or list without an end, or divide by zero."""
+FRAME_SIZES = (64, 96)
+"""Frame sizes of the miniature, the keys of `shapes.look.STYLES`."""
 _MIN_SHIFT = 1e-3
 _MAX_LIST = 1000
 _FINITE = ("model.lora_scale", "rollout.guidance_scale", "teacher.guidance_scale", "distill.guidance_scale")
@@ -84,6 +86,8 @@ def check_config(config: "Config") -> None:
         raise UserError("rollout.strength below 1 needs a clip to start from: --video CLIP --strength S")
     if not 0 <= config.video.crf <= 51:
         raise UserError(f"video.crf must be from 0 (lossless) to 51, not {config.video.crf}")
+    if config.data.frame_size not in FRAME_SIZES:
+        raise UserError(f"data.frame_size must be {' or '.join(map(str, FRAME_SIZES))}, not {config.data.frame_size}")
     sigmas = config.data.sigmas
     if sigmas and not are_noise_levels(sigmas):
         raise UserError(f"data.sigmas must fall from at most 1 to at least 0, not {sigmas}")

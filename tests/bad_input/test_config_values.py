@@ -68,6 +68,7 @@ def test_sizes_have_a_limit_that_the_message_names(key, limit):
         ("distill.timestep_shift=1e300", "at most 1000"),
         ("video.num_output_frames=3000000000", "at most 1000000"),
         ("model.text_length=100000000", "at most 8192"),
+        ("data.frame_size=65", "data.frame_size must be 64 or 96, not 65"),
         ("runtime.seed=1e400", "runtime.seed"),
         ("runtime.seed=", "runtime.seed"),
         ("model=null", "model"),

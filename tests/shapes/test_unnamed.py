@@ -6,24 +6,35 @@ size in one attribute is recovered and changes no other attribute; identity need
 the pebble.
 """
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tiny_model import all_clips, write_model
 
 from evaluation.metrics import MetricCurve
+from model.presets import TRANSFORMERS
+from scripts import encode_clips, evaluate, write_shapes_clips
 from shapes import look as looks
 from shapes import world
 from shapes.detection import FrameAttributes, detect_attributes
 from shapes.drift import DRIFT_METRICS, HORIZONS, SIZE, TRAINING_FRAMES, UNNAMED, identity, num_pixel_frames
 from shapes.look import PATTERNS, STYLES, Look, Pebble
 from shapes.metrics import ShapesWorld, torus_difference
+from shapes.objectives import TextAttributes, VAEReconstruction
 from shapes.unnamed import UnnamedShapesWorld, attribute_curves, world_of_video
 from shapes.world import OMITTABLE, Clip, Scene, parse_caption, render, sample_clip
+from utils.config import Config, override_config
+from utils.config_checks import FRAME_SIZES
 from utils.video import VideoWriter
 
 STYLE = STYLES[SIZE]
+CLIPS_5 = [sample_clip(5, index, size=SIZE) for index in range(2)]
 CLIPS = [sample_clip(5, index, held_out=index % 3 == 0, size=SIZE) for index in range(200)]
 
 
@@ -56,6 +67,10 @@ def test_captions_stay_english_when_they_omit_attributes():
 
 
 # ---- Looks ----
+
+
+def test_the_configuration_accepts_the_sizes_of_the_styles():
+    assert set(FRAME_SIZES) == set(STYLES)
 
 
 def test_a_clip_number_always_gives_the_same_clip():
@@ -301,3 +316,64 @@ def test_identity_needs_its_shares_of_a_long_video():
     assert result(kept=0.94) == result(present=0.88) == result(moving=0.88) == result(pebble=0.77) == 0
     assert result(frames=332) == -1 and result(frames=500) == 1
     assert [m.name for m in DRIFT_METRICS if "identity" in m.name] == [f"identity_{n}x" for n in HORIZONS]
+
+
+# ---- Scripts ----
+
+
+@pytest.fixture
+def clips(tmp_path, call):
+    """A folder of two written clips, with the metadata that inference.py writes."""
+    folder = tmp_path / "clips"
+    words = ("--output", folder, "--num_clips", 2, "--num_frames", 21, "--size", SIZE, "--seed", 5)
+    assert call(write_shapes_clips, *words)[0] == 0
+    for number, caption in enumerate((folder / "captions.txt").read_text().splitlines()):
+        metadata = {"prompt": caption, "sample": 0, "config": {"runtime": {"seed": 5}}}
+        (folder / f"{number:05d}.json").write_text(json.dumps(metadata))
+    return folder
+
+
+def test_written_clips_are_measured_with_noise_floors(tmp_path, call, clips, monkeypatch):
+    assert (clips / "captions.txt").read_text().splitlines() == [clip.caption for clip in CLIPS_5[:2]]
+    monkeypatch.setattr("evaluation.results.save_line_plot", lambda path, *_: Image.new("RGB", (1, 1)).save(path))
+    model = write_model(tmp_path / "model")
+    words = ("--output", tmp_path / "out", "--base", model, "--floor_videos", 2, "--examples", 0)
+    code, out, err = call(evaluate, clips, *words)
+    assert code == 0, err
+    results = json.loads((tmp_path / "out/evaluation.json").read_text())["methods"]
+    assert [method["label"] for method in results] == ["clips", "truth", "truth through VAE"]
+    for method in results[:2]:
+        means = {name: value["mean"] for name, value in method["estimates"].items()}
+        assert means["presence"] == means["shape"] == means["moving"] == means["background"] == 1
+        # NaN where the shape hides the pebble.
+        assert not any(means[f"{a.name}_distance"] > 0.25 * a.tolerance for a in UNNAMED)
+    assert results[2]["estimates"]["presence"]["mean"] == 0  # a random VAE
+    assert "identity_4x [%]" in out
+
+
+def test_latents_and_captions_of_a_size_are_encoded(tmp_path, call):
+    model = write_model(tmp_path / "model")
+    words = ("--base", model, "--output", tmp_path / "out", "--num_clips", 2, "--num_frames", 1, "--size", SIZE)
+    assert call(encode_clips, *words, "--device", "cpu", "--seed", 5)[0] == 0
+    latents, captions = all_clips(str(tmp_path / "out"))
+    assert latents.shape == (2, 1, 16, 12, 12) and captions == [clip.caption for clip in CLIPS_5[:2]]
+
+
+def test_training_renders_clips_of_the_configured_size():
+    config = override_config(Config(), ["data.frame_size=96", "train.network=shapes-96", "runtime.seed=5"])
+    vae = VAEReconstruction(config, torch.device("cpu"))
+    assert torch.equal(vae.clip(1, 5), world.to_pixels(render(CLIPS_5[1], 5)))
+    assert vae.net.config.z_dim == TRANSFORMERS["shapes-96"]["in_channels"]
+
+
+def test_the_text_encoder_learns_which_attributes_a_caption_omits(monkeypatch):
+    words = ["data.frame_size=96", "train.network=shapes-96", "train.batch_size=4", "train.objective=text_attributes"]
+    objective = TextAttributes(override_config(Config(), words), torch.device("cpu"))
+    targets = []
+    monkeypatch.setattr(F, "cross_entropy", lambda logits, target: (targets.append(target), logits.sum())[1])
+    objective.loss(0, 0)
+    clips = [sample_clip(0, index, held_out=index % 7 == 0, size=SIZE) for index in range(4)]
+    for (name, count), target in zip(world.NUM_CLASSES.items(), targets, strict=True):
+        labels = [clip.scene.without(clip.omitted).labels[name] for clip in clips]
+        assert target.tolist() == [label if label >= 0 else count for label in labels]
+    assert any((target == world.NUM_CLASSES["color"]).any() for target in targets[:1])
