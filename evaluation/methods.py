@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from evaluation.metrics import Metric, MetricCurve, SumCount
-from evaluation.statistics import Estimate, GroupedSum, estimate, estimate_difference
+from evaluation.statistics import CurveEstimate, Estimate, GroupedSum, estimate, estimate_curve, estimate_difference
 from evaluation.videos import VideoKey
 
 
@@ -51,17 +51,17 @@ class Method:
         """Frames per second of the first video, used for all."""
         return self.videos[0].fps
 
-    def mean_curve(self, name: str, window: int) -> np.ndarray:
+    def mean_curve(self, name: str, window: int) -> CurveEstimate:
         """Average a curve over all videos and over windows of `window` pixel frames; NaN where no frame is valid."""
         length = max(len(video.curves[name].value) for video in self.videos) // window
-        totals, counts = np.zeros((2, length))
-        for video in self.videos:
+        totals, counts = np.zeros((2, len(self.videos), length))
+        for row, video in enumerate(self.videos):
             curve = video.curves[name]
             num_windows = min(length, len(curve.value) // window)
             shape, end = (num_windows, window), num_windows * window
-            totals[:num_windows] += np.where(curve.valid, curve.value, 0)[:end].reshape(shape).sum(1)
-            counts[:num_windows] += curve.valid[:end].reshape(shape).sum(1)
-        return np.divide(totals, counts, out=np.full(length, np.nan), where=counts > 0)
+            totals[row, :num_windows] = np.where(curve.valid, curve.value, 0)[:end].reshape(shape).sum(1)
+            counts[row, :num_windows] = curve.valid[:end].reshape(shape).sum(1)
+        return estimate_curve([video.key.prompt for video in self.videos], totals, counts)
 
 
 def common_keys(one: Method, other: Method) -> list[VideoKey]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from utils.files import atomic_path
 
-XYCurve = tuple[np.ndarray, np.ndarray]  # x and y; a NaN leaves a gap
+XYCurve = tuple[np.ndarray, ...]  # x and y, and optionally the lower and upper limit of a band; a NaN leaves a gap
 _NUM_COLORS = 10  # colours in matplotlib's cycle
 
 
@@ -31,8 +31,11 @@ def save_line_plot(
         axis.axis("off")
     for axis, name in zip(axes.flat, panels, strict=False):
         for number, (label, curves, style) in enumerate(lines):
-            x, y = curves.get(name, ((), ()))  # a method without this curve still appears in the legend
-            axis.plot(x, y, style, color=f"C{number % _NUM_COLORS}", label=label, linewidth=1.4)
+            color = f"C{number % _NUM_COLORS}"
+            x, y, *band = curves.get(name, ((), ()))  # a method without this curve still appears in the legend
+            axis.plot(x, y, style, color=color, label=label, linewidth=1.4)
+            if band:
+                axis.fill_between(x, *band, color=color, alpha=0.15, linewidth=0)
         axis.set_title(name, fontsize=10)
         axis.set_xlabel(x_label, fontsize=8)
         axis.grid(alpha=0.3)

@@ -4,7 +4,7 @@ import csv
 import itertools
 import shlex
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -29,7 +29,7 @@ STRIP_FRAMES = 6  # per example in the report
 MEANS = "Means over videos, with 95% intervals."
 DIFFERENCES = "Differences on the same prompts, seeds and samples, with 95% intervals. * marks intervals without zero."
 
-TimeCurve = tuple[np.ndarray, np.ndarray]  # seconds and values
+TimeCurve = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # seconds, means, and limits of the 95% interval
 
 
 @dataclass
@@ -115,8 +115,8 @@ class EvaluationResults:
             "folder": method.folder,
             "estimates": {m.name: asdict(method.estimate(m.name)) for m in self.metrics},
             "curves": {
-                name: {"seconds": _json_numbers(seconds), "values": _json_numbers(values)}
-                for name, (seconds, values) in self.curves[method.label].items()
+                name: dict(zip(("seconds", "values", "low", "high"), map(_json_numbers, curve), strict=True))
+                for name, curve in self.curves[method.label].items()
             },
             "videos": [
                 asdict(video.key) | {"file": video.file, "figures": {k: list(v) for k, v in video.sums.items()}}
@@ -140,14 +140,14 @@ class EvaluationResults:
 
 
 def curves_over_time(method: Method) -> dict[str, TimeCurve]:
-    """Average every curve of a method over its videos.
+    """Average every curve of a method over its videos, with 95% intervals over prompts.
 
     A point covers one latent frame, or several in videos of more than `MAX_POINTS` latent frames.
     """
     longest = max(len(next(iter(video.curves.values())).value) for video in method.videos)
     window = STRIDE * -(-longest // (STRIDE * MAX_POINTS))
-    curves: Mapping[str, np.ndarray] = {n: method.mean_curve(n, window) for n in method.videos[0].curves}
-    return {name: (np.arange(len(values)) * window / method.fps, values) for name, values in curves.items()}
+    curves = {name: method.mean_curve(name, window) for name in method.videos[0].curves}
+    return {name: (np.arange(len(curve.mean)) * window / method.fps, *curve) for name, curve in curves.items()}
 
 
 def _json_numbers(values: np.ndarray) -> list[float | None]:

@@ -3,6 +3,7 @@
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -66,6 +67,40 @@ def estimate_difference(sums: Sequence[GroupedSum], others: Sequence[GroupedSum]
     return Estimate(mean, *_interval(means[0] - means[1]), num_videos)
 
 
+class CurveEstimate(NamedTuple):
+    """A mean over time with its confidence interval at every point, three arrays [points]; NaN without values."""
+
+    mean: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
+def estimate_curve(groups: Sequence[Hashable], totals: np.ndarray, counts: np.ndarray) -> CurveEstimate:
+    """Return the ratio of totals to counts at every point, with percentile bootstrap intervals as in `estimate`.
+
+    Args:
+        groups: the group (prompt) of each video.
+        totals, counts: sums and numbers of the values of each video at each point, [videos, points].
+    """
+    totals, counts = _sum_rows(groups, totals), _sum_rows(groups, counts)
+    means = _resampled_means(totals, counts, _group_counts(len(totals)))  # [resamples, points]
+    low, high = np.full((2, means.shape[1]), np.nan)
+    tail = (1 - CONFIDENCE) / 2
+    missing = np.isnan(means)
+    complete, partial = ~missing.any(axis=0), missing.any(axis=0) & ~missing.all(axis=0)
+    for points, quantile in ((complete, np.quantile), (partial, np.nanquantile)):  # nanquantile is slow
+        low[points], high[points] = quantile(means[:, points], [tail, 1 - tail], axis=0)
+    return CurveEstimate(_divide(totals.sum(0), counts.sum(0)), low, high)
+
+
+def _sum_rows(groups: Sequence[Hashable], rows: np.ndarray) -> np.ndarray:
+    """Sum the rows [videos, points] of every group; returns [groups, points]."""
+    number = {group: i for i, group in enumerate(dict.fromkeys(groups))}
+    sums = np.zeros((len(number), rows.shape[1]))
+    np.add.at(sums, [number[group] for group in groups], rows)
+    return sums
+
+
 def _sum_by_group(samples: Sequence[Sequence[GroupedSum]]) -> tuple[np.ndarray, np.ndarray]:
     """Return totals and counts, [samples, groups] each."""
     number = {group: i for i, group in enumerate(dict.fromkeys(video.group for video in samples[0]))}
@@ -85,8 +120,11 @@ def _group_counts(num_groups: int) -> np.ndarray:
 
 
 def _resampled_means(totals: np.ndarray, counts: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    sums = weights @ counts
-    return np.divide(weights @ totals, sums, out=np.full(len(weights), np.nan), where=sums > 0)
+    return _divide(weights @ totals, weights @ counts)
+
+
+def _divide(totals: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    return np.divide(totals, counts, out=np.full(counts.shape, np.nan), where=counts > 0)
 
 
 def _ratio(total: float, count: float) -> float:

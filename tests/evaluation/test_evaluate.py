@@ -121,7 +121,8 @@ def test_all_files_are_written(evaluated):
     assert Image.open(evaluated.folder / "curves.png").size[0] > 500
     first = evaluated.json["methods"][0]
     assert len(first["videos"]) == 6
-    assert first["curves"]["color"] == {"seconds": [0, 0.25, 0.5, 0.75], "values": [1.0] * 4}
+    ones = [1.0] * 4
+    assert first["curves"]["color"] == {"seconds": [0, 0.25, 0.5, 0.75], "values": ones, "low": ones, "high": ones}
     with (evaluated.folder / "videos.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     colors = [float(row["value"]) for row in rows if (row["method"], row["figure"]) == ("wrong", "color")]
@@ -229,7 +230,7 @@ def test_curves_and_tables():
     one = measured("a", [1, 1, 0, 0, 5, 5, 5, 5, 9], [True] * 4 + [False] * 4 + [True])
     other = measured("b", [1] * 4, [True] * 4)
     method = Method("m", [one, other])
-    assert method.mean_curve("c", 4).tolist()[:1] == [0.75] and np.isnan(method.mean_curve("c", 4)[1])
+    assert method.mean_curve("c", 4).mean.tolist()[:1] == [0.75] and np.isnan(method.mean_curve("c", 4).mean[1])
     assert one.curves["c"].sum_between(0.5, 1) == (9.0, 1.0)
     assert common_keys(method, Method("n", [other])) == [other.key]
     assert markdown_table(mean_table([method], SHAPE_METRICS)).splitlines()[0].split("|")[2].strip() == "m (2 videos)"

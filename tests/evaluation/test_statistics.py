@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from evaluation.statistics import GroupedSum, estimate, estimate_difference
+from evaluation.statistics import GroupedSum, estimate, estimate_curve, estimate_difference
 
 
 def test_the_mean_is_weighted_by_count_and_lies_in_its_interval():
@@ -60,3 +60,19 @@ def test_an_estimate_without_values_is_nan():
 def test_sums_of_different_groups_are_refused():
     with pytest.raises(ValueError, match="paired"):
         estimate_difference([GroupedSum("a", 1, 1)], [GroupedSum("b", 1, 1)])
+
+
+# ---- Curves over time ----
+
+
+def test_every_point_of_a_curve_is_an_estimate():
+    """The interval of a point equals that of `estimate` on the same sums."""
+    rng = np.random.default_rng(0)
+    groups = [number // 2 for number in range(12)]
+    totals, counts = rng.normal(size=(12, 4)), rng.integers(0, 3, (12, 4)).astype(float)
+    counts[:, 3] = 0
+    curve = estimate_curve(groups, totals, counts)
+    for point in range(3):
+        one = estimate([GroupedSum(*video) for video in zip(groups, totals[:, point], counts[:, point], strict=True)])
+        assert (curve.mean[point], curve.low[point], curve.high[point]) == pytest.approx((one.mean, one.low, one.high))
+    assert np.isnan([curve.mean[3], curve.low[3], curve.high[3]]).all()
