@@ -89,7 +89,8 @@ def estimate_curve(groups: Sequence[Hashable], totals: np.ndarray, counts: np.nd
     missing = np.isnan(means)
     complete, partial = ~missing.any(axis=0), missing.any(axis=0) & ~missing.all(axis=0)
     for points, quantile in ((complete, np.quantile), (partial, np.nanquantile)):  # nanquantile is slow
-        low[points], high[points] = quantile(means[:, points], [tail, 1 - tail], axis=0)
+        if points.any():
+            low[points], high[points] = quantile(means[:, points], [tail, 1 - tail], axis=0)
     return CurveEstimate(_divide(totals.sum(0), counts.sum(0)), low, high)
 
 
