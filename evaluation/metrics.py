@@ -59,6 +59,15 @@ def quarter_distance(curves: Sequence[MetricCurve]) -> SumCount:
     return SumCount(float(np.mean([abs(change.total) for change in changes])), 1.0)
 
 
+def start_end_contrast(curves: Sequence[MetricCurve]) -> SumCount:
+    """Return a curve's absolute difference between the first and the last 15% of a video (arXiv 2504.12626, eq. 7)."""
+    [curve] = curves
+    start, end = curve.sum_between(0, 0.15), curve.sum_between(0.85, 1)
+    if not (start.num_values and end.num_values):
+        return NO_VALUES
+    return SumCount(abs(start.total / start.num_values - end.total / end.num_values), 1.0)
+
+
 @dataclass(frozen=True)
 class Metric:
     """One row of the tables.

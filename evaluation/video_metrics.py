@@ -10,7 +10,15 @@ from collections.abc import Iterable, Sequence
 import cv2
 import numpy as np
 
-from evaluation.metrics import NO_VALUES, Metric, MetricCurve, SumCount, quarter_change, quarter_distance
+from evaluation.metrics import (
+    NO_VALUES,
+    Metric,
+    MetricCurve,
+    SumCount,
+    quarter_change,
+    quarter_distance,
+    start_end_contrast,
+)
 
 STRIDE = 4  # pixel frames per latent frame of Wan's VAE; the first latent frame is one pixel frame
 FLOW_SIDE = 512  # pixels
@@ -31,6 +39,11 @@ def _is_static(curves: Sequence[MetricCurve]) -> SumCount:
 
 def _drift(name: str, unit: str, scale: float, digits: int) -> Metric:
     return Metric(f"{name}_drift", f"{name}, last quarter minus first", unit, scale, digits, (name,), quarter_change)
+
+
+def _start_end(name: str, unit: str, scale: float, digits: int) -> Metric:
+    meaning = f"{name}: absolute difference between the first and the last 15%"
+    return Metric(f"{name}_start_end", meaning, unit, scale, digits, (name,), start_end_contrast)
 
 
 # Append a new metric here; docs/extend.md has an example.
@@ -58,6 +71,11 @@ PIXEL_METRICS = (
         inputs=_PALETTE_CURVES,
         reduce=quarter_distance,
     ),
+    _start_end("motion", "of 255", 1.0, 2),
+    _start_end("brightness", "of 255", 1.0, 1),
+    _start_end("contrast", "of 255", 1.0, 1),
+    _start_end("saturation", "of 255", 1.0, 1),
+    _start_end("sharpness", "%", 100.0, 1),
     Metric("pixel_seam", "warp_error at block borders", "of 255", 1.0, 2),
     Metric("pixel_inside", "warp_error between latent frames inside blocks", "of 255", 1.0, 2),
 )

@@ -5,9 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import utils.video
 from evaluation.side_by_side import write_side_by_side
-from utils.clips import read_video
+from utils.clips import VideoReader, read_video
 from utils.errors import UserError
 from utils.video import VideoWriter
 
@@ -132,11 +131,11 @@ def test_long_labels_and_captions_are_truncated(tmp_path):
 def test_videos_are_streamed(tmp_path, monkeypatch):
     videos = [(name, save(tmp_path / f"{name}.mp4", RED, 20)) for name in "ab"]
     read, written, ahead = 0, 0, []
-    decode, write = utils.video._decode_frames, VideoWriter.write
+    frames_of, write = VideoReader.__iter__, VideoWriter.write
 
-    def counting_read(*arguments):
+    def counting_read(self):
         nonlocal read
-        for frame in decode(*arguments):
+        for frame in frames_of(self):
             read += 1
             yield frame
 
@@ -146,7 +145,7 @@ def test_videos_are_streamed(tmp_path, monkeypatch):
         ahead.append(read - 2 * written)
         write(self, frames)
 
-    monkeypatch.setattr(utils.video, "_decode_frames", counting_read)
+    monkeypatch.setattr(VideoReader, "__iter__", counting_read)
     monkeypatch.setattr(VideoWriter, "write", counting_write)
     write_side_by_side(tmp_path / "both.mp4", videos)
     assert written == 20 and max(ahead) <= 6  # three per video: the decoder and the rate filter hold some back

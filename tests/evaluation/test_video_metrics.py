@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 import pytest
 
-from evaluation.metrics import MetricCurve, quarter_change, quarter_distance, video_sums
+from evaluation.metrics import MetricCurve, quarter_change, quarter_distance, start_end_contrast, video_sums
 from evaluation.video_metrics import _QUANTILES, PIXEL_METRICS, _quantiles, borders, measure_frames, pixel_curves
 
 FRAMES, HEIGHT, WIDTH = 45, 96, 128
@@ -18,6 +18,8 @@ SLACK = {
     "motion": 0.7, "flow": 0.15, "static": 0, "smoothness": 0.1, "warp_error": 0.7, "brightness": 2, "contrast": 2,
     "saturation": 2, "sharpness": 0.01, "flow_drift": 0.2, "brightness_drift": 2, "contrast_drift": 2,
     "saturation_drift": 2, "sharpness_drift": 0.01, "palette_drift": 2, "pixel_seam": 1, "pixel_inside": 1,
+    "motion_start_end": 0.7, "brightness_start_end": 2, "contrast_start_end": 2, "saturation_start_end": 2,
+    "sharpness_start_end": 0.01,
 }  # fmt: skip
 
 
@@ -74,22 +76,22 @@ DRIFT = "palette_drift"
 DEGRADED = {
     "saturation": (
         lambda: luma(CLEAN) + (CLEAN - luma(CLEAN)) * (1 + 0.5 * RAMP),
-        {"saturation", "saturation_drift", DRIFT},
+        {"saturation", "saturation_drift", "saturation_start_end", DRIFT},
     ),
-    "brightness": (lambda: CLEAN + 20 * RAMP, {"brightness", "brightness_drift", DRIFT}),
+    "brightness": (lambda: CLEAN + 20 * RAMP, {"brightness", "brightness_drift", "brightness_start_end", DRIFT}),
     "contrast": (
         lambda: 128 + (CLEAN - 128) * (1 - 0.25 * RAMP),
-        {"contrast", "contrast_drift", "saturation", "saturation_drift", DRIFT},
+        {f"{name}{change}" for name in ("contrast", "saturation") for change in ("", "_drift", "_start_end")} | {DRIFT},
     ),
     "freezing": (
         lambda: CLEAN[np.minimum(np.arange(FRAMES), FRAMES // 2)],
-        {"motion", "flow", "flow_drift"},
+        {"motion", "motion_start_end", "flow", "flow_drift"},
     ),
     "frozen": (lambda: np.repeat(CLEAN[:1], FRAMES, axis=0), {"motion", "flow", "static"}),
     "speed": (lambda: scrolling(2 * np.arange(FRAMES)), {"motion", "flow"}),
     "colours": (
         lambda: np.where(RAMP > 0.5, CLEAN + np.array([30, -5.9, -30]), CLEAN),
-        {DRIFT, "saturation", "saturation_drift"},
+        {DRIFT, "saturation", "saturation_drift", "saturation_start_end"},
     ),
     "trembling": (lambda: scrolling(np.arange(FRAMES) + 2 * (np.arange(FRAMES) % 2)), {"motion", "flow", "smoothness"}),
 }
@@ -119,7 +121,14 @@ def test_shuffled_blocks_change_seams_and_motion_only():
 
 def test_blur_over_time_lowers_sharpness():
     metrics = measured(to_bytes(blurring()))
-    assert metrics["sharpness_drift"] < -0.02
+    assert metrics["sharpness_drift"] < -0.02 < 0.02 < metrics["sharpness_start_end"]
+
+
+def test_start_end_contrast_is_the_absolute_change_between_the_ends():
+    value, valid = np.r_[np.full(15, 3.0), np.full(70, 50.0), np.full(15, 1.0)], np.ones(100, bool)
+    assert start_end_contrast([MetricCurve(value, valid)]) == (2.0, 1.0)
+    assert start_end_contrast([MetricCurve(value[::-1], valid)]) == (2.0, 1.0)
+    assert start_end_contrast([MetricCurve(value, np.arange(100) > 14)]).num_values == 0
 
 
 def test_flow_equals_the_rendered_motion(clean):
@@ -137,7 +146,9 @@ def test_metrics_do_not_depend_on_the_video_size(clean):
 
 def test_every_metric_is_covered_by_a_degradation():
     covered = set.union(SHUFFLED, *(expected for _, expected in DEGRADED.values()))
-    assert {m.name for m in PIXEL_METRICS} - covered == {"sharpness", "sharpness_drift", "pixel_inside"}
+    assert {m.name for m in PIXEL_METRICS} - covered == {
+        *("sharpness", "sharpness_drift", "sharpness_start_end", "pixel_inside")
+    }
     assert set(SLACK) == {m.name for m in PIXEL_METRICS}
 
 
