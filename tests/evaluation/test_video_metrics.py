@@ -76,7 +76,7 @@ DRIFT = "palette_drift"
 DEGRADED = {
     "saturation": (
         lambda: luma(CLEAN) + (CLEAN - luma(CLEAN)) * (1 + 0.5 * RAMP),
-        {"saturation", "saturation_drift", "saturation_start_end", DRIFT},
+        {"saturation", "saturation_drift", "saturation_start_end", "motion_start_end", DRIFT},
     ),
     "brightness": (lambda: CLEAN + 20 * RAMP, {"brightness", "brightness_drift", "brightness_start_end", DRIFT}),
     "contrast": (
