@@ -10,7 +10,12 @@ from pathlib import Path
 
 import httpx
 from huggingface_hub import DatasetInfo, HfApi, ModelInfo, hf_hub_download, snapshot_download
-from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from utils.download_manifest import (
     DownloadManifest,
@@ -149,6 +154,8 @@ def _hub_errors(page: str, revision: str | None) -> Iterator[None]:
         yield
     except RevisionNotFoundError:
         raise UserError(f"{page} has no revision {revision}; give a commit, branch or tag of its page") from None
+    except HFValidationError as error:
+        raise UserError(f"cannot download {page}: {str(error).splitlines()[0]}") from None
     except RepositoryNotFoundError:
         raise UserError(f"{page} does not exist, or you have no access; to log in: hf auth login") from None
     except (httpx.HTTPError, ConnectionError, TimeoutError, LocalEntryNotFoundError) as error:

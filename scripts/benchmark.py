@@ -27,7 +27,7 @@ from benchmark.report import add_speedups, comparison_table, describe_machine, m
 from benchmark.run import run_case
 from utils.device import DTYPES, pick_device
 from utils.errors import UserError, command
-from utils.files import writable_folder, write_json
+from utils.files import output_file, write_json
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -70,7 +70,7 @@ def main() -> None:
     device = pick_device(runtime.device, runtime.threads)
     for config in {repr(case.config): case.config for case in cases if case.kind != "training"}.values():
         BenchmarkNetworks(config, device, preset.random).check()
-    writable_folder(args.output.parent)
+    output_file(args.output)
 
     peak = cache(lambda dtype: matmul_peak(device, DTYPES[dtype]))
     rows: list[dict[str, Any]] = []

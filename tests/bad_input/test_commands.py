@@ -283,6 +283,11 @@ def test_a_folder_in_the_place_of_a_file_is_found_before_videos_are_made(world, 
     refuse(inference.main, (*split(INFER, world, tmp_path), "--save_latents"), "it is a folder")
 
 
+def test_a_folder_in_the_place_of_the_benchmarks_results_is_found_first(tmp_path, refuse, monkeypatch):
+    monkeypatch.setattr(benchmark, "matmul_peak", None)  # would fail
+    refuse(benchmark.main, ("--what", "pass", "--output", tmp_path), f"cannot write {tmp_path}: it is a folder")
+
+
 @pytest.mark.parametrize(
     ("variables", "fragment"),
     [

@@ -137,6 +137,24 @@ def test_rotation_keeps_the_order_of_channels():
     assert torch.equal(quarter[..., 0::2], -x[..., 1::2]) and torch.equal(quarter[..., 1::2], x[..., 0::2])
 
 
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_block_ignores_later_frames_of_the_cache(net, text, grad):
+    """Training denoises a block again from a cache that holds later blocks (law 6, docs/method.md)."""
+    cache, block = filled_cache(net, text, context=6), (clip(2, seed=8), per_frame(500.0), text)
+    with torch.set_grad_enabled(grad):
+        expected = net.denoise_block(*block, cache, 4)
+    with torch.no_grad():
+        net.write_block(clip(2, seed=9), per_frame(100.0), text, cache, 4)
+    with torch.set_grad_enabled(grad):
+        assert torch.equal(net.denoise_block(*block, cache, 4), expected)
+        assert not torch.equal(net.denoise_block(*block, cache, 6), expected)
+
+
+def test_a_network_in_bfloat16_computes_all_layers_in_it(make_net):
+    net = make_net(num_layers=1).bfloat16()
+    assert net(clip().bfloat16(), CLIP_TIMESTEP, PROMPT.bfloat16()).dtype == torch.bfloat16
+
+
 # ---- gradients ----
 
 

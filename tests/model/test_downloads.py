@@ -159,6 +159,7 @@ def test_a_planted_link_at_the_staging_folder_is_refused(hub, tmp_path):
     [
         (Download("lab/absent", "a", "MIT"), "does not exist, or you have no access"),
         (Download("lab/model", "a", "MIT", "absent.pt"), "has no file absent.pt"),
+        (Download("lab/model/part", "a", "MIT"), "cannot download .*lab/model/part: Repo id must be in the form"),
     ],
 )
 def test_absent_repositories_and_files_are_errors(hub, tmp_path, item, message):
@@ -173,6 +174,16 @@ def test_no_network_is_an_error(hub, tmp_path):
 
 
 # ---- The script ----
+
+
+def test_the_table_of_downloads_is_aligned(monkeypatch):
+    long = Download("laboratory/model", "models/long", "Apache-2.0")
+    monkeypatch.setattr(downloads, "DOWNLOADS", {"a": FOLDER, "longer": long})
+    assert downloads.downloads_table().splitlines() == [
+        "name    repository        destination  licence",
+        "a       lab/model         models/m     MIT",
+        "longer  laboratory/model  models/long  Apache-2.0",
+    ]
 
 
 def test_the_script_downloads_checks_and_pins(hub, tmp_path, call):

@@ -6,9 +6,11 @@ prompts are cut; prompts are cleaned; dropout is off.
 
 import pytest
 import torch
+from tiny_model import write_model
 from transformers import ByT5Tokenizer, UMT5EncoderModel
 
 from model.text_encoder import TextEncoder
+from model.weights import ModelDirectory
 
 LENGTH = 12
 
@@ -52,6 +54,12 @@ def test_long_prompts_are_cut(encoder, capsys):
 def test_prompts_are_cleaned(encoder):
     assert torch.equal(encoder.encode(["  a \n cat"]), encoder.encode(["a cat"]))
     assert torch.equal(encoder.encode(["a &amp; b"]), encoder.encode(["a & b"]))
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_a_loaded_encoder_has_the_requested_length(tmp_path, lazy):
+    encoder = TextEncoder.load(ModelDirectory.open(write_model(tmp_path)), torch.float32, 7, lazy)
+    assert encoder.loaded is not lazy and encoder.encode(["a cat"]).shape[1] == 7 and encoder.loaded
 
 
 def test_dropout_is_off(umt5: UMT5EncoderModel):

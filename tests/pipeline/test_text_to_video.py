@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny_model import write_config
 
+from model.compilation import compile_failure
 from model.embeddings import EmbeddingCache
 from model.text_encoder import TextEncoder
 from pipeline.parallel import rank as parallel
@@ -99,6 +100,10 @@ def test_layers_that_do_not_compile_run_uncompiled_with_one_note(broken_compiler
     for _ in range(2):
         assert torch.equal(net(*arguments), expected)
     assert capsys.readouterr().err == "note: layers run uncompiled: RuntimeError: no compiler here\n"
+
+
+def test_a_compile_error_without_a_message_is_named():
+    assert compile_failure(torch._dynamo.exc.TorchDynamoException()) == "TorchDynamoException: "
 
 
 def test_without_fallback_a_compile_error_is_raised(broken_compiler, make_net):

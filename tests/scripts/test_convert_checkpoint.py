@@ -56,7 +56,9 @@ def test_the_folder_loads_in_diffusers(tmp_path, checkpoint, state):
 
 
 def test_a_native_file_has_wans_names(tmp_path, checkpoint, state):
-    convert(checkpoint, tmp_path / "wan.safetensors", "native", use_ema=True, dtype="fp32")
+    line = convert(checkpoint, tmp_path / "wan.safetensors", "native", use_ema=True, dtype="fp32")
+    count = sum(tensor.numel() for tensor in state.values())
+    assert line == f"wrote {tmp_path / 'wan.safetensors'} (native: {len(state)} tensors, {count:,} weights)"
     expected = {name: tensor.float() for name, tensor in rename(state, inverse(DIT_NAMES)).items()}
     assert_same(load_file(tmp_path / "wan.safetensors"), expected)
 
