@@ -254,7 +254,8 @@ def test_an_interrupted_run_on_shards_ends_with_the_weights_of_a_plain_run_on_an
     assert_same_bits(state_of(resumed), state_of(plain))
 
 
-CAUSVID = sorted((ROOT / "configs/causvid").glob("*.yaml")) + sorted((ROOT / "configs/shapes").glob("causvid_*.yaml"))
+FILES = (*(ROOT / "configs/causvid").glob("*.yaml"), *(ROOT / "configs/shapes").glob("causvid_*.yaml"))
+CAUSVID = sorted(file for file in FILES if load_config(str(file)).train.objective)  # the others are for inference
 
 
 @pytest.mark.parametrize("file", CAUSVID, ids=lambda file: file.stem)
