@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 # Processes that run tests.
 WORKERS ?= 2
 # Mutants per module in `make mutation`.
-SAMPLE ?= 40
+SAMPLE ?= 10
 
 # The newest suitable Python on the PATH, unless PYTHON names one: make demo PYTHON=/opt/python3.12/bin/python
 SUITABLE := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
@@ -35,7 +35,7 @@ kills: $(VENV)/installed-dev  ## kill commands at 30 random moments and compare 
 full-disk: $(VENV)/installed-dev  ## fill a small disk during every kind of write; needs root on Linux
 	$(RUN) tests/kills/full_disk.py
 
-mutation: $(VENV)/installed-dev requirements-mutation.txt  ## change 40 lines per module and count what the tests notice; SAMPLE=0 changes all
+mutation: $(VENV)/installed-dev requirements-mutation.txt  ## change 10 lines per module and count what the tests notice; SAMPLE=0 changes all
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-mutation.txt
 	$(RUN) tests/mutation/run.py --sample $(SAMPLE)
 

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
-from torch import Tensor
+from torch import Tensor, nn
 
 from model import presets
-from model.vae import WanVAE, decode_clip, denormalise, encode_clip, normalise
+from model.vae import WanVAE, decode_clip, denormalise, encode_clip, normalise, use_channels_last_
 from utils.errors import UserError
 
 MEAN, STD = [0.1, -0.2, 0.3, 0.4], [1.5, 0.5, 2.0, 1.0]
@@ -222,3 +222,12 @@ def test_the_wrapper_is_for_inference(plain):
     assert not plain.net.training and not any(p.requires_grad for p in plain.net.parameters())
     assert plain.temporal_stride == 4 and plain.num_pixel_frames(21) == 81
     assert plain.to("cpu") is plain
+
+
+def test_channels_last_changes_the_layout_of_convolutions_and_no_value():
+    net = nn.Sequential(nn.Conv3d(3, 4, 2), nn.Conv2d(3, 4, 2), nn.Linear(3, 4))
+    before = [parameter.detach().clone() for parameter in net.parameters()]
+    use_channels_last_(net)
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), before, strict=True))
+    assert net[0].weight.is_contiguous(memory_format=torch.channels_last_3d)
+    assert net[1].weight.is_contiguous(memory_format=torch.channels_last)

@@ -22,7 +22,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "mutation"
 GROUPS: dict[str, tuple[list[str], list[str]]] = {  # modules, and the tests that run for their mutants
-    "model": (["model/*.py"], ["model", "bad_input/test_damaged_weights.py", "bad_input/test_model_folders.py"]),
+    "model": (
+        ["model/*.py"],
+        ["model", "bad_input/test_damaged_weights.py", "bad_input/test_model_folders.py"]
+        + [f"pipeline/test_{name}.py" for name in ("bidirectional", "rollout", "teacher", "text_to_video")]
+        + ["scripts/test_convert_checkpoint.py", "scripts/test_random_transformer.py"],
+    ),
     "rollouts": (
         ["pipeline/rollout.py", "pipeline/schedule.py", "pipeline/training_rollout.py"],
         ["pipeline/test_rollout.py", "pipeline/test_schedule.py", "pipeline/test_training_rollout.py"],

@@ -11,6 +11,7 @@ from model.conversion import convert_checkpoint as convert
 from model.weight_names import DIT_NAMES, State, inverse, rename
 from scripts import convert_checkpoint
 from utils.errors import UserError
+from utils.files import read_json
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +53,7 @@ def test_the_folder_loads_in_diffusers(tmp_path, checkpoint, state):
     assert "2 layers, 2 heads of 12" in line
     net = WanTransformer3DModel.from_pretrained(tmp_path / "new" / "folder", torch_dtype=None)
     assert net.config.num_attention_heads == 2 and net.config.ffn_dim == 20
+    assert read_json(tmp_path / "new/folder/config.json")["_class_name"] == "WanTransformer3DModel"
     assert_same({name: tensor.to(torch.bfloat16) for name, tensor in net.state_dict().items()}, state)
 
 
