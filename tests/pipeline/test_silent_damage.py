@@ -1,5 +1,6 @@
 """No damage passes silently: NaN, incomplete files, and two runs in one folder, each with its one-line error."""
 
+import json
 import multiprocessing
 import os
 import re
@@ -7,6 +8,7 @@ import shutil
 import struct
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +29,7 @@ from pipeline.parallel import runner
 from pipeline.rollout import Rollout
 from pipeline.schedule import Denoise
 from pipeline.text_to_video import TextToVideo
+from utils.config import Config
 from utils.errors import UserError
 from utils.locks import check_unlocked, lock_file, lock_folder
 from utils.mp4 import is_complete_mp4
@@ -398,3 +401,22 @@ def test_locks_are_never_held_twice_while_they_are_deleted_and_made_again(tmp_pa
     for process in processes:
         process.join(60)
     assert int(counter.read_text()) == 90
+
+
+# ---- metadata of existing videos ----
+
+
+@pytest.mark.parametrize(
+    ("older", "note"),
+    [
+        ({"prefix": "x.png"}, ""),
+        ({"condition": "x.png"}, ""),  # the key in older files
+        ({"condition": "y.png"}, "made with other settings (prefix); --overwrite replaces it"),
+        ({"prefix": "x.png", "prompt": "b"}, "made with other settings (prompt); --overwrite replaces it"),
+    ],
+)
+def test_settings_are_compared_with_older_metadata(tmp_path, capsys, older, note):
+    common, files = {"config": asdict(Config()), "prompt": "a"}, VideoFiles(tmp_path, "a-0")
+    files.metadata.write_text(json.dumps(common | older))
+    generate.print_changed_settings(files, common | {"prefix": "x.png"})
+    assert capsys.readouterr().out == (f"kept {files.video}, {note}\n" if note else "")
