@@ -59,6 +59,13 @@ class Attribute:
                 distance[second], known[second] = self.scale * length, True
         return MetricCurve(distance, known)
 
+    def error(self, truth: FrameAttributes, found: FrameAttributes) -> MetricCurve:
+        """Return the distance of each frame of `found` from the same frame of `truth`, in `unit`."""
+        (expected, known), (values, valid) = self.measure(truth), self.measure(found)
+        difference = self._difference(values, expected)
+        length = np.abs(difference).mean(1) if self.is_color else np.linalg.norm(difference, axis=1)
+        return MetricCurve(self.scale * length, known & valid)
+
     def _reference(self, values: np.ndarray, valid: np.ndarray) -> np.ndarray | None:
         """Return the median [K] over the first second, or over the first second that has enough valid frames.
 

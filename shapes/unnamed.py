@@ -94,6 +94,21 @@ def _tone_errors(tones: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.abs(tones[:, None] - nearest).mean(2), np.abs(tones[:, None] - named).mean(2)
 
 
+def attribute_errors(truth: np.ndarray, found: np.ndarray) -> dict[str, MetricCurve]:
+    """Return what a VAE changes: the errors `X_error` of every unnamed attribute, and of presence and shape.
+
+    Args:
+        truth: rendered frames, uint8 [T, H, W, 3].
+        found: the same frames after the VAE.
+    """
+    expected, measured = detect_attributes(truth), detect_attributes(found)
+    always = np.ones(len(truth), dtype=bool)
+    curves = {f"{a.name}_error": a.error(expected, measured) for a in UNNAMED}
+    curves["absent"] = MetricCurve((~measured.present).astype(float), always)
+    curves["wrong_shape"] = MetricCurve((measured.shape != expected.shape).astype(float), measured.present)
+    return curves
+
+
 class UnnamedShapesWorld:
     """The miniature world of 96x96 pixels as an `evaluation.measurements.World`."""
 

@@ -446,5 +446,7 @@ def test_the_vae_evaluation_prints_all_quarters(call, model):
     code, out, _ = call(evaluate_vae, "--base", str(model), "--num_clips", "1", "--num_frames", "9")
     lines = out.splitlines()
     assert code == 0 and lines[0].startswith("1 held-out clips of 9 frames: ") and len(lines) == 5
+    code, out, _ = call(evaluate_vae, "--base", str(model), "--num_clips", "1", "--num_frames", "9", "--size", "96")
+    assert code == 0 and "pebble_position_error by quarter: " in out and "absent by quarter: 1.00" in out
     code, _, err = call(evaluate_vae, "--base", str(model), "--num_frames", "10")
     assert code == 2 and "4n+1" in err

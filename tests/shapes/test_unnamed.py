@@ -27,7 +27,7 @@ from shapes.drift import DRIFT_METRICS, HORIZONS, SIZE, TRAINING_FRAMES, UNNAMED
 from shapes.look import PATTERNS, STYLES, Look, Pebble
 from shapes.metrics import ShapesWorld, torus_difference
 from shapes.objectives import TextAttributes, VAEReconstruction
-from shapes.unnamed import UnnamedShapesWorld, attribute_curves, world_of_video
+from shapes.unnamed import UnnamedShapesWorld, attribute_curves, attribute_errors, world_of_video
 from shapes.world import OMITTABLE, Clip, Scene, parse_caption, render, sample_clip
 from utils.config import Config, override_config
 from utils.config_checks import FRAME_SIZES
@@ -252,6 +252,18 @@ def test_injected_drift_is_recovered(name):
 def test_every_attribute_is_injected():
     assert {a.name for a in UNNAMED} - {"color"} == set(INJECTED)
     assert all("color" in INJECTED[name][2] for name in ("hue", "brightness"))
+
+
+def test_errors_of_a_vae_are_the_differences_of_the_attributes():
+    truth = render(CLIP, 6)
+    changed = render(replace(CLIP, look=replace(LOOK, size=0.9 * np.exp(0.1), tone=brighter(10))), 6)
+    errors = attribute_errors(truth, changed)
+    means = {name: float(curve.value[curve.valid].mean()) for name, curve in errors.items()}
+    assert (means["size_error"], means["tone_error"]) == (pytest.approx(10, rel=0.1), pytest.approx(8.5, rel=0.1))
+    assert max(means[f"{name}_error"] for name in ("hue", "elongation", "pattern", "pebble_position")) < 1
+    assert means["absent"] == means["wrong_shape"] == 0
+    empty = attribute_errors(truth, np.full_like(truth, 90))
+    assert empty["absent"].value.min() == 1 and not empty["size_error"].valid.any()
 
 
 # ---- Identity ----
