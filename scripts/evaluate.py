@@ -21,13 +21,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from evaluation.evaluate import EvaluationOptions, all_captions, all_metrics, measure_folders, select_metrics
+from evaluation.evaluate import EvaluationOptions, all_metrics, measure_folders, select_metrics
+from evaluation.features import FEATURE_CURVES, FEATURE_METRICS, FeatureModel, add_features, without_features
 from evaluation.results import EvaluationResults, report_examples
 from evaluation.video_metrics import PLOTTED_PIXEL_CURVES
 from evaluation.videos import open_folders
-from shapes.metrics import ShapesWorld
-from shapes.unnamed import UnnamedShapesWorld, world_of_video
+from shapes.unnamed import select_world
 from utils.arguments import MAX_COUNT, require_range
+from utils.device import pick_device
 from utils.errors import UserError, command
 from utils.files import writable_folder
 from utils.locks import lock_output
@@ -39,12 +40,10 @@ from utils.tables import markdown_table
 def main() -> None:
     args = parse_arguments()
     folders = open_folders(args.folders, read_prompts(args.data_path) if args.data_path else ())
-    world: ShapesWorld | UnnamedShapesWorld | None = world_of_video(folders[0].videos[0].path)
-    keys = [video.key for folder in folders for video in folder.videos]
-    if args.world == "any" or (args.world == "auto" and not all_captions(world, keys)):
-        world = None
-    metrics = all_metrics(world)
+    world = select_world(args.world, folders)
+    metrics = [*all_metrics(world), *(FEATURE_METRICS if args.features else ())]
     table_metrics = select_metrics(metrics, args.metrics)
+    model = FeatureModel(args.features, pick_device(args.device)) if args.features else None
     output = writable_folder(args.output)
     cache_folder = writable_folder(args.cache or output / "observed")
 
@@ -52,12 +51,16 @@ def main() -> None:
         options = EvaluationOptions(world, args.block_frames, args.max_frames, cache_folder)
         methods = measure_folders(folders, options, args.processes)
         plotted_curves = [*(world.plotted_curves if world else ()), *PLOTTED_PIXEL_CURVES]
+        if model:
+            add_features(folders, methods, model, cache_folder)
+            plotted_curves += FEATURE_CURVES
         results = EvaluationResults(methods, metrics, table_metrics, plotted_curves)
         if world and args.floor_videos:
             from shapes.noise_floors import measure_noise_floors  # imports diffusers, which takes seconds
 
             floor = args.floor_videos, args.base, args.block_frames
             results.noise_floors = measure_noise_floors(methods[0], world, *floor)
+            without_features(results.noise_floors)
         for table in results.tables:
             print(f"{table.title}\n\n{markdown_table(table.rows)}\n")
         examples = report_examples(folders, args.examples, args.max_frames)
@@ -68,9 +71,7 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     """Parse and check the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "folders", nargs="+", metavar="[name=]folder", help="folders of videos; the first is the baseline"
-    )
+    parser.add_argument("folders", nargs="+", metavar="[name=]folder", help="the first is the baseline")
     parser.add_argument("--output", default="outputs/evaluation", help="folder for the results")
     parser.add_argument("--data_path", help="prompt file of videos without metadata")
     parser.add_argument(
@@ -81,9 +82,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--base", default="data/shapes-wan", help="model directory with the VAE of the noise floor")
     parser.add_argument("--floor_videos", type=int, default=24, help="renderings per noise floor; 0: no noise floors")
     parser.add_argument("--metrics", "--figures", nargs="+", metavar="NAME", help="printed metrics; default: all")
-    parser.add_argument(
-        "--cache", help="folder for per-frame measurements, reused by later runs; default: OUTPUT/observed"
-    )
+    parser.add_argument("--cache", help="folder for measurements, reused by later runs; default: OUTPUT/observed")
+    parser.add_argument("--features", metavar="MODEL", help="image model, such as facebook/dinov2-base; default: none")
+    parser.add_argument("--device", default="auto", help="of --features: auto, cuda, cuda:1, mps or cpu")
     parser.add_argument("--examples", type=int, default=8, help="number of prompts with videos in the report")
     parser.add_argument("--processes", type=int, default=0, help="processes that measure videos; default: one per core")
     args = parser.parse_args()

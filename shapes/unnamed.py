@@ -1,11 +1,13 @@
 """The second style as a world of evaluation/: curves of what captions name, and of the attributes they do not name."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from evaluation.evaluate import all_captions
 from evaluation.metrics import Metric, MetricCurve, quarter_change
+from evaluation.videos import VideoFolder
 from shapes import detection, drawing, look, world
 from shapes.detection import FrameAttributes, detect_attributes
 from shapes.drift import DRIFT_METRICS, SIZE, UNNAMED, drift_curves, hue
@@ -138,3 +140,16 @@ def world_of_video(path: Path) -> ShapesWorld | UnnamedShapesWorld:
     """
     frames, _ = read_video(path, 1)
     return UnnamedShapesWorld() if frames.shape[1:3] == (SIZE, SIZE) else ShapesWorld()
+
+
+def select_world(choice: str, folders: Sequence[VideoFolder]) -> ShapesWorld | UnnamedShapesWorld | None:
+    """Return the world of the videos; None if they are measured without one.
+
+    Args:
+        choice: any for no world, shapes for a world, or auto for a world if every prompt is one of its captions.
+    """
+    if choice == "any":
+        return None
+    world = world_of_video(folders[0].videos[0].path)
+    keys = [video.key for folder in folders for video in folder.videos]
+    return world if choice == "shapes" or all_captions(world, keys) else None
