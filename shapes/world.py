@@ -12,6 +12,7 @@ import itertools
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -103,7 +104,7 @@ class Scene:
         return named | {"graded": int(self.graded) if self.background else -1}
 
     def _named(self) -> Iterator[tuple[str, Iterable[str], str]]:
-        vocabulary = {
+        vocabulary: dict[str, Iterable[str]] = {
             **{"color": COLORS, "shape": SHAPES, "background": BACKGROUNDS},
             **{"direction": DIRECTIONS, "speed": SPEEDS},
         }
@@ -112,8 +113,10 @@ class Scene:
     def without(self, omitted: Iterable[str]) -> "Scene":
         """Return this scene with some attributes not named. A background that is not named has no named grading."""
         names = tuple(omitted)
-        scene = replace(self, **{name: "" for name in names})
-        return replace(scene, graded=False) if "background" in names else scene
+        blank: dict[str, Any] = dict.fromkeys(names, "")
+        if "background" in names:
+            blank["graded"] = False
+        return replace(self, **blank)
 
 
 NUM_CLASSES = {
