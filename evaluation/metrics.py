@@ -68,6 +68,12 @@ def start_end_contrast(curves: Sequence[MetricCurve]) -> SumCount:
     return SumCount(abs(start.total / start.num_values - end.total / end.num_values), 1.0)
 
 
+_MOTION = (
+    *("direction", "speed", "speed_ratio", "moving"),
+    *("motion", "flow", "static", "smoothness", "warp_error"),
+)
+
+
 @dataclass(frozen=True)
 class Metric:
     """One row of the tables.
@@ -91,6 +97,15 @@ class Metric:
     def title(self) -> str:
         """The name with its unit."""
         return f"{self.name} [{self.unit}]"
+
+    @property
+    def subject(self) -> str:
+        """The subject under which the report shows the metric: drift, seams, motion or appearance."""
+        if self.name.endswith(("_drift", "_distance", "_start_end")) or self.name.startswith(("identity_", "clip_")):
+            return "drift"
+        if self.name in ("seam", "inside", "pixel_seam", "pixel_inside"):
+            return "seams"
+        return "motion" if self.name in _MOTION else "appearance"
 
 
 def video_sums(metrics: Sequence[Metric], curves: Mapping[str, MetricCurve]) -> dict[str, SumCount]:

@@ -39,6 +39,14 @@ class ReportTable:
     rows: Sequence[Sequence[str]]
 
 
+@dataclass(frozen=True)
+class ReportGroup:
+    """Tables about one subject, which the page shows folded."""
+
+    title: str
+    tables: Sequence[ReportTable]
+
+
 def frame_strip(frames: np.ndarray) -> np.ndarray:
     """Place frames [T, H, W, 3] side by side as thumbnails; returns uint8 [H', W', 3]."""
     thumbnails = [np.asarray(thumbnail(frame, _SMALLEST, _LARGEST)) for frame in frames]
@@ -49,9 +57,11 @@ def frame_strip(frames: np.ndarray) -> np.ndarray:
 def write_report(
     path: Path,
     title: str,
+    summary: str,
     labels: Sequence[str],
     commands: Sequence[tuple[str, str]],
-    tables: Sequence[ReportTable],
+    headline: Sequence[ReportTable],
+    groups: Sequence[ReportGroup],
     meanings: Sequence[tuple[str, str]],
     curves: Path,
     examples: Sequence[ReportExample],
@@ -59,17 +69,22 @@ def write_report(
     """Write the page atomically. It needs no other file.
 
     Args:
+        summary: a sentence on what differs between the methods.
         labels: names of the methods, in the order of every example's strips.
         commands: (title, command line) pairs.
+        headline: tables of the most important metrics.
+        groups: tables of all metrics.
         meanings: (metric, explanation) pairs.
         curves: a PNG file with the metrics over time.
     """
     page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(_PAGE)
     text = page.render(
         title=title,
+        summary=summary,
         labels=labels,
         commands=commands,
-        tables=tables,
+        headline=headline,
+        groups=groups,
         meanings=meanings,
         curves=_data_url("image/png", curves.read_bytes()),
         examples=[
@@ -113,18 +128,19 @@ _PAGE = """<!doctype html>
   img, video { max-width: 100%; display: block }
   .strips { display: grid; grid-template-columns: repeat(auto-fit, minmax(420px, 1fr)); gap: .8rem }
   figure { margin: 0 } figcaption { font-size: 12.5px; color: #59636e }
+  summary { cursor: pointer; margin: .6rem 0; font-weight: 600 }
   .example { margin: 1.5rem 0 2.5rem } .example h3 { font-size: 1rem; font-weight: 600 }
-  .example video { margin-top: .8rem; max-height: 420px }
+  .example video { margin-bottom: .8rem; max-height: 420px }
   dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; font-size: 13px }
   dt { font-family: ui-monospace, monospace } dd { margin: 0 }
 </style>
 </head>
 <body>
 <h1>{{ title }}</h1>
-<nav><a href="#metrics">Metrics</a><a href="#time">Over time</a><a href="#videos">Videos</a>
+<p>{{ summary }}</p>
+<nav><a href="#videos">Videos</a><a href="#metrics">Metrics</a><a href="#time">Over time</a>
 <a href="#commands">Commands</a></nav>
-<h2 id="metrics">Metrics</h2>
-{% for table in tables %}
+{% macro show_table(table) %}
 <p>{{ table.title }}</p>
 <div class="wide"><table>
 <tr>{% for cell in table.rows[0] %}<th>{{ cell }}</th>{% endfor %}</tr>
@@ -132,27 +148,50 @@ _PAGE = """<!doctype html>
 <tr>{% for cell in row %}<td{% if cell.endswith("*") %} class="star"{% endif %}>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}
 </table></div>
-{% endfor %}
-<details><summary>Explanation of the metrics</summary>
-<dl>{% for name, meaning in meanings %}<dt>{{ name }}</dt><dd>{{ meaning }}</dd>{% endfor %}</dl>
-</details>
-<h2 id="time">Over time</h2>
-<img src="{{ curves }}" alt="Metrics over time, one line per method">
-<h2 id="videos">Videos</h2>
-{% for example in examples %}
+{% endmacro %}
+{% macro show_example(example) %}
 <div class="example">
 <h3>{{ example.prompt }}</h3>
+<video controls loop muted playsinline preload="metadata" src="{{ example.video }}"></video>
 <div class="strips">
 {% for image in example.strips %}
 {% set label = labels[loop.index0] %}
 <figure><img src="{{ image }}" alt="{{ label }}"><figcaption>{{ label }}</figcaption></figure>
 {% endfor %}
 </div>
-<video controls loop muted playsinline preload="metadata" src="{{ example.video }}"></video>
 </div>
+{% endmacro %}
+<h2 id="videos">Videos</h2>
+{% if examples %}
+{{ show_example(examples[0]) }}
 {% else %}
 <p>No videos to show: the report was made without examples, or the methods have no video in common.</p>
+{% endif %}
+{% if examples | length > 1 %}
+<details><summary>{{ examples | length - 1 }} more prompts</summary>
+{% for example in examples[1:] %}
+{{ show_example(example) }}
 {% endfor %}
+</details>
+{% endif %}
+<h2 id="metrics">Metrics</h2>
+{% for table in headline %}
+{{ show_table(table) }}
+{% endfor %}
+{% for group in groups %}
+<details><summary>{{ group.title }}</summary>
+{% for table in group.tables %}
+{{ show_table(table) }}
+{% endfor %}
+</details>
+{% endfor %}
+<details><summary>Explanation of the metrics</summary>
+<dl>{% for name, meaning in meanings %}<dt>{{ name }}</dt><dd>{{ meaning }}</dd>{% endfor %}</dl>
+</details>
+<h2 id="time">Over time</h2>
+<details><summary>Curves over time, with bands of 95% intervals</summary>
+<img src="{{ curves }}" alt="Metrics over time, one line per method">
+</details>
 <h2 id="commands">Commands</h2>
 {% for title, command in commands %}
 <p>{{ title }}</p>

@@ -4,7 +4,7 @@ import csv
 import itertools
 import shlex
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,7 @@ from tqdm import tqdm
 from evaluation.methods import Method, compare_methods
 from evaluation.metrics import Metric
 from evaluation.plots import save_line_plot
-from evaluation.report import ReportExample, ReportTable, frame_strip, write_report
+from evaluation.report import ReportExample, ReportGroup, ReportTable, frame_strip, write_report
 from evaluation.side_by_side import write_side_by_side
 from evaluation.tables import difference_table, mean_table
 from evaluation.video_metrics import STRIDE
@@ -28,6 +28,14 @@ MAX_POINTS = 100  # per plotted curve
 STRIP_FRAMES = 6  # per example in the report
 MEANS = "Means over videos, with 95% intervals."
 DIFFERENCES = "Differences on the same prompts, seeds and samples, with 95% intervals. * marks intervals without zero."
+
+# The report opens with the first six of these metrics that the videos have.
+HEADLINE = (
+    *("presence", "moving", "direction", "color_error", "identity_4x", "color_drift", "tone_distance"),
+    *("motion", "flow", "static", "saturation_drift", "palette_drift", "pixel_seam"),
+)
+NUM_HEADLINES = 6
+MAX_DIFFERENCES = 4  # configuration keys in the summary of the report
 
 TimeCurve = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # seconds, means, and limits of the 95% interval
 
@@ -53,10 +61,30 @@ class EvaluationResults:
     @cached_property
     def tables(self) -> list[ReportTable]:
         """The table of means and, for several methods, the table of differences."""
-        tables = [ReportTable(MEANS, mean_table([*self.methods, *self.noise_floors], self.table_metrics))]
+        return self.tables_of(self.table_metrics)
+
+    def tables_of(self, metrics: Sequence[Metric]) -> list[ReportTable]:
+        """Return `tables` with these metrics only."""
+        tables = [ReportTable(MEANS, mean_table([*self.methods, *self.noise_floors], metrics))]
         if len(self.methods) > 1:
-            tables.append(ReportTable(DIFFERENCES, difference_table(self.methods, self.table_metrics)))
+            tables.append(ReportTable(DIFFERENCES, difference_table(self.methods, metrics)))
         return tables
+
+    def headline_metrics(self) -> list[Metric]:
+        """Return the most important metrics that the first method has."""
+        by_name = {metric.name: metric for metric in self.table_metrics}
+        has_values = [n for n in HEADLINE if n in by_name and self.methods[0].estimate(n).num_videos]
+        return [by_name[name] for name in has_values[:NUM_HEADLINES]]
+
+    def groups(self) -> list[ReportGroup]:
+        """Return all tables by subject."""
+        subjects: dict[str, list[Metric]] = {}
+        for metric in self.table_metrics:
+            subjects.setdefault(metric.subject, []).append(metric)
+        return [
+            ReportGroup(f"{subject.capitalize()}: {', '.join(m.name for m in metrics)}", self.tables_of(metrics))
+            for subject, metrics in subjects.items()
+        ]
 
     @cached_property
     def curves(self) -> dict[str, dict[str, TimeCurve]]:
@@ -83,9 +111,11 @@ class EvaluationResults:
         write_report(
             output / "report.html",
             title="Evaluation of " + ", ".join(labels),
+            summary=summarise_differences(folders),
             labels=labels,
             commands=[("This page", command), *reproduction_commands(folders)],
-            tables=self.tables,
+            headline=self.tables_of(self.headline_metrics()),
+            groups=self.groups(),
             meanings=[(metric.title, metric.meaning) for metric in self.metrics],
             curves=output / "curves.png",
             examples=examples,
@@ -153,6 +183,30 @@ def curves_over_time(method: Method) -> dict[str, TimeCurve]:
 def _json_numbers(values: np.ndarray) -> list[float | None]:
     """Return a curve as JSON numbers, with null for NaN."""
     return [None if np.isnan(value) else round(float(value), 5) for value in values]
+
+
+def summarise_differences(folders: Sequence[VideoFolder]) -> str:
+    """Return a sentence on the configuration keys that differ between the first videos of the folders."""
+    if len(folders) == 1:
+        return "One method, without a comparison."
+    configs = [_flat_config(folder.videos[0].metadata.get("config") or {}) for folder in folders]
+    if unknown := [folder.label for folder, config in zip(folders, configs, strict=True) if not config]:
+        return f"The videos of {' and '.join(unknown)} have no stored configuration, so differences are not listed."
+    keys = [key for key in dict.fromkeys(itertools.chain(*configs)) if len({str(c.get(key)) for c in configs}) > 1]
+    if not keys:
+        return "The configurations of the methods are equal."
+    parts = []
+    for key in keys[:MAX_DIFFERENCES]:
+        values = (f"{config.get(key)} in {folder.label}" for folder, config in zip(folders, configs, strict=True))
+        parts.append(f"{key} is {', '.join(values)}")
+    more = f"; {len(keys) - MAX_DIFFERENCES} more keys differ" if len(keys) > MAX_DIFFERENCES else ""
+    return f"What differs: {'; '.join(parts)}{more}."
+
+
+def _flat_config(config: Mapping) -> dict[str, object]:
+    """Return `section.key` and value of every key that changes the content of videos."""
+    sections = {name: keys for name, keys in config.items() if isinstance(keys, Mapping) and name != "runtime"}
+    return {f"{name}.{key}": value for name, keys in sections.items() for key, value in keys.items()}
 
 
 def reproduction_commands(folders: Sequence[VideoFolder]) -> list[tuple[str, str]]:

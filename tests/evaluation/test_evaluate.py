@@ -17,8 +17,9 @@ from PIL import Image
 
 from evaluation.methods import MeasuredVideo, Method, common_keys
 from evaluation.metrics import MetricCurve
+from evaluation.results import summarise_differences
 from evaluation.tables import difference_table, format_estimate, mean_table
-from evaluation.videos import VideoKey
+from evaluation.videos import VideoFile, VideoFolder, VideoKey
 from scripts import evaluate
 from shapes import world
 from shapes.metrics import SHAPE_METRICS
@@ -166,6 +167,36 @@ def test_videos_without_metadata_are_identified_by_a_prompt_file(tmp_path, evalu
     (tmp_path / "ours" / "a bird-0.mp4").write_bytes((tmp_path / "ours" / "a dog-1.mp4").read_bytes())
     code, _, err = evaluate_fast(*words)
     assert code == 2 and "a bird-0.mp4 matches none of the 3 prompts" in err
+
+
+def test_the_report_opens_with_videos_and_headline_figures(evaluated):
+    page = evaluated.page
+    video, more, metrics, fold = (page.index(text) for text in ("<video", "1 more prompts", 'id="metrics"', "Drift: "))
+    assert video < more < metrics < fold
+    opening = page[metrics:fold].split("<details>")[0]
+    rows = re.findall(r"<td>(\w+) \[", opening)
+    assert rows == 2 * ["presence", "moving", "direction", "color_error", "color_drift", "motion"]
+    groups = re.findall(r"<summary>(\w+): ([^<]+)</summary>", page)
+    assert [title for title, _ in groups] == ["Appearance", "Motion", "Drift", "Seams"]
+    names = [name for _, list_of_names in groups for name in list_of_names.split(", ")]
+    assert sorted(names) == sorted(evaluated.json["figures"])
+
+
+def test_the_summary_names_the_keys_that_differ():
+    def folder(label: str, config: dict | None) -> VideoFolder:
+        metadata = {} if config is None else {"config": config}
+        return VideoFolder(label, label, [VideoFile(Path(label), VideoKey("p", 0, 0), metadata)])
+
+    one = {"rollout": {"schedule": "block_first", "window": 21}, "runtime": {"threads": 1}}
+    other = {"rollout": {"schedule": "timestep_first", "window": 21}, "runtime": {"threads": 2}}
+    assert summarise_differences([folder("a", one), folder("b", other)]) == (
+        "What differs: rollout.schedule is block_first in a, timestep_first in b."
+    )
+    many = {"rollout": {str(number): number for number in range(6)}}
+    assert summarise_differences([folder("a", one), folder("b", many)]).endswith("; 4 more keys differ.")
+    assert "equal" in summarise_differences([folder("a", one), folder("b", one)])
+    assert "b have no stored configuration" in summarise_differences([folder("a", one), folder("b", None)])
+    assert "One method" in summarise_differences([folder("a", one)])
 
 
 def test_max_frames_measures_and_shows_the_beginning_only(tmp_path, evaluate_fast):
