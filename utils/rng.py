@@ -24,6 +24,7 @@ def keyed_generator(*key: int | str) -> torch.Generator:
 def keyed_noise(seed: int, sample: int, block: int, step: int, shape: tuple[int, ...]) -> Tensor:
     """Return the standard normal noise, float32 on the CPU, that is added to a block at the input of a step.
 
-    The noise of step 0 is the block's initial latents.
+    The noise of step 0 is the block's initial latents. That of step S, the number of steps, is added to its context
+    (`rollout.context_noise`).
     """
     return torch.randn(shape, generator=keyed_generator("noise", seed, sample, block, step))

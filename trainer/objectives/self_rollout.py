@@ -106,7 +106,7 @@ class SelfRollout(ClipSource[GeneratedClip]):
         rollout = build_rollout(
             config,
             self._denoiser(embeddings, graph=True),
-            positions,
+            [-1 - position for position in positions],  # `run` uses the other sample numbers
             num_frames=num_frames,
             size=(noise.shape[-2], noise.shape[-1]),
             dtype=DTYPES[config.train.dtype],
