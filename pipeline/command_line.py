@@ -73,8 +73,8 @@ def shared_arguments() -> argparse.ArgumentParser:
     parser.add_argument(
         "--strength",
         metavar="S",
-        help="change --video instead of continuing it: factor on the noise levels, from 0 (keeps the clip) to "
-        "1 (follows the prompt)",
+        help="change --video instead of continuing it: factor on the noise levels, above 0 (keeps the clip) and at "
+        "most 1 (follows the prompt)",
     )
     parser.add_argument(
         "--i2v",
@@ -168,7 +168,7 @@ def check_strength(args: argparse.Namespace) -> None:
     if args.video:
         if not os.path.isfile(args.video):
             raise UserError(f"cannot read {args.video}: there is no such file")
-        args.source, args.video = os.path.abspath(args.video), None
+        args.source, args.video = args.video, None
 
 
 def resolve_config(args: argparse.Namespace) -> Config:

@@ -33,15 +33,17 @@ def apply_settings(config: Config, settings: Mapping[str, Any]) -> Config:
     """Return a copy of a configuration with a pipeline's settings, such as `{"rollout.window": 12}`.
 
     Raises:
-        ValueError: for another key than those of `settings_of`, or a wrong value.
+        ValueError: for another key than those of `settings_of`, a wrong value, or video-to-video.
     """
     if unknown := sorted(settings.keys() - settings_of(config).keys()):
         raise ValueError(
             f"no setting {unknown[0]!r}: name keys of rollout and video in docs/config.md, or model.text_length"
         )
-    return override_config(
-        config, [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in settings.items()]
-    )
+    changes = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in settings.items()]
+    result = override_config(config, changes)
+    if result.video.source:
+        raise ValueError("a pipeline has no video-to-video (video.source): use TextToVideo.generate with strength=S")
+    return result
 
 
 def settings_of(config: Config) -> dict[str, Any]:

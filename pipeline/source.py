@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import os
 from collections.abc import Iterator
 
 import torch
@@ -18,6 +19,7 @@ from utils.errors import UserError
 def fit_to_source(config: Config) -> Config:
     """Return the configuration with `video.num_output_frames` cut to the length of `video.source`, if there is one.
 
+    The source's path becomes absolute, so that metadata reproduces the video from any folder.
     A clip is decoded once to count its frames: headers are wrong for damaged files and for variable frame rates.
 
     Raises:
@@ -34,6 +36,7 @@ def fit_to_source(config: Config) -> Config:
             frames = (sum(1 for _ in reader) - 1) // TEMPORAL_STRIDE + 1
     fitted = copy.deepcopy(config)
     fitted.video.num_output_frames = min(frames, video.num_output_frames)
+    fitted.video.source = os.path.abspath(video.source)
     return fitted
 
 

@@ -128,8 +128,8 @@ class TextToVideo:
         Args:
             seed: default: the configuration's. Seed and sample number determine all noise.
             sample: index of the video among those of the same prompt and seed.
-            num_frames: latent frames, prefix included; default: the configuration's, or with `strength` the whole clip.
-                F make 4(F-1)+1 pixel frames.
+            num_frames: latent frames, prefix included; default: the configuration's, or the whole clip if `video` is
+                changed. F make 4(F-1)+1 pixel frames.
             image: path of the image that is the first frame.
             video: path of the clip, or of the saved latents, that the video continues or, with `strength`, changes.
             strength: video-to-video: factor on all noise levels, above 0 and at most 1. A small value keeps the clip, a
@@ -189,11 +189,12 @@ class TextToVideo:
         if num_frames is not None:
             config.video.num_output_frames = num_frames
         if strength is not None:
-            if video is None:
+            if video is None and not config.video.source:
                 raise UserError("strength needs video=CLIP")
-            config.rollout.strength, config.video.source, prefix_path = strength, os.path.abspath(prefix_path), ""
-            if num_frames is None:
-                config.video.num_output_frames = MAX_FRAMES
+            config.rollout.strength = strength
+            if video is not None:
+                config.video.source, prefix_path = prefix_path, ""
+                config.video.num_output_frames = num_frames or MAX_FRAMES
         check_one_input(config, prefix_path)
         pipe.config = fit_to_source(override_config(config, []))  # checks the values
         return pipe, prefix_path

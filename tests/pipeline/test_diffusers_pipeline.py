@@ -408,6 +408,7 @@ def test_wrong_settings_and_components_are_value_errors(world, pipe):
     for settings, message in (
         ({"rollout.windw": 3}, "no setting 'rollout.windw'"),
         ({"model.base": "x"}, "no setting 'model.base'"),
+        ({"video.source": "x.mp4"}, "no video-to-video"),
         ({"rollout.window": "many"}, "rollout.window"),
     ):
         with pytest.raises(ValueError, match=message):

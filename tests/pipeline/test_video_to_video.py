@@ -187,6 +187,16 @@ def test_the_command_makes_the_video_of_the_api_and_its_metadata_makes_it_again(
     assert stronger.shape == made.shape and not torch.equal(stronger, made)
 
 
+def test_a_relative_source_is_found_again_from_another_folder(pipe, clip, monkeypatch):
+    monkeypatch.chdir(clip.parent)
+    config = fit_to_source(override_config(pipe.config, [f"video.source={clip.name}", "rollout.strength=0.5"]))
+    assert config.video.source == str(clip)
+    own = TextToVideo(config, pipe.net, pipe.embeddings.cache, pipe.vae)
+    stronger = own.generate(PROMPT, strength=0.9, num_frames=4)  # of the configuration's own source
+    assert torch.equal(stronger.latents, pipe.generate(PROMPT, video=clip, strength=0.9, num_frames=4).latents)
+    assert stronger.metadata["config"]["video"]["source"] == str(clip)
+
+
 def test_saved_latents_can_be_changed(pipe, tmp_path):
     save_file({"latents": torch.randn(4, 16, 4, 4)}, tmp_path / "x.safetensors")
     made = pipe.generate(PROMPT, video=tmp_path / "x.safetensors", strength=0.01)
