@@ -81,8 +81,10 @@ class BenchmarkNetworks:
         """Check before any measurement that the configuration can run.
 
         Raises:
-            UserError: for an impossible size or length, or an attention backend that does not run on the device.
+            UserError: for an impossible size or length, an attention backend that does not run on the device, or keys
+                that the benchmark cannot honour.
         """
+        self._check_keys()
         if self.random:
             sizes = presets.TRANSFORMERS[self.random]
             check_size(self.config, sizes)
@@ -102,6 +104,19 @@ class BenchmarkNetworks:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             place = f"{self.config.model.dtype} on {self.device}"
             raise UserError(f"attention backend {name} does not run in {place}: {reason}") from None
+
+    def _check_keys(self) -> None:
+        """Check that videos are one causal rollout from noise without guidance: all figures assume it."""
+        rollout = self.config.rollout
+        if rollout.schedule == "bidirectional":
+            raise UserError("the benchmark measures blocks: set rollout.schedule=timestep_first or block_first")
+        for key, value, only in (
+            ("rollout.num_rollouts", rollout.num_rollouts, 1),
+            ("rollout.guidance_scale", rollout.guidance_scale, 1),
+            ("video.source", self.config.video.source, ""),
+        ):
+            if value != only:
+                raise UserError(f"the benchmark cannot measure {key}={value}: leave it out")
 
 
 class RandomTextEncoder(TextEncoder):

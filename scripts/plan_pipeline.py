@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline.build import build_schedule, latent_size
 from pipeline.parallel.profile import RankProfile
+from pipeline.parallel.runner import check_pipeline_keys
 from pipeline.parallel.simulation import OpTimes, median_times, prediction_table, simulate
 from utils.arguments import MAX_COUNT, require_range
 from utils.config import load_config
@@ -59,6 +60,7 @@ def op_times(args: argparse.Namespace) -> OpTimes:
 def main() -> None:
     args = parse_arguments()
     config = load_config(args.config_path, args.overrides)
+    check_pipeline_keys(config)
     times = op_times(args)
     frames = args.num_output_frames or config.video.num_output_frames
     schedule = build_schedule(config.rollout, frames)

@@ -48,11 +48,11 @@ class PipelineRequest:
     """Path prefix of profile files; empty for no profile."""
 
 
-def plan_ranks(config: Config, has_prefix: bool) -> tuple[list[Pipeline], Schedule]:
-    """Return the pipelines of all ranks of this run, and the schedule that they share.
+def check_pipeline_keys(config: Config) -> None:
+    """Check the keys that a pipeline of ranks cannot honour.
 
     Raises:
-        UserError: if the video does not consist of whole blocks, or needs guidance or several rollouts.
+        UserError: if a video needs guidance or several rollouts.
     """
     if config.rollout.num_rollouts > 1:
         raise UserError("ranks of a pipeline make one rollout per video: use inference.py for rollout.num_rollouts")
@@ -61,6 +61,15 @@ def plan_ranks(config: Config, has_prefix: bool) -> tuple[list[Pipeline], Schedu
             "ranks of a pipeline run without guidance: set rollout.guidance_scale=1, or use inference.py, where the "
             "ranks share the videos"
         )
+
+
+def plan_ranks(config: Config, has_prefix: bool) -> tuple[list[Pipeline], Schedule]:
+    """Return the pipelines of all ranks of this run, and the schedule that they share.
+
+    Raises:
+        UserError: if the video does not consist of whole blocks, or as in `check_pipeline_keys`.
+    """
+    check_pipeline_keys(config)
     # The assignment depends on the steps only. The prefix is not read yet, so use any length that has all caches.
     frames, rollout = config.video.num_output_frames, config.rollout
     if has_prefix:

@@ -251,6 +251,10 @@ def test_a_backend_is_set_for_one_network(make_net):
         (["--what", "training"], "tiny.yaml trains nothing"),
         (["--device", "moon"], "no device 'moon'"),
         (["typo.key=1"], "typo"),
+        (["rollout.schedule=bidirectional"], "the benchmark measures blocks"),
+        (["rollout.num_rollouts=2"], "cannot measure rollout.num_rollouts=2"),
+        (["rollout.guidance_scale=3"], "cannot measure rollout.guidance_scale=3"),
+        (["video.source=clip.mp4"], "cannot measure video.source=clip.mp4"),
     ],
 )
 def test_a_mistake_gives_one_line_before_any_measurement(call, config_file, tmp_path, words, message):

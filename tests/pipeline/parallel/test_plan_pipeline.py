@@ -31,6 +31,8 @@ def test_a_profile_becomes_a_table(call, tmp_path):
             ["--denoise", "1", "--context", "1", "--decode", "0", "--ranks", "0"],
             "--ranks must be 1 to 1,000",
         ),
+        (["rollout.guidance_scale=2"], "ranks of a pipeline run without guidance"),
+        (["rollout.num_rollouts=2"], "ranks of a pipeline make one rollout per video"),
     ],
 )
 def test_bad_arguments_are_one_line(call, words, message):
