@@ -298,7 +298,7 @@ def build_rollout(
     layout = block_layout(rollout, length, 0 if prefix is None else prefix.shape[1])
     if config.video.source:
         length = layout.start(layout.num_blocks)  # a short last block attends to as many frames as the others
-    elif prefix is None:  # all blocks are whole, so the layout has no end
+    elif layout.is_whole:  # all blocks are, so the layout has no end
         layout = replace(layout, num_frames=None)
     height, width = size or latent_size(config.video)
     context, sink = context_frames(rollout, length)

@@ -33,7 +33,7 @@ from utils.config import Config
 from utils.config_checks import video_frames
 from utils.contact_sheet import ContactSheetSampler, save_contact_sheet
 from utils.errors import UserError
-from utils.files import partial_path, refuse_device, require_no_folder, write_json
+from utils.files import partial_path, refuse_device, require_no_folder, writable_folder, write_json
 from utils.locks import lock_file
 from utils.mp4 import is_complete_mp4
 from utils.prompts import Prompt
@@ -46,6 +46,18 @@ class VideoFiles:
 
     folder: Path
     stem: str
+
+    @classmethod
+    def at(cls, path: str | os.PathLike[str]) -> "VideoFiles":
+        """Return the files of the video `path`. Its folder is created if it does not exist.
+
+        Raises:
+            UserError: for a suffix other than .mp4, or a folder that is not writable.
+        """
+        path = Path(path)
+        if path.suffix != ".mp4":
+            raise UserError(f"cannot save {path}: name a file that ends in .mp4")
+        return cls(writable_folder(path.parent), path.stem)
 
     @property
     def video(self) -> Path:
@@ -218,13 +230,7 @@ class VideoOutput:
         if self.metadata is None:
             return
         seconds = (time.perf_counter() - self._started) / len(self.files)
-        figures = {
-            "latent_frames": self.num_frames,
-            "pixel_frames": self.vae.num_pixel_frames(self.num_frames),
-            "seconds": round(seconds, 3),
-            "device": device_name(self.vae.net.device),
-            "threads": torch.get_num_threads(),
-        }
+        figures = run_figures(self.vae, self.num_frames, seconds)
         for index, (files, metadata) in enumerate(zip(self.files, self.metadata, strict=True)):
             if self._sheets:
                 strip = self._sheets[index].strip(metadata["name"])
@@ -294,6 +300,17 @@ def video_metadata(config: Config, prompt: Prompt, sample: int, prefix_path: str
             "diffusers": diffusers.__version__,
             "transformers": transformers.__version__,
         },
+    }
+
+
+def run_figures(vae: WanVAE, num_frames: int, seconds: float) -> dict[str, Any]:
+    """Return the figures of the run that made a video of `num_frames` latent frames, for its metadata."""
+    return {
+        "latent_frames": num_frames,
+        "pixel_frames": vae.num_pixel_frames(num_frames),
+        "seconds": round(seconds, 3),
+        "device": device_name(vae.net.device),
+        "threads": torch.get_num_threads(),
     }
 
 

@@ -30,6 +30,7 @@ from pipeline.overlap import Overlap
 from pipeline.prefix import check_one_input, check_prefix_exists, read_prefix
 from pipeline.rollout import Rollout
 from pipeline.schedule import Op, Schedule
+from pipeline.session import Session
 from pipeline.source import fit_to_source, source_frames
 from pipeline.video import Video
 from utils.config import Config, load_config, override_config
@@ -172,6 +173,29 @@ class TextToVideo:
         for part, latents in pipe._blocks_of(prompt, sample, prefix_path, decoder):
             [frames] = decode_frames(decoder, latents, part)
             yield frames
+
+    def session(
+        self,
+        prompt: str,
+        *,
+        seed: int | None = None,
+        sample: int = 0,
+        schedule: str | None = None,
+        image: str | os.PathLike[str] | None = None,
+        num_frames: int | None = None,
+    ) -> Session:
+        """Return a live video, endless without `num_frames`; see `Session` and docs/api.md.
+
+        Args:
+            schedule: block_first or timestep_first; default: the configuration's.
+
+        Raises:
+            UserError: as `generate`, and for settings that allow no live video.
+        """
+        pipe, prefix_path = self._with(seed, num_frames, image, None, None)
+        changes = ["rollout.order=diagonal"] + ([] if schedule is None else [f"rollout.schedule={schedule}"])
+        pipe.config = override_config(pipe.config, changes)
+        return Session(pipe, _as_prompt(prompt), sample, prefix_path, endless=num_frames is None)
 
     def _with(
         self,

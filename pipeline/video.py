@@ -13,8 +13,6 @@ from torch import Tensor
 
 from model.vae import WanVAE
 from pipeline.output import VideoFiles, VideoOutput, decode_frames
-from utils.errors import UserError
-from utils.files import writable_folder
 
 
 class Video:
@@ -63,10 +61,7 @@ class Video:
         Raises:
             UserError: for another suffix, or a folder that is not writable.
         """
-        path = Path(path)
-        if path.suffix != ".mp4":
-            raise UserError(f"cannot save {path}: name a file that ends in .mp4")
-        files = VideoFiles(writable_folder(path.parent), path.stem)
+        files = VideoFiles.at(path)
         with VideoOutput(
             self._vae,
             [files],
@@ -79,4 +74,4 @@ class Video:
         ) as output:
             for latents in self.latents[None].to(self._vae.net.device).split(1, dim=1):
                 output.emit(latents)
-        return path
+        return files.video

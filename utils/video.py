@@ -6,7 +6,7 @@ import contextlib
 import os
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
@@ -140,7 +140,7 @@ class VideoWriter:
             raise ValueError(f"no frames were written to {self.path}")
         self._encoder.finish()
         with atomic_path(self.partial) as finished:
-            num_frames = _remux(self.partial, finished)
+            num_frames = join_videos([self.partial], finished, self._fps)
             if num_frames != self.num_frames:
                 raise UserError(
                     f"cannot write {self.path}: only {num_frames} of its {self.num_frames} frames are on disk; check "
@@ -221,22 +221,37 @@ def frame_rate(fps: float | Fraction) -> Fraction:
     return Fraction(fps).limit_denominator(1001000)
 
 
-def _remux(fragmented: Path, target: Path) -> int:
-    """Copy the packets of an mp4 into an ordinary mp4 with its index first; return the number of frames."""
-    num_frames = start = 0
+def join_videos(parts: Sequence[Path], target: Path, fps: float) -> int:
+    """Copy the packets of mp4 files of `VideoWriter`, one after another, into an ordinary mp4 with its index first.
+
+    Args:
+        parts: files of the same size, frame rate and quality.
+
+    Returns:
+        the number of frames.
+    """
+    num_frames = 0
     options = {"movflags": "+faststart", "fflags": "+bitexact"}
-    with (
-        av.open(f"file:{fragmented}") as source,
-        av.open(f"file:{target}", "w", format="mp4", container_options=options) as output,
-    ):
-        stream = output.add_stream_from_template(source.streams.video[0])
-        for packet in source.demux(source.streams.video[0]):
-            if packet.size:  # the last packet is empty
-                start = start if num_frames else packet.pts or 0  # B-frames delay the first frame
-                packet.pts, packet.dts = (packet.pts or 0) - start, (packet.dts or 0) - start
-                packet.stream = stream
-                output.mux(packet)
-                num_frames += 1
+    with av.open(f"file:{target}", "w", format="mp4", container_options=options) as output:
+        stream = None
+        for part in parts:
+            with av.open(f"file:{part}") as source:
+                stream = stream or output.add_stream_from_template(source.streams.video[0])
+                num_frames += _copy_packets(source, output, stream, num_frames / frame_rate(fps))
+    return num_frames
+
+
+def _copy_packets(source: Any, output: Any, stream: Any, start: Fraction) -> int:
+    """Copy all packets of an mp4; its first frame is shown at `start`, in seconds. Return the number of frames."""
+    num_frames = offset = 0
+    for packet in source.demux(source.streams.video[0]):
+        if packet.size:  # the last packet is empty
+            if not num_frames:  # B-frames delay the first frame
+                offset = round(start / packet.time_base) - (packet.pts or 0)
+            packet.pts, packet.dts = (packet.pts or 0) + offset, (packet.dts or 0) + offset
+            packet.stream = stream
+            output.mux(packet)
+            num_frames += 1
     return num_frames
 
 
