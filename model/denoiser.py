@@ -65,9 +65,22 @@ class GuidedCache:
 
     def reset(self) -> None:
         """Empty both caches; see `KVCache.reset`."""
-        for cache in (self.conditional, self.unconditional):
-            if cache is not None:
-                cache.reset()
+        for cache in self._caches:
+            cache.reset()
+
+    def forget(self, keep_frames: int) -> None:
+        """Drop old frames of both caches; see `KVCache.forget`."""
+        for cache in self._caches:
+            cache.forget(keep_frames)
+
+    def rewind(self, frame: int) -> None:
+        """Rewind both caches; see `KVCache.rewind`."""
+        for cache in self._caches:
+            cache.rewind(frame)
+
+    @property
+    def _caches(self) -> list[KVCache]:
+        return [cache for cache in (self.conditional, self.unconditional) if cache is not None]
 
 
 class GuidedDenoiser:

@@ -46,6 +46,7 @@ class KVCache:
         self.sink_frames = sink_frames
         self.history_frames = history_frames
         self.num_frames = 0  # frames ever appended, which is also the index of the next frame
+        self.oldest = 0  # frames before this one are dropped, except for the sink
         self.frozen = False
         tokens = (context_frames + history_frames + block_frames) * tokens_per_frame
         shape = (num_layers, batch_size, tokens, num_heads, head_dim)
@@ -90,8 +91,9 @@ class KVCache:
         """
         newest = self.num_frames + uncommitted
         end = newest if before is None else before
-        # Slots after the filled ones are scratch space unless history fills the ring beyond the context.
-        no_scratch = newest > self.context_frames < self._ring_end
+        # Slots after the filled ones are scratch space unless history fills the ring beyond the context. Dropped frames
+        # leave a gap, so the context is no single view.
+        no_scratch = newest > self.context_frames < self._ring_end or self._has_gap(newest)
         if torch.is_grad_enabled() or end != newest or no_scratch:
             past_k, past_v = self._read(layer, end, newest)
             return torch.cat([past_k, k], dim=1), torch.cat([past_v, v], dim=1)
@@ -115,17 +117,30 @@ class KVCache:
         """Add `num_frames` frames to the context, after every layer has appended them."""
         self.num_frames += num_frames
 
+    def forget(self, keep_frames: int) -> None:
+        """Drop all frames except for the sink and the newest `keep_frames`."""
+        self.oldest = max(self.oldest, self.num_frames - keep_frames)
+
+    def rewind(self, frame: int) -> None:
+        """Drop all frames except for those of the sink before `frame`, which is the next frame to append."""
+        assert frame <= self.num_frames and not self.frozen
+        self.num_frames = self.oldest = frame
+
     def freeze(self) -> None:
         """Refuse further appends, so that the backward pass reads the same keys and values again."""
         self.frozen = True
 
     def reset(self) -> None:
         """Empty and unfreeze the cache; its memory stays allocated."""
-        self.num_frames, self.frozen = 0, False
+        self.num_frames, self.oldest, self.frozen = 0, 0, False
 
     @property
     def _ring_end(self) -> int:
         return self.sink_frames + self.ring_frames
+
+    def _has_gap(self, newest: int) -> bool:
+        """Return whether `forget` or `rewind` dropped frames that the context would hold."""
+        return self.oldest > max(min(self.sink_frames, newest), newest - self.ring_frames)
 
     def _read(self, layer: int, end: int, newest: int) -> tuple[Tensor, Tensor]:
         runs = self._slots(end, newest)
@@ -140,7 +155,7 @@ class KVCache:
     def _slots(self, end: int, newest: int) -> list[tuple[int, int]]:
         """Return runs (first slot, end slot) of the context before frame `end`; `newest` frames are appended so far."""
         sink = min(self.sink_frames, end)
-        start = max(self.sink_frames, end - (self.context_frames - self.sink_frames))
+        start = max(self.sink_frames, end - (self.context_frames - self.sink_frames), self.oldest)
         if end > newest or start < min(end, newest - self.ring_frames):
             raise ValueError(f"the cache, at frame {newest}, does not hold the context before frame {end}")
         if start >= end:

@@ -46,7 +46,7 @@ from pipeline.diffusers_arguments import (
 )
 from pipeline.output import frame_range, not_finite
 from pipeline.rollout import Rollout
-from pipeline.schedule import Denoise, Op, WriteContext
+from pipeline.schedule import Denoise, DenoiseAndWrite, Op, WriteThenDenoise
 from pipeline.text_to_video import TextToVideo, find_file
 from utils.config import Config
 from utils.device import DTYPES
@@ -315,7 +315,7 @@ class HiARPipeline(DiffusionPipeline, WanLoraLoaderMixin):
 
             def on_op(op: Op) -> None:
                 bar.update()
-                if on_step is not None and not isinstance(op, WriteContext):
+                if on_step is not None and isinstance(op, Denoise | DenoiseAndWrite | WriteThenDenoise):
                     on_step(generator.current_rollout, op)
                 if self._interrupt:
                     raise _Interrupt
@@ -328,7 +328,7 @@ class HiARPipeline(DiffusionPipeline, WanLoraLoaderMixin):
 
     def _call_back(self, callback: Callback, tensor_inputs: Sequence[str], rollout: Rollout, op: Op) -> None:
         """Call the user's callback after a Denoise; put the latents that it returns into the rollout."""
-        assert not isinstance(op, WriteContext)
+        assert isinstance(op, Denoise | DenoiseAndWrite | WriteThenDenoise)
         step = op.step if isinstance(op, Denoise) else op.denoise.step
         latents = rollout.blocks[op.block].x.transpose(1, 2)
         self._current_block, self._current_timestep = op.block, torch.tensor(1000 * rollout.sigmas[step])

@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 
 from model.flow import add_noise
-from pipeline.schedule import Denoise, DenoiseAndWrite, Op, WriteContext, WriteThenDenoise
+from pipeline.schedule import (
+    Denoise,
+    DenoiseAndWrite,
+    ForgetContext,
+    Op,
+    RewindContext,
+    WriteContext,
+    WriteThenDenoise,
+)
 
 Cache = Any  # the denoiser's context store: a KVCache for the causal DiT, None for a bidirectional network
 
@@ -120,9 +128,12 @@ class Rollout:
         source: Callable[[int], Tensor] | None = None,
         deterministic: bool = False,
         on_op: Callable[[Op], None] | None = None,
+        denoiser_at: Callable[[int], BlockDenoiser] | None = None,
+        retained_frames: int = 0,
     ):
         """
         Args:
+            denoiser: network and prompt of all blocks.
             sigmas: noise levels 0..S, from the first step's input down to 0.
             noise: maps (block, step) to the noise [B, F, C, h, w] in the block's input to that step. Step S is the
                 noise of a context that is written with `context_noise`.
@@ -132,8 +143,12 @@ class Rollout:
                 once per block, in ascending order. None: blocks start from pure noise.
             deterministic: take Euler steps along the predicted flow instead of drawing fresh noise between steps.
             on_op: called after every op, for progress bars and profiles.
+            denoiser_at: maps a block to the denoiser with its prompt; replaces `denoiser`.
+            retained_frames: frames of context that a cache can be written with again; needed for `RewindContext`.
         """
         self.denoiser = denoiser
+        self.denoiser_at = denoiser_at
+        self.retained_frames = retained_frames
         self.sigmas = list(sigmas)
         self.noise = noise
         self.new_cache = new_cache
@@ -150,6 +165,7 @@ class Rollout:
         self._finished: list[tuple[int, Tensor]] = []  # not yielded yet
         self._next_block = layout.prefix_blocks  # the first block that is not yielded
         self._last_block: dict[int, int] = {}  # of each cache: the block of its last op
+        self._written: dict[int, dict[int, tuple[Tensor, float]]] = {}  # of each cache: latents and sigma by block
 
     def run(self, ops: Iterable[Op], caches: Iterable[int]) -> Iterator[tuple[int, Tensor]]:
         """Execute ops in order; yield (block, latents [B, F, C, h, w]) as blocks finish.
@@ -183,6 +199,10 @@ class Rollout:
                 self._denoise(op.denoise, cache, write=True)
             case WriteThenDenoise():
                 self._write_then_denoise(op, cache)
+            case ForgetContext():
+                cache.forget(op.frames)
+            case RewindContext():
+                cache.rewind(self.layout.start(op.first_block))
         self._drop_passed_blocks(op)
 
     def replace_latents(self, block: int, latents: Tensor) -> None:
@@ -205,19 +225,39 @@ class Rollout:
 
     def _denoise(self, op: Denoise, cache: Cache, write: bool = False) -> None:
         x, sigma = self._input(op)
-        x0 = self.denoiser.denoise(x, sigma, self.layout.start(op.block), cache, write)
+        x0 = self._denoiser_of(op.block).denoise(x, sigma, self.layout.start(op.block), cache, write)
+        if write:
+            self._retain(op.block, op.cache, x, sigma)
         self._finish_step(op, x0)
 
     def _write_context(self, op: WriteContext, cache: Cache) -> None:
-        x, sigma = self._context(op)
-        self.denoiser.write_context(x, sigma, self.layout.start(op.block), cache)
+        retained = self._written.get(op.cache, {}).get(op.block) if op.prompt_block is not None else None
+        x, sigma = retained or self._context(op)
+        self._retain(op.block, op.cache, x, sigma)
+        denoiser = self._denoiser_of(op.block if op.prompt_block is None else op.prompt_block)
+        denoiser.write_context(x, sigma, self.layout.start(op.block), cache)
 
     def _write_then_denoise(self, op: WriteThenDenoise, cache: Cache) -> None:
         context, context_sigma = self._context(op.write)  # first: ranks receive the earlier block first
         x, sigma = self._input(op.denoise)
         start = self.layout.start(op.write.block)
-        x0 = self.denoiser.write_then_denoise(context, context_sigma, x, sigma, start, cache)
+        self._retain(op.write.block, op.cache, context, context_sigma)
+        denoiser = self._denoiser_of(op.block)
+        x0 = denoiser.write_then_denoise(context, context_sigma, x, sigma, start, cache)
         self._finish_step(op.denoise, x0)
+
+    def _denoiser_of(self, block: int) -> BlockDenoiser:
+        return self.denoiser if self.denoiser_at is None else self.denoiser_at(block)
+
+    def _retain(self, block: int, cache: int, x: Tensor, sigma: float) -> None:
+        """Keep the latents that a cache is written with, as long as the context of a later block holds them."""
+        if not self.retained_frames:
+            return
+        written = self._written.setdefault(cache, {})
+        written[block] = x, sigma
+        oldest = self.layout.start(max(written) + 1) - self.retained_frames
+        for passed in [b for b in written if self.layout.start(b + 1) <= oldest]:
+            del written[passed]
 
     def _input(self, op: Denoise) -> tuple[Tensor, float]:
         """Return x of the block that `op` denoises, and its sigma."""
@@ -281,6 +321,8 @@ class Rollout:
 
     def _drop_passed_blocks(self, op: Op) -> None:
         """Drop the blocks that the ops of all caches have passed: no later op uses them."""
+        if isinstance(op, ForgetContext | RewindContext):  # writes of earlier blocks may follow
+            return
         self._last_block[op.cache] = op.block
         passed = min(self._last_block.values())
         for block in [block for block in self.blocks if block < passed]:
@@ -293,6 +335,7 @@ class Rollout:
 
     def _release_cache(self, number: int) -> None:
         cache = self.caches.pop(number)
+        self._written.pop(number, None)
         if cache is not None:
             cache.reset()
         self._free_caches.append(cache)

@@ -38,13 +38,15 @@ class Denoise:
 class WriteContext:
     """Run `block` at `noise_index` through the network and append its keys and values to `cache`.
 
-    The block does not change. With `context_noise`, the clean block is written at this sigma, with fresh noise.
+    The block does not change. With `context_noise`, the clean block is written at this sigma, with fresh noise. The
+    pass has the prompt of `block`, or that of `prompt_block`: then the latents are those that were written before.
     """
 
     block: int
     noise_index: int
     cache: int
     context_noise: float = 0.0
+    prompt_block: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +85,28 @@ class WriteThenDenoise:
         return self.denoise.cache
 
 
-Op = Denoise | WriteContext | DenoiseAndWrite | WriteThenDenoise
+@dataclass(frozen=True, slots=True)
+class ForgetContext:
+    """Drop all frames of `cache` but the sink and the newest `frames`, before the first op of `block`."""
+
+    block: int
+    cache: int
+    frames: int
+
+
+@dataclass(frozen=True, slots=True)
+class RewindContext:
+    """Drop all frames of `cache` from those of `first_block` on, and all before but the sink.
+
+    The next write is of `first_block`. The first op of `block` follows these writes.
+    """
+
+    block: int
+    cache: int
+    first_block: int
+
+
+Op = Denoise | WriteContext | DenoiseAndWrite | WriteThenDenoise | ForgetContext | RewindContext
 Context = Literal["output", "input", "clean"]
 
 
@@ -285,16 +308,23 @@ def _fuse_neighbours(ops: Iterable[Op], fuse: Callable[[Op, Op], Op | None]) -> 
 def dependencies(ops: Sequence[Op]) -> list[set[int]]:
     """Return, for every op, the indices of the earlier ops that must precede it in any order.
 
-    A Denoise reads its cache and changes its block. A WriteContext reads its block and changes its cache. Each read
-    must stay between the same two changes as in `ops`.
+    A Denoise reads its cache and changes its block. A WriteContext reads its block and changes its cache. Ops that drop
+    context only change their cache. So do those that write a block again, except for the block before the switch, which
+    may not have been written before. Each read must stay between the same two changes as in `ops`.
     """
     last_change: dict[tuple[str, int], int] = {}
     readers: dict[tuple[str, int], set[int]] = {}  # since the last change
     result: list[set[int]] = []
     for index, op in enumerate(ops):
         block, cache = ("block", op.block), ("cache", op.cache)
-        changes = {block} if isinstance(op, Denoise) else {cache} if isinstance(op, WriteContext) else {block, cache}
+        changes = {block, cache} if isinstance(op, DenoiseAndWrite | WriteThenDenoise) else {cache}
         touches = [block, cache]
+        if isinstance(op, Denoise):
+            changes = {block}
+        elif isinstance(op, ForgetContext | RewindContext) or (
+            isinstance(op, WriteContext) and op.prompt_block is not None and op.block < op.prompt_block - 1
+        ):
+            touches = [cache]
         if isinstance(op, WriteThenDenoise):
             touches.append(("block", op.write.block))
         before: set[int] = set()

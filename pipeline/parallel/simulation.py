@@ -145,7 +145,7 @@ class _StageClock:
             self._work(self.times.seconds("context", op.block))
             if op.block == self._delayed:
                 self.flush()
-        else:
+        elif isinstance(op, Denoise | DenoiseAndWrite):
             self._wait_for_block(op.block)
             self._work(self.times.seconds("denoise", op.block))
             self._after_denoise(op.denoise if isinstance(op, DenoiseAndWrite) else op)
