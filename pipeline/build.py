@@ -340,5 +340,6 @@ def build_rollout(
         "prefix": prefix,
         "source": None if source is None else source_block,
         "deterministic": rollout.use_ode_trajectory,
+        "retained_frames": context if options.get("denoiser_at") and rollout.prompt_switch == "recache" else 0,
     }
     return rollout_class(**arguments | options)

@@ -7,8 +7,10 @@ import argparse
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
+from pipeline.prompt_track import first_prompt, read_track, track_entries
 from utils.config import Config, config_flags, load_config
 from utils.config_checks import MAX_FRAMES, MAX_VIDEOS
 from utils.errors import UserError
@@ -54,6 +56,9 @@ def shared_arguments() -> argparse.ArgumentParser:
     parser.add_argument("--data_path", "--prompt_file_path", metavar="FILE", help="file of prompts, one per line")
     parser.add_argument(
         "--extended_prompt_path", metavar="FILE", help="file with an extended text per line of --data_path"
+    )
+    parser.add_argument(
+        "--prompt_track", metavar="FILE", help="prompts of later blocks: lines `block: prompt` or `12.5s: prompt`"
     )
     parser.add_argument("--num_output_frames", help="latent frames, prefix included; F make 4(F-1)+1 pixel frames")
     parser.add_argument("--use_ema", action="store_true", help="use the checkpoint's generator_ema")
@@ -207,8 +212,15 @@ def requested_videos(args: argparse.Namespace, metadata: dict[str, Any] | None) 
         UserError: if there is no prompt.
     """
     images = args.i2v
+    track = read_track(args.prompt_track) if args.prompt_track else ()
+    if first := first_prompt(track):
+        if images is not None or args.data_path or args.prompt not in (None, first):
+            raise UserError("--prompt_track has a prompt for block 0: leave out --prompt, --data_path and --i2v")
+        args.prompt = first
     if images is None and args.prompt is None and not args.data_path and metadata is not None:
-        prompt, sample = Prompt(0, metadata["prompt"], metadata["name"]), metadata["sample"]
+        if not args.prompt_track and metadata.get("prompt_track"):
+            track = track_entries(metadata["prompt_track"], f"prompt_track in {args.config_path}")
+        prompt, sample = Prompt(0, metadata["prompt"], metadata["name"], track=track), metadata["sample"]
         return [(prompt, sample, unique_stems([prompt], sample + 1, args.save_with_index)[0][sample])]
     if images is not None:
         if args.prompt is not None or args.image or args.video or args.source or args.extended_prompt_path:
@@ -220,5 +232,6 @@ def requested_videos(args: argparse.Namespace, metadata: dict[str, Any] | None) 
         prompts = read_prompts(args.data_path, args.extended_prompt_path)
     else:
         raise UserError("no prompt: add --prompt TEXT, or --data_path FILE with one prompt per line")
+    prompts = [replace(prompt, track=track) for prompt in prompts]
     stems = unique_stems(prompts, args.num_samples, args.save_with_index)
     return [(p, sample, stems[p.index][sample]) for p in prompts for sample in range(args.num_samples)]

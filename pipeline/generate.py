@@ -14,6 +14,7 @@ from tqdm import tqdm
 from pipeline.build import check_causal, num_pixel_frames
 from pipeline.output import VideoFiles, VideoJob, VideoOutput, video_metadata
 from pipeline.prefix import check_one_input, check_prefix_exists, is_image, read_prefix
+from pipeline.prompt_track import TrackEntries
 from pipeline.schedule import Op
 from pipeline.source import fit_to_source
 from pipeline.text_to_video import TextToVideo
@@ -83,13 +84,13 @@ def generate_videos(
     if not jobs:
         return RunSummary(0, existing, folder)
     for path in dict.fromkeys(job.prompt.image or prefix_path for job in jobs):
-        check_request(config, path)
+        check_request(config, path, jobs[0].prompt.track)
     pipeline = TextToVideo.load(config, device=pick_device(config.runtime.device, config.runtime.threads))
     started = time.perf_counter()
     read = functools.lru_cache(maxsize=batch_size)(lambda path: read_prefix(path, config, pipeline.vae))
     first = jobs[0].prompt.image or prefix_path
     num_ops = pipeline.num_ops(read(first).shape[1] if first else 0)
-    pipeline.encode_prompts([job.prompt.text for job in jobs])
+    pipeline.encode_prompts([text for job in jobs for text in job.prompt.texts])
     interval = 0.5 if sys.stderr.isatty() else 15
     batches = [jobs[i : i + batch_size] for i in range(0, len(jobs), batch_size)]
     total, hidden = num_ops * len(batches), rank() != 0
@@ -141,7 +142,7 @@ def print_changed_settings(files: VideoFiles, metadata: dict[str, Any]) -> None:
         before = read_json(files.metadata, "metadata file of a video")
         before.setdefault("prefix", before.get("condition"))  # its key in older files
         changed = _changed_keys(before["config"], metadata["config"])
-        changed += [key for key in ("prompt", "prefix") if before.get(key) != metadata[key]]
+        changed += [key for key in ("prompt", "prefix", "prompt_track") if before.get(key) != metadata.get(key)]
     except (UserError, KeyError, TypeError, AttributeError):
         print(f"kept {files.video}, although its metadata {files.metadata} is damaged; --overwrite replaces both")
         return
@@ -163,8 +164,8 @@ def _changed_keys(before: dict[str, Any], config: dict[str, Any]) -> list[str]:
     ]
 
 
-def check_request(config: Config, prefix_path: str) -> None:
-    """Check before weights are loaded that the size, length and prefix file of the videos are valid.
+def check_request(config: Config, prefix_path: str, track: TrackEntries = ()) -> None:
+    """Check before weights are loaded that the size, length, prefix file and prompt track of the videos are valid.
 
     Raises:
         UserError: with values that work.
@@ -174,7 +175,7 @@ def check_request(config: Config, prefix_path: str) -> None:
         check_causal(config.rollout)
         check_prefix_exists(prefix_path)
     # An image is one latent frame. The length of a clip is unknown until it is read.
-    TextToVideo.check(config, prefix_frames=0 if not prefix_path else 1 if is_image(prefix_path) else None)
+    TextToVideo.check(config, 0 if not prefix_path else 1 if is_image(prefix_path) else None, track)
 
 
 def make_videos(
@@ -196,6 +197,7 @@ def make_videos(
             output.emit(prefix)
         prompts, samples = [job.prompt.text for job in batch], [job.sample for job in batch]
         first = pipeline.schedule(0 if prefix is None else prefix.shape[1]).prefix_blocks
-        blocks = pipeline.generate_blocks(prompts, samples, prefix, show_progress, output.decoder)
+        track = batch[0].prompt.track
+        blocks = pipeline.generate_blocks(prompts, samples, prefix, show_progress, output.decoder, track)
         for block, latents in enumerate(blocks, start=first):
             output.emit(latents, block)

@@ -287,8 +287,10 @@ def not_finite(part: str, video: str = "", decoded: bool = False) -> str:
 
 def video_metadata(config: Config, prompt: Prompt, sample: int, prefix_path: str) -> dict[str, Any]:
     """Return all settings that determine a video. `prefix_path`: path of the prefix, if the prompt has no image."""
+    track = {"prompt_track": [list(entry) for entry in prompt.track]} if prompt.track else {}
     return {
         "prompt": prompt.text,
+        **track,
         "name": prompt.name,
         "sample": sample,
         "prefix": os.path.abspath(start) if (start := prompt.image or prefix_path) else "",

@@ -1,10 +1,12 @@
 """Text to video: the Python API, and the batch interface for inference, training and benchmarks."""
 
 import copy
+import functools
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,10 +26,21 @@ from pipeline.build import (
     load_network,
     load_vae,
     overlap_pixel_frames,
+    rollout_sigmas,
 )
+from pipeline.build_track import build_switch_ops, build_track
 from pipeline.output import decode_frames, frame_range, not_finite, video_metadata
 from pipeline.overlap import Overlap
 from pipeline.prefix import check_one_input, check_prefix_exists, read_prefix
+from pipeline.prompt_embeddings import PromptEmbeddings
+from pipeline.prompt_track import (
+    LivePrompts,
+    PromptTrack,
+    TrackEntries,
+    checked_prompt,
+    first_prompt,
+    track_entries,
+)
 from pipeline.rollout import Rollout
 from pipeline.schedule import Op, Schedule
 from pipeline.session import Session
@@ -39,6 +52,8 @@ from utils.device import pick_device
 from utils.errors import UserError
 from utils.prompts import Prompt
 
+TrackSource = str | os.PathLike[str] | Mapping[Any, str] | Sequence[Any] | LivePrompts
+"""Path of a track's file, mapping from positions to prompts, pairs, or prompts that change during the rollout."""
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
@@ -93,11 +108,12 @@ class TextToVideo:
         return cls(config, load_network(config, device), load_embeddings(config, device), load_vae(config, device))
 
     @staticmethod
-    def check(config: Config, prefix_frames: int | None = 0) -> None:
+    def check(config: Config, prefix_frames: int | None = 0, track: TrackEntries = ()) -> None:
         """Check the video's size and length. No weights are loaded.
 
         Args:
             prefix_frames: latent frames of the prefix; None to check the size only.
+            track: later prompts.
 
         Raises:
             UserError: with values that work.
@@ -110,6 +126,8 @@ class TextToVideo:
                 prefix_frames,
                 short_last_block=bool(config.video.source),
             )
+            if track:
+                build_track(config, track, "", prefix_frames)
 
     # ---- One video ----
 
@@ -123,6 +141,7 @@ class TextToVideo:
         image: str | os.PathLike[str] | None = None,
         video: str | os.PathLike[str] | None = None,
         strength: float | None = None,
+        prompt_track: TrackSource | None = None,
     ) -> Video:
         """Generate a video.
 
@@ -135,6 +154,8 @@ class TextToVideo:
             video: path of the clip, or of the saved latents, that the video continues or, with `strength`, changes.
             strength: video-to-video: factor on all noise levels, above 0 and at most 1. A small value keeps the clip, a
                 large one follows the prompt.
+            prompt_track: prompts of later blocks: a file, a mapping such as {7: "a blue circle", "12.5s": "a star"}, or
+                `LivePrompts` (its prompt replaces `prompt`).
 
         Raises:
             UserError: for an empty prompt, an impossible length or strength, a file that cannot be read, or a video
@@ -143,11 +164,16 @@ class TextToVideo:
         started = time.perf_counter()
         pipe, prefix_path = self._with(seed, num_frames, image, video, strength)
         blocks: list[Tensor] = []
-        for part, latents in pipe._blocks_of(prompt, sample, prefix_path):
+        video_prompt = _as_prompt(prompt, prompt_track)
+        live = prompt_track if isinstance(prompt_track, LivePrompts) else None
+        for part, latents in pipe._blocks_of(video_prompt, sample, prefix_path, live=live):
             blocks.append(latents.cpu())
             if not is_finite(blocks[-1]):
                 raise UserError(not_finite(part))
-        metadata = video_metadata(pipe.config, _as_prompt(prompt), sample, prefix_path)
+        if live is not None:
+            [(_, text), *later] = live.to_metadata()
+            video_prompt = Prompt(0, text, text, track=track_entries(later) if later else ())
+        metadata = video_metadata(pipe.config, video_prompt, sample, prefix_path)
         latents = torch.cat(blocks, dim=1)[0]
         return Video(latents, self.vae, pipe.config.video.fps, metadata, time.perf_counter() - started)
 
@@ -161,6 +187,7 @@ class TextToVideo:
         image: str | os.PathLike[str] | None = None,
         video: str | os.PathLike[str] | None = None,
         strength: float | None = None,
+        prompt_track: TrackSource | None = None,
     ) -> Iterator[np.ndarray]:
         """Generate a video and yield the pixel frames [T, H, W, 3], uint8, of each block as it finishes.
 
@@ -170,7 +197,8 @@ class TextToVideo:
         pipe, prefix_path = self._with(seed, num_frames, image, video, strength)
         pipe.config.rollout.order = "diagonal"  # finishes blocks early
         decoder = self.vae.stream(overlap_pixel_frames(pipe.config.rollout))
-        for part, latents in pipe._blocks_of(prompt, sample, prefix_path, decoder):
+        live = prompt_track if isinstance(prompt_track, LivePrompts) else None
+        for part, latents in pipe._blocks_of(_as_prompt(prompt, prompt_track), sample, prefix_path, decoder, live):
             [frames] = decode_frames(decoder, latents, part)
             yield frames
 
@@ -224,7 +252,12 @@ class TextToVideo:
         return pipe, prefix_path
 
     def _blocks_of(
-        self, prompt: str, sample: int, prefix_path: str, decoder: StreamingDecoder | None = None
+        self,
+        prompt: Prompt,
+        sample: int,
+        prefix_path: str,
+        decoder: StreamingDecoder | None = None,
+        live: LivePrompts | None = None,
     ) -> Iterator[tuple[str, Tensor]]:
         """Yield a name for messages and the latents [1, F, C, h, w] of the prefix, if there is one, and each block.
 
@@ -234,7 +267,7 @@ class TextToVideo:
         frames = 0 if prefix is None else prefix.shape[1]
         if prefix is not None:
             yield "the prefix", prefix
-        blocks = self.generate_blocks([_as_prompt(prompt).text], [sample], prefix, decoder=decoder)
+        blocks = self.generate_blocks([prompt.text], [sample], prefix, None, decoder, live or prompt.track)
         for block, latents in enumerate(blocks, start=self.schedule(frames).prefix_blocks):
             yield frame_range(frames, latents.shape[1], block), latents
             frames += latents.shape[1]
@@ -248,6 +281,7 @@ class TextToVideo:
         prefix: Tensor | None = None,
         on_op: Callable[[Op], None] | None = None,
         decoder: StreamingDecoder | None = None,
+        track: TrackEntries | PromptTrack = (),
     ) -> Iterator[Tensor]:
         """Generate a batch of videos; yield the latents [B, F, C, h, w] of each block as it finishes.
 
@@ -258,6 +292,7 @@ class TextToVideo:
             on_op: called after every op.
             decoder: decoder that the caller pushes the prefix and each yielded block to, so that repeated rollouts need
                 not decode them again. It keeps `overlap_pixel_frames` pixel frames.
+            track: prompts of later blocks, the same for all videos.
         """
         settings = self.config.rollout
         overlap = Overlap(self.vae, settings.overlap_frames, decoder) if settings.num_rollouts > 1 else None
@@ -267,9 +302,14 @@ class TextToVideo:
         for number in range(settings.num_rollouts):
             if overlap is not None and number:
                 prefix = overlap.prefix()
-            schedule = self.schedule(0 if prefix is None else prefix.shape[1])
-            rollout = self.rollout(prompts, samples, prefix, on_op, noise_offset)
-            for _, latents in rollout.run(list(self.ops(schedule)), schedule.caches):
+            prefix_frames = 0 if prefix is None else prefix.shape[1]
+            schedule = self.schedule(prefix_frames)
+            if track and not isinstance(track, PromptTrack):
+                track = build_track(self.config, track, prompts[0], prefix_frames)
+            options = {"track": track} if isinstance(track, PromptTrack) else {}
+            rollout = self.rollout(prompts, samples, prefix, on_op, noise_offset, **options)
+            ops = self.ops(schedule, prefix_frames=prefix_frames, **options)
+            for _, latents in rollout.run(ops if isinstance(track, LivePrompts) else list(ops), schedule.caches):
                 yield latents
                 if overlap is not None:
                     overlap.add(latents)
@@ -282,14 +322,20 @@ class TextToVideo:
         prefix: Tensor | None = None,
         on_op: Callable[[Op], None] | None = None,
         noise_offset: int = 0,
+        track: PromptTrack | None = None,
     ) -> Rollout:
         """Return the first rollout that `generate_blocks` runs with the same arguments.
 
         Args:
             noise_offset: see `build_rollout`.
+            track: prompt of each block. Pass it to `ops`, too.
         """
         assert len(prompts) == len(samples)
         source = source_frames(self.config, self.vae) if self.config.video.source else None
+        options: dict[str, Any] = {}
+        if track is not None:  # a block's prompt in all its steps, and a few to write context again
+            of_prompts = functools.lru_cache(len(rollout_sigmas(self.config.rollout)) + 2)(self._denoiser)
+            options["denoiser_at"] = lambda block: of_prompts(tuple(track.prompts_at(block, prompts)))
         return build_rollout(
             self.config,
             self._denoiser(prompts),
@@ -298,6 +344,7 @@ class TextToVideo:
             source=source,
             noise_offset=noise_offset,
             on_op=on_op,
+            **options,
         )
 
     def _denoiser(self, prompts: Sequence[str]) -> Denoiser | GuidedDenoiser:
@@ -327,12 +374,13 @@ class TextToVideo:
         video = self.config.video
         return build_schedule(self.config.rollout, video.num_output_frames, prefix_frames, bool(video.source))
 
-    def ops(self, schedule: Schedule) -> Iterator[Op]:
-        """Return a schedule's ops in the configured order."""
-        return schedule.ops(self.config.rollout.order, self.config.rollout.fuse_context)
+    def ops(self, schedule: Schedule, track: PromptTrack | None = None, prefix_frames: int = 0) -> Iterator[Op]:
+        """Return a schedule's ops in the configured order, with those of prompt switches."""
+        ops = schedule.ops(self.config.rollout.order, self.config.rollout.fuse_context)
+        return ops if track is None else build_switch_ops(self.config, ops, track, prefix_frames)
 
     def num_ops(self, prefix_frames: int = 0) -> int:
-        """Return the number of ops of one video, for progress bars."""
+        """Return the number of ops of one video without prompt switches, for progress bars."""
         later, overlap = self.config.rollout.num_rollouts - 1, self.config.rollout.overlap_frames
         lengths = [prefix_frames, *[overlap] * later]
         counts = {frames: sum(1 for _ in self.ops(self.schedule(frames))) for frames in set(lengths)}
@@ -345,11 +393,15 @@ def find_file(path: str) -> str:
     return str(in_repository) if path and not os.path.exists(path) and in_repository.exists() else path
 
 
-def _as_prompt(text: str) -> Prompt:
-    text = text.strip()
-    if not text:
-        raise UserError("the prompt is empty: describe a video")
-    return Prompt(0, text, text)
+def _as_prompt(text: str, track: TrackSource | None = None) -> Prompt:
+    """Return a prompt with the track of a call. An entry for block 0 must not differ from `text`."""
+    if isinstance(track, LivePrompts):
+        return Prompt(0, track.prompt, track.prompt)
+    entries = () if track is None else track_entries(track)
+    text = checked_prompt(text or first_prompt(entries))
+    if first_prompt(entries) not in ("", text):
+        raise UserError("prompt and prompt_track give different prompts for block 0; leave out one of them")
+    return Prompt(0, text, text, track=entries)
 
 
 def _prefix_path(image: str | os.PathLike[str] | None, video: str | os.PathLike[str] | None) -> str:
@@ -359,30 +411,3 @@ def _prefix_path(image: str | os.PathLike[str] | None, video: str | os.PathLike[
     if path:
         check_prefix_exists(path)
     return path
-
-
-class PromptEmbeddings:
-    """Embeddings of prompts, from an encoder that is on its device only while it encodes."""
-
-    def __init__(self, cache: EmbeddingCache, device: torch.device, offload: bool):
-        """
-        Args:
-            device: where the text encoder runs.
-            offload: move the encoder to the device for missing prompts and back to the CPU afterwards. Set to false if
-                no other network needs the memory.
-        """
-        self.cache, self.device, self.offload = cache, device, offload
-
-    def encode(self, prompts: Sequence[str]) -> None:
-        """Encode the missing prompts. Pass all prompts of a run at once, so that the weights move only once."""
-        moves = self.offload and bool(self.cache.missing(prompts))
-        if moves:
-            self.cache.to(self.device)
-        self.cache.prepare(prompts)
-        if moves:
-            self.cache.to("cpu")
-
-    def of(self, prompts: Sequence[str]) -> Tensor:
-        """Return embeddings [B, text length, text_dim] on the CPU, in the text encoder's dtype."""
-        self.encode(prompts)
-        return self.cache.get(prompts)

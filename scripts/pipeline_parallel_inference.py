@@ -57,13 +57,12 @@ def generate(args: argparse.Namespace, config: Config) -> None:
     """Run the pipeline, or print its plan."""
     # Import heavy modules after the arguments are checked, so that errors appear at once.
     from pipeline.parallel.profile import profile_table
-    from pipeline.parallel.runner import PipelineRequest, plan_ranks, run_pipelines
-    from pipeline.parallel.stages import describe_assignment
+    from pipeline.parallel.runner import PipelineRequest, describe_plan, run_pipelines
 
     metadata = read_metadata(args.config_path)
     prefix_path = requested_prefix(args, metadata)
     if args.plan:
-        plan = describe_assignment(*plan_ranks(config, bool(prefix_path) or args.i2v is not None))
+        plan = describe_plan(config, bool(prefix_path) or args.i2v is not None)
         print(plan + "\n" if rank() == 0 else "", end="")
         return
     prefix = args.profile_output if args.profile else ""

@@ -108,6 +108,9 @@ class RolloutConfig:
     """Latent frames in the attention window, including the current block and the sink. 0: the whole video."""
     sink: int = 0
     """Latent frames at the start of the video that always stay in the window."""
+    prompt_switch: Literal["keep", "recache", "flush"] = "keep"
+    """Context when a prompt track changes the prompt. keep leaves it; recache writes the window's blocks again under
+    the new prompt (LongLive); flush keeps the sink and the newest two frames (Infinity-RoPE)."""
     num_rollouts: int = 1
     """Rollouts per video, for long videos as CausVid makes them. Each has `video.num_output_frames` frames, and the
     next one continues the last `overlap_frames` of it."""

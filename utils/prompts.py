@@ -35,12 +35,19 @@ class Prompt:
         text: text to encode: the extended prompt if there is one, else the line.
         name: the line itself; it names the output files.
         image: path of the image that the video starts with; empty for none, or for one that all videos share.
+        track: later prompts of the video, see `pipeline.prompt_track.track_entries`.
     """
 
     index: int
     text: str
     name: str
     image: str = ""
+    track: tuple[tuple[int | str, str], ...] = ()
+
+    @property
+    def texts(self) -> list[str]:
+        """The texts to encode: `text` and those of the track."""
+        return [self.text, *(text for _, text in self.track)]
 
 
 def read_prompts(path: str | os.PathLike[str], extended_path: str | os.PathLike[str] | None = None) -> list[Prompt]:

@@ -27,16 +27,18 @@ from pipeline.build import (
     load_network,
     load_vae,
 )
+from pipeline.build_track import build_switch_ops, build_track
 from pipeline.output import VideoJob, VideoOutput
 from pipeline.parallel.profile import RecordedDenoiser, Recorder
 from pipeline.parallel.stage_rollout import StageRollout
 from pipeline.parallel.stages import Pipeline
 from pipeline.parallel.transport import MessageChannel, StageTransport, handoff_groups
 from pipeline.prefix import read_prefix
+from pipeline.prompt_embeddings import PromptEmbeddings
+from pipeline.prompt_track import PromptTrack
 from pipeline.rollout import BlockLayout, Rollout
 from pipeline.schedule import Schedule, for_stage
 from pipeline.source import source_frames
-from pipeline.text_to_video import PromptEmbeddings
 from utils.config import Config
 from utils.device import DTYPES
 
@@ -94,14 +96,16 @@ class PipelineRank:
         prefixes = self._share_prefixes(jobs)
         if self.embeddings is not None and self.embeddings.offload:
             with self.recorder("text"):  # all prompts at once: the jobs of this pipeline are not assigned yet
-                self.embeddings.encode([job.prompt.text for job in jobs])
+                self.embeddings.encode([text for job in jobs for text in job.prompt.texts])
         texts, blocks = MessageChannel(self.device), MessageChannel(self.device, self._handoff_groups)
         for job in self._assigned_jobs(jobs):
-            embedding = self._share_embedding(job, texts)
             prefix = prefixes.get(self._prefix_path(job))
+            prefix_frames = 0 if prefix is None else prefix.shape[1]
+            track = build_track(self.config, job.prompt.track, job.prompt.text, prefix_frames)
+            embeddings = self._share_embeddings(track.prompts, texts)
             schedule = self._schedule(prefix)
-            if self.net is not None and embedding is not None:
-                self._run_stage(job, self.net, embedding, schedule, prefix, blocks)
+            if self.net is not None and embeddings is not None:
+                self._run_stage(job, self.net, embeddings, track, schedule, prefix, blocks)
             elif self.vae is not None:
                 self._decode(job, schedule, prefix, blocks)
         texts.wait_for_sends()
@@ -160,19 +164,19 @@ class PipelineRank:
             dist.recv(prefix, self.pipeline.decoder_rank)
         return prefix.cpu()  # one per image of --i2v; a rollout moves its own to the device
 
-    def _share_embedding(self, job: VideoJob, channel: MessageChannel) -> Tensor | None:
-        """Return the prompt embedding [1, L, text_dim] on stages, None on other ranks. The text rank sends it."""
+    def _share_embeddings(self, prompts: Sequence[str], channel: MessageChannel) -> Tensor | None:
+        """Return the embeddings [prompts, L, text_dim] on stages, None on other ranks. The text rank sends them."""
         stages = self.pipeline.stage_ranks
         if self.embeddings is not None:
             with self.recorder("text"):
-                embedding = self.embeddings.of([job.prompt.text]).to(self.device)
+                embeddings = self.embeddings.of(prompts).to(self.device)
             for rank in stages:
                 if rank != self.rank:
-                    channel.send(embedding, rank)
-            return embedding if self.rank in stages else None
+                    channel.send(embeddings, rank)
+            return embeddings if self.rank in stages else None
         if self.net is None:
             return None
-        shape = (1, self.config.model.text_length, self.net.config.text_dim)
+        shape = (len(prompts), self.config.model.text_length, self.net.config.text_dim)
         channel.expect([(self.pipeline.text_rank, shape, DTYPES[self.config.model.dtype])])
         return channel.receive()
 
@@ -182,7 +186,8 @@ class PipelineRank:
         self,
         job: VideoJob,
         net: CausalWanModel,
-        embedding: Tensor,
+        embeddings: Tensor,
+        track: PromptTrack,
         schedule: Schedule,
         prefix: Tensor | None,
         channel: MessageChannel,
@@ -204,19 +209,24 @@ class PipelineRank:
             self.send_after_write,
         )
         with torch.no_grad():
-            text = net.encode_text(embedding)
+            denoisers = {
+                prompt: Denoiser(net, net.encode_text(embedding))
+                for prompt, embedding in zip(track.prompts, embeddings.split(1), strict=True)
+            }
         rollout = build_rollout(
             self.config,
-            Denoiser(net, text),
+            denoisers[track.prompt_at(0)],
             [job.sample],
             prefix=prefix,
             source=source_frames(self.config, self.source_vae) if self.source_vae else None,
             rollout_class=StageRollout,
             transport=transport,
             on_op=transport.after_op,
+            denoiser_at=(lambda block: denoisers[track.prompt_at(block)]) if job.prompt.track else None,
         )
         self._record_spans(rollout)
         ops = for_stage(schedule.ops("diagonal", self.config.rollout.fuse_context), self.caches)
+        ops = build_switch_ops(self.config, ops, track, 0 if prefix is None else prefix.shape[1])
         blocks = rollout.run(list(ops), self.caches)
         if self.vae is not None:
             self._write(job, schedule, prefix, (latents for _, latents in blocks))
@@ -238,6 +248,9 @@ class PipelineRank:
 
         rollout.noise = recorded_noise
         rollout.denoiser = RecordedDenoiser(rollout.denoiser, rollout.layout, self.recorder)
+        if (denoiser_at := rollout.denoiser_at) is not None:
+            layout = rollout.layout
+            rollout.denoiser_at = lambda block: RecordedDenoiser(denoiser_at(block), layout, self.recorder)
 
     def _decode(self, job: VideoJob, schedule: Schedule, prefix: Tensor | None, channel: MessageChannel) -> None:
         """Receive finished blocks from the last stage, decode and write them."""

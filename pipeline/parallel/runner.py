@@ -12,12 +12,13 @@ import torch
 import torch.distributed as dist
 
 from pipeline.build import build_schedule, num_pixel_frames
+from pipeline.build_track import build_lag
 from pipeline.generate import RunSummary, check_request, missing_videos
 from pipeline.output import VideoFiles, VideoJob
 from pipeline.parallel.peers import PeerMonitor, connect_store
 from pipeline.parallel.profile import RankProfile, Recorder
 from pipeline.parallel.rank import PipelineRank
-from pipeline.parallel.stages import Pipeline, plan_pipelines
+from pipeline.parallel.stages import Pipeline, describe_assignment, plan_pipelines
 from pipeline.parallel.transport import GROUP_TIMEOUT
 from pipeline.schedule import Schedule
 from pipeline.source import fit_to_source
@@ -78,6 +79,15 @@ def plan_ranks(config: Config, has_prefix: bool) -> tuple[list[Pipeline], Schedu
     return plan_pipelines(world_size(), schedule), schedule
 
 
+def describe_plan(config: Config, has_prefix: bool) -> str:
+    """Return the roles of each rank, and the lag of a live video on one device, as lines of text."""
+    pipelines, schedule = plan_ranks(config, has_prefix)
+    lines = describe_assignment(pipelines, schedule)
+    if config.rollout.schedule != "bidirectional":
+        lines += f"\nlive video on one device: {build_lag(config, schedule)}"
+    return lines
+
+
 def run_pipelines(request: PipelineRequest) -> tuple[RunSummary, list[RankProfile]]:
     """Make the missing videos of a request; call this on all ranks.
 
@@ -99,7 +109,7 @@ def run_pipelines(request: PipelineRequest) -> tuple[RunSummary, list[RankProfil
             f"videos: start at most {most} processes"
         )
     for path in dict.fromkeys(prompt.image or request.prefix_path for prompt, _, _ in request.items):
-        check_request(request.config, path)
+        check_request(request.config, path, request.items[0][0].track)
     if request.profile_prefix:
         check_profile_files(request)
     missing = _missing_stems(request) if rank() == 0 else []

@@ -4,6 +4,8 @@ Claims: after any appends, the cache holds the sink and the newest frames; readi
 context; with autograd, saved tensors never share memory with the cache; earlier contexts can be read; `reset` works.
 """
 
+from random import Random
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -211,3 +213,40 @@ def test_a_frozen_cache_refuses_blocks_until_it_is_reset():
     assert tokens(cache.read(0)[0]) == expected_tokens([0, 1, 2], 0)
     cache.reset()
     append(cache, 3)
+
+
+# ---- Prompt switches ----
+
+
+@pytest.mark.parametrize("sink", [0, 1, 3])
+def test_forget_and_rewind_keep_the_sink_and_the_named_frames(sink):
+    """Random sequences of appends, `forget` and `rewind` against a list of frames, with and without scratch space."""
+    random = Random(3)
+    for _ in range(40):
+        cache = KVCache(1, 1, 1, 1, 1, context_frames=6, block_frames=2, sink_frames=sink)
+        held: dict[int, float] = {}
+        for value in range(30):
+            action = random.choice(["append"] * 4 + ["forget", "rewind"])
+            newest = cache.num_frames
+            if action == "append":
+                frames = torch.tensor([2.0 * value, 2.0 * value + 1]).view(1, 2, 1, 1)
+                cache.append(0, frames, -frames)
+                cache.commit(2)
+                held |= {newest: 2.0 * value, newest + 1: 2.0 * value + 1}
+                held = {f: x for f, x in held.items() if f < sink or f >= newest + 2 - (6 - sink)}
+            elif action == "forget":
+                keep = random.randrange(4)
+                cache.forget(keep)
+                held = {f: x for f, x in held.items() if f < sink or f >= newest - keep}
+            else:
+                frame = random.randrange(max(0, newest - 6) // 2, newest // 2 + 1) * 2
+                cache.rewind(frame)
+                held = {f: x for f, x in held.items() if f < min(sink, frame)}
+            block = torch.tensor([-1.0, -2.0]).view(1, 2, 1, 1)
+            with torch.no_grad():
+                k, v = cache.read_with_block(0, block, -block)
+            assert torch.equal(k, -v)
+            assert sorted(k.flatten().tolist()) == sorted([*held.values(), -1.0, -2.0])
+            assert sorted(cache.read(0)[0].flatten().tolist()) == sorted(held.values())
+        cache.reset()
+        assert cache.read(0)[0].numel() == 0

@@ -91,8 +91,8 @@ def test_a_stream_yields_the_first_block_before_the_last_one_starts(pipe, monkey
     started: list[int] = []
     generate_blocks = TextToVideo.generate_blocks
 
-    def recording(self, prompts, samples, prefix=None, on_op=None, decoder=None) -> Iterator[torch.Tensor]:
-        return generate_blocks(self, prompts, samples, prefix, lambda op: started.append(op.block), decoder)
+    def recording(self, prompts, samples, prefix=None, on_op=None, decoder=None, track=()) -> Iterator[torch.Tensor]:
+        return generate_blocks(self, prompts, samples, prefix, lambda op: started.append(op.block), decoder, track)
 
     monkeypatch.setattr(TextToVideo, "generate_blocks", recording)
     first = next(pipe.stream(PROMPT, num_frames=45))

@@ -6,7 +6,6 @@ tiny network equals plain loops of LongLive and HiAR, and masked passes without 
 """
 
 import itertools
-from collections.abc import Callable
 from random import Random
 
 import pytest
@@ -14,25 +13,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_rollout import (
-    FRAME,
     SIGMAS,
     STAGES,
     VARIANTS,
     keyed_block_noise,
-    net_rollout,
-    net_x0,
     random_order,
     run_ranks,
     run_to_end,
     variants,
-    write,
 )
 from torch import Tensor
 
-from model.attention import BlockCausalMask
-from model.denoiser import Denoiser
-from model.flow import add_noise
-from pipeline.parallel.stage_rollout import StageRollout
+from pipeline.lag import prompt_lag
 from pipeline.prompt_switch import FLUSH_FRAMES, add_switch_ops
 from pipeline.prompt_track import LivePrompts, PromptTrack
 from pipeline.rollout import BlockLayout, Rollout
@@ -223,7 +215,7 @@ def test_each_cache_gets_the_ops_of_a_switch_before_the_block(fuse):
 
 
 def test_a_block_is_not_written_before_the_same_switch_writes_it_again():
-    """In a fused schedule this saves one pass per cache; see `test_any_order_gives_the_same_latents` for the latents."""
+    """In a fused schedule this saves one pass per cache. The latents are the same."""
     track = PromptTrack([(0, "a"), (3, "b")])
     for fuse, count in ((False, 2), (True, 1)):
         ops = switched(Schedule(4, 5, "block_first").ops(fuse_context=fuse), track, "recache")
@@ -287,3 +279,25 @@ def test_an_endless_live_video_with_many_switches_holds_a_few_blocks():
     blocks, written, frames = (max(values) for values in zip(*held, strict=True))
     assert blocks <= 6 and written <= 4 * 4 and frames <= CONTEXT + 2
     assert len(live.to_metadata()) > 150
+
+
+# ---- Lag ----
+
+
+def lag(fuse: bool = True, rule: str = "keep", **options) -> tuple[int, int, int]:
+    """Return passes of a rollout of 4 steps, blocks of 3 and a window of 21: first block, shortest and longest lag."""
+    counted = prompt_lag(Schedule(4, None, **options), fuse, rule, lambda block: max(0, block - 6))  # type: ignore[arg-type]
+    return counted.first_block, counted.shortest, counted.longest
+
+
+def test_the_lag_of_a_prompt_is_counted_in_passes():
+    assert lag(method="block_first") == (4, 5, 8)  # a pass over two prompts is split: one pass more than the steps
+    assert lag(False, method="block_first") == (4, 4, 8)
+    assert lag(context="input") == (10, 16, 19)
+    assert lag() == (10, 20, 23)
+    assert lag(leading_blocks=1) == (4, 20, 23)
+    assert lag(rule="flush") == lag()
+    assert lag(rule="recache", method="block_first") == (4, 10, 13)  # six blocks of the window are written again
+    assert str(prompt_lag(Schedule(4, None), True, "keep", lambda block: max(0, block - 6))) == (
+        "first block after 10 passes; a new prompt shows after 20 to 23 passes"
+    )

@@ -12,8 +12,8 @@ from model.text_encoder import TextEncoder
 from pipeline.parallel import rank as parallel
 from pipeline.parallel.rank import PipelineRank
 from pipeline.parallel.stages import plan_pipelines
+from pipeline.prompt_embeddings import PromptEmbeddings
 from pipeline.schedule import Schedule
-from pipeline.text_to_video import PromptEmbeddings
 from utils.config import load_config
 
 HOME = torch.device("meta")

@@ -21,6 +21,7 @@ def inputs(world, tmp_path_factory) -> Path:
     write_config(folder / "tiny.yaml", world.model, video={"num_output_frames": 12})
     (folder / "one.txt").write_text("a red circle\n")
     (folder / "two.txt").write_text("a red circle\na blue square\n")
+    (folder / "track.txt").write_text("1: a blue square\n1.1s: a green star\n")
     Image.new("RGB", (32, 32), (200, 40, 40)).save(folder / "start.png")
     Image.new("RGB", (50, 40), (40, 40, 200)).save(folder / "other.png")
     (folder / "pairs.json").write_text('{"start.png": "a red circle", "other.png": "a blue square"}')

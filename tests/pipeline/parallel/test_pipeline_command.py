@@ -37,6 +37,14 @@ CASES = {
         ),
         (4,),
     ),
+    "a prompt track": (
+        ("--prompt_track", "track.txt", "rollout.prompt_switch=recache", "--window", "6", "--sink", "1"),
+        (1, 2, 4),
+    ),
+    "a prompt track, block-first": (
+        ("--prompt_track", "track.txt", "rollout.prompt_switch=flush", "--inference_method", "frame_first"),
+        (3,),
+    ),
     "input context": (("rollout.context=input",), (3, 4)),
     "two steps at once": (("rollout.leading_steps=2",), (3, 4)),
     "block-first": (
@@ -189,5 +197,6 @@ def test_too_many_ranks_are_refused(call_as_rank, rank):
 
 def test_the_plan_is_printed_without_weights(call_as_rank):
     plan = "rank 0: text, step 0\nrank 1: step 1\nrank 2: steps 2-3, decoding\n"
+    plan += "live video on one device: first block after 10 passes; a new prompt shows after 20 to 23 passes\n"
     assert call_as_rank(0, 3, "--plan", "model.base=nowhere") == (0, plan, "")
     assert call_as_rank(1, 3, "--plan", "model.base=nowhere") == (0, "", "")
