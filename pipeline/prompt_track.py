@@ -167,13 +167,16 @@ def read_track(path: str | os.PathLike[str]) -> TrackEntries:
     """
     path = Path(path)
     try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise UserError(f"prompt track {path} is larger than {_MAX_BYTES // 1_000_000} MB")
-        text = path.read_text(encoding="utf-8-sig")
+        with path.open("rb") as file:
+            content = file.read(_MAX_BYTES + 1)
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
+        raise UserError(f"cannot read prompt track {path}: {getattr(error, 'strerror', None) or error}") from None
+    if len(content) > _MAX_BYTES:
+        raise UserError(f"prompt track {path} is larger than {_MAX_BYTES // 1_000_000} MB")
+    try:
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"prompt track {path} is not UTF-8 (byte {error.start}): save it as UTF-8 text") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read prompt track {path}: {getattr(error, 'strerror', error)}") from None
     pairs = _yaml_pairs(text, path) if path.suffix in (".yaml", ".yml") else _line_pairs(text, path)
     return track_entries(pairs, f"prompt track {path}")
 
