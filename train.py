@@ -70,8 +70,6 @@ def main() -> None:
         raise UserError("choose a folder for checkpoints and logs: --logdir DIR")
     if not config.train.objective:
         raise UserError(f"{args.config_path} sets no train.objective; use a file such as configs/hiar.yaml")
-    if config.video.source:
-        raise UserError("video.source and rollout.strength are for video-to-video, not for training: leave them out")
     if Path(args.resume).is_file():
         raise UserError(
             f"--resume {args.resume} is no checkpoint folder; to start from its weights: train.init={args.resume}"

@@ -105,7 +105,7 @@ def make_cases(
                 word for name, value in zip(names, combination, strict=True) for word in option_overrides(name, value)
             ]
             if kind == "training":
-                config = load_config(preset.training_config, [*words, *overrides])
+                config = load_config(preset.training_config, [*words, *overrides], for_training=True)
                 _check_training(config, preset.training_config, iterations)
             else:
                 config = load_config(preset.config, [*preset.overrides, *words, *overrides])

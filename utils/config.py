@@ -339,7 +339,7 @@ def load_config(path: str, overrides: Sequence[str] = (), for_training: bool = F
     Args:
         path: YAML file, or the metadata (.json) beside a generated video, which contains its configuration.
         overrides: `section.key=value` arguments; `section.key=` sets an empty string.
-        for_training: refuse a file of theirs that training cannot honour.
+        for_training: refuse what training cannot honour, in our files and in theirs.
 
     Raises:
         UserError: for an unreadable file, an unknown key, a wrong type or an invalid value. The message names the key.
@@ -352,7 +352,10 @@ def load_config(path: str, overrides: Sequence[str] = (), for_training: bool = F
     if translation is not None:
         files = [OmegaConf.create(translation.values)]
         translation.show(path)
-    return _merge([_SCHEMA, *files], overrides, path)
+    config = _merge([_SCHEMA, *files], overrides, path)
+    if for_training:
+        config_checks.check_training(config)
+    return config
 
 
 def all_keys() -> list[str]:  # as section.key

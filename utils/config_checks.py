@@ -201,19 +201,31 @@ def _check_distill(config: "Config") -> None:
             "distill.min_timestep and distill.max_timestep must rise from above 0 to at most 1000, not "
             f"{distill.min_timestep} and {distill.max_timestep}"
         )
-    if config.train.objective == "score_distillation" and config.rollout.guidance_scale != 1:
+
+
+def check_training(config: "Config") -> None:
+    """Check the keys that a training run cannot honour. Inference with the same file does not read them.
+
+    Raises:
+        UserError: for the first such key.
+    """
+    distill = config.distill
+    if config.video.source:
+        raise UserError("video.source and rollout.strength are for video-to-video, not for training: leave them out")
+    if config.train.objective != "score_distillation":
+        return
+    if config.rollout.guidance_scale != 1:
         raise UserError(
             "rollout.guidance_scale must be 1 for train.objective=score_distillation: the generator learns the "
             "teacher's guidance, distill.guidance_scale"
         )
-    if config.train.objective == "score_distillation" and distill.max_rollout_frames < config.data.num_frames:
+    if distill.max_rollout_frames < config.data.num_frames:
         raise UserError(
             f"distill.max_rollout_frames must be at least data.num_frames={config.data.num_frames}, not "
             f"{distill.max_rollout_frames}"
         )
-    if config.train.objective == "score_distillation":
-        _check_data_latents(config)
-        _check_bidirectional(config)
+    _check_data_latents(config)
+    _check_bidirectional(config)
 
 
 def _check_data_latents(config: "Config") -> None:

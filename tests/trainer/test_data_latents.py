@@ -12,7 +12,7 @@ import pytest
 import torch
 from commands import run_main
 from tiny_model import ROOT, write_config
-from toy import Killed, assert_same_bits, state_of
+from toy import Killed, assert_same_bits, gradients, state_of
 
 import train
 from model.attention import BlockCausalMask
@@ -23,6 +23,7 @@ from trainer.objectives.ode_regression import ODERegression
 from trainer.objectives.score_distillation import ScoreDistillation
 from trainer.trainer import Trainer
 from utils.config import Config, load_config, override_config
+from utils.config_checks import check_training
 from utils.errors import UserError
 
 CPU = torch.device("cpu")
@@ -48,13 +49,6 @@ def make(make_config, clips, model) -> Make:
         return ScoreDistillation(config, CPU)
 
     return make
-
-
-def gradients(net) -> dict[str, torch.Tensor]:
-    """Return and clear the gradients of a network."""
-    result = {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
-    net.zero_grad()
-    return result
 
 
 def calls(net: torch.nn.Module) -> list[tuple]:
@@ -332,6 +326,9 @@ def test_trajectories_and_missing_clips_are_refused(make: Make, tmp_path, pairs)
         (["distill.max_rollout_frames=24"], "distill.max_rollout_frames must be data.num_frames=21, not 24"),
         (["distill.forward_kl_weight=0.1"], "set distill.forward_kl_weight=0"),
         (["data.prompts=prompts.txt"], "set data.prompts="),
+        (["distill.max_rollout_frames=18"], "must be at least data.num_frames=21, not 18"),
+        (["rollout.guidance_scale=2"], "rollout.guidance_scale must be 1"),
+        (["video.source=clip.mp4"], "not for training"),
         (
             ["rollout.schedule=bidirectional", "distill.backward_simulation=true", "distill.max_rollout_frames=24"],
             "generates whole clips",
@@ -345,7 +342,8 @@ def test_trajectories_and_missing_clips_are_refused(make: Make, tmp_path, pairs)
 )  # fmt: skip
 def test_keys_that_cannot_be_honoured_are_refused(words, message):
     valid = ["train.objective=score_distillation", "distill.backward_simulation=false", "distill.forward_kl_weight=0"]
-    override_config(Config(), valid)
+    check_training(override_config(Config(), valid))
+    config = override_config(Config(), [*valid, *words])  # inference may use such a file
     with pytest.raises(UserError) as error:
-        override_config(Config(), [*valid, *words])
+        check_training(config)
     assert message in str(error.value)

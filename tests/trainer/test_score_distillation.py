@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from toy import Killed, assert_same_bits, state_of
+from toy import Killed, assert_same_bits, gradients, state_of
 
 from model.flow import flow_to_x0
 from trainer.datasets.ode_pairs import write_ode_pair, write_sigmas
@@ -46,13 +46,6 @@ def make(make_config, pairs, model) -> Make:
         return ScoreDistillation(config, CPU)
 
     return make
-
-
-def gradients(net) -> dict[str, torch.Tensor]:
-    """Return and clear the gradients of a network."""
-    result = {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
-    net.zero_grad()
-    return result
 
 
 def roll_out(objective: ScoreDistillation, role: str, iteration: int, micro_batch: int = 0, **keys) -> GeneratedClip:
@@ -108,6 +101,20 @@ def test_every_micro_batch_and_role_has_its_own_noise_and_prompts(make: Make):
     assert not any(torch.equal(a, b) for i, a in enumerate(starts) for b in starts[:i])
     chosen = [objective.batch("generator", iteration, part).positions for iteration in (0, 5) for part in (0, 1)]
     assert chosen == [range(0, 2), range(2, 4), range(4, 6), range(6, 8)]  # no prompt is skipped
+
+
+def test_self_rollouts_and_the_forward_kl_draw_different_context_noise(make: Make, monkeypatch):
+    drawn = []
+
+    def record(seed, sample, block, step, shape):
+        drawn.append((sample, block, step))
+        return keyed_noise(seed, sample, block, step, shape)
+
+    monkeypatch.setattr("pipeline.build.keyed_noise", record)
+    objective = make("block_first", forward_kl_mode="rollout", context_noise=0.2)
+    objective.backward("generator", 0, 0, 1.0, True)
+    contexts = [key for key in drawn if key[2] == 4]
+    assert len(set(contexts)) == len(contexts) == 4  # two clips of each, one context each
 
 
 def test_a_critic_that_equals_the_teacher_gives_no_gradient(make: Make):

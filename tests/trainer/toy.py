@@ -70,3 +70,10 @@ def state_of(trainer: Trainer) -> dict[str, torch.Tensor]:
 def assert_same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
     assert one.keys() == other.keys()
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+def gradients(net: nn.Module) -> dict[str, Tensor]:
+    """Return and clear the gradients of a network."""
+    result = {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+    net.zero_grad()
+    return result
