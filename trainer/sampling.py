@@ -60,7 +60,9 @@ class VideoSampler:
     @cached_property
     def prompts(self) -> list[Prompt]:
         """The prompts of the sample videos, read once."""
-        captions = read_captions(self.config.train.sample_prompts) or list(dict.fromkeys(self.captions))[:_NUM_PROMPTS]
+        captions = (
+            read_sample_prompts(self.config.train.sample_prompts) or list(dict.fromkeys(self.captions))[:_NUM_PROMPTS]
+        )
         return [Prompt(index, text, text) for index, text in enumerate(captions)]
 
     def write(self, folder: Path) -> None:
@@ -106,6 +108,6 @@ class VideoSampler:
         )
 
 
-def read_captions(path: str) -> list[str]:
+def read_sample_prompts(path: str) -> list[str]:
     """Return the prompts of a file; an empty list for an empty path."""
     return [prompt.text for prompt in read_prompts(path)] if path else []

@@ -18,7 +18,7 @@ from trainer.logging import MetricsLog
 from trainer.objectives.base import Objective
 from trainer.optim import build_optimizers, learning_rate_scale, optimizer_state, set_learning_rate
 from trainer.resume import changed_keys
-from trainer.sampling import read_captions
+from trainer.sampling import read_sample_prompts
 from trainer.sharding import (
     clip_gradients,
     full_tensor,
@@ -50,7 +50,7 @@ class Trainer:
         if self.train_config.output and rank() == 0:
             writable_folder(self.train_config.output)
         if self.train_config.sample_every:
-            read_captions(self.train_config.sample_prompts)  # reports a bad file before training
+            read_sample_prompts(self.train_config.sample_prompts)  # reports a bad file before training
         self.optimizers = {
             name: build_optimizers(net, self.train_config, objective.learning_rate(name))
             for name, net in objective.nets.items()

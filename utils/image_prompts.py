@@ -2,11 +2,10 @@
 
 import os
 from pathlib import Path
-from typing import Any
 
 from utils.errors import UserError
-from utils.files import read_json
 from utils.prompts import Prompt
+from utils.text_pairs import read_text_pairs
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 _IMAGE_KEYS = ("image", "image_path", "file_name")
@@ -58,19 +57,6 @@ def _beside(folder: Path) -> list[tuple[Path, str]]:
 
 def _listed(file: Path) -> list[tuple[Path, str]]:
     """Return the pairs that a JSON file lists."""
-    content: Any = read_json(file, "list of images and prompts")
-    if isinstance(content, dict):
-        content = [{"image": image, "prompt": prompt} for image, prompt in content.items()]
-    pairs = []
-    for number, entry in enumerate(content if isinstance(content, list) else [content]):
-        image, prompt = _value(entry, _IMAGE_KEYS), _value(entry, _PROMPT_KEYS)
-        if image is None or prompt is None:
-            raise UserError(f"{file}: entry {number} needs an image and a prompt, both text")
-        pairs.append((file.parent / image, prompt))
-    return pairs
-
-
-def _value(entry: Any, names: tuple[str, ...]) -> str | None:
-    """Return the text under the first of the names that an entry has."""
-    value = next((entry[name] for name in names if name in entry), None) if isinstance(entry, dict) else None
-    return value if isinstance(value, str) else None
+    names, keys = ("an image", "a prompt"), (_IMAGE_KEYS, _PROMPT_KEYS)
+    pairs = read_text_pairs(file, "list of images and prompts", names, keys)
+    return [(file.parent / image, prompt) for image, prompt in pairs]

@@ -23,7 +23,7 @@ from scripts import create_lmdb, encode_clips, process_videos
 from trainer.datasets import encode
 from trainer.datasets.clips import open_clips
 from trainer.datasets.process_videos import ClipFormat, process_video
-from trainer.datasets.video_folder import find_videos, read_captions
+from trainer.datasets.video_folder import find_video_names, read_captions
 from utils.clips import read_video
 from utils.errors import UserError
 from utils.locks import lock_file
@@ -205,7 +205,7 @@ def test_names_that_collide_or_cannot_be_written_are_listed(tmp_path):
     (tmp_path / "b").touch()
     for name in ("a.mov", "a.mov.mp4", "b.mp4", "x" * 240 + ".mp4"):
         write_video(tmp_path / name, moving_square(2, 32, 48))
-    outcomes = [process_video(tmp_path, tmp_path / "out", form, name) for name in find_videos(tmp_path)]
+    outcomes = [process_video(tmp_path, tmp_path / "out", form, name) for name in find_video_names(tmp_path)]
     assert [(outcome.kind, outcome.reason.partition(":")[0][:14]) for outcome in outcomes] == [
         ("written", ""),
         ("failed", "its clip has t"),
@@ -221,13 +221,13 @@ def folder_of(tmp_path: Path, *names: str) -> list[str]:
     for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    return find_videos(tmp_path)
+    return find_video_names(tmp_path)
 
 
 def test_captions_in_three_forms(tmp_path):
     names = folder_of(tmp_path, "a b.mp4", "Über/ä.mov.mp4", "b.mkv/000.mp4", "b.mkv/001.mp4")
     expected = {"a b.mp4": "a cat", "Über/ä.mov.mp4": "größer, weiter", "b.mkv/000.mp4": "hi", "b.mkv/001.mp4": "hi"}
-    texts = {"a b.mp4": " a\ncat ", "Über/ä.mov": "größer, weiter", "b.mkv": "hi", "other.mp4": "x"}
+    texts = {"a b.mp4": " a\ncat ", "Über/ä.mov": "größer, weiter", "b.mkv": "hi\u2028", "other.mp4": "x"}
     decomposed = {unicodedata.normalize("NFD", path): text for path, text in texts.items()}
     assert list(decomposed) != list(texts)
     object_file, list_file, table = tmp_path / "o.json", tmp_path / "l.json", tmp_path / "t.csv"
@@ -332,6 +332,9 @@ def test_encoding_resumes_and_follows_changed_videos(videos, model, processed, t
     assert "left out: a broken.mp4" in again.out
     assert {path.name: path.read_bytes() for path in latents.iterdir()} == {n: old[1] for n, old in before.items()}
     assert (latents / "000002.safetensors").stat().st_mtime_ns == before["000002.safetensors"][0]
+    at_8_fps = all_clips(str(latents))[0]
+    assert encode_folder(model, clips, latents, "--fps", 16).code == 0
+    assert not torch.equal(all_clips(str(latents))[0], at_8_fps)
     (clips / "turned.txt").write_text("another caption")
     assert encode_folder(model, clips, latents).code == 0
     assert all_clips(str(latents))[1] == ["a deep.mp4", "a sound.mp4", "another caption"]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from model.weights import ModelDirectory
 from trainer.datasets.encode import encode_clips
-from trainer.datasets.video_folder import find_videos, is_utf8, read_captions
+from trainer.datasets.video_folder import find_video_names, is_utf8, read_captions
 from utils.clips import VideoReader, read_video
 from utils.distributed import rank
 from utils.errors import UserError
@@ -40,7 +40,7 @@ def encode_videos(
     Raises:
         UserError: if no video can be encoded, or `folder` holds other clips.
     """
-    found = find_videos(source)
+    found = find_video_names(source)
     names = [name for name in found if is_utf8(name)]
     left_out = {name.encode(errors="replace").decode(): "its name is not UTF-8" for name in found if not is_utf8(name)}
     texts = read_captions(source, names, captions)
@@ -52,7 +52,8 @@ def encode_videos(
     captioned = list(texts)
     num_pixel_frames = 4 * (num_frames - 1) + 1
     size = _common_size(source, captioned)
-    sources = [f"{name} ({(source / name).stat().st_size} bytes)" for name in captioned]
+    settings = f"{fps:g} fps, {size[0]}x{size[1]}"  # clips that were encoded with other ones are encoded again
+    sources = [f"{name} ({(source / name).stat().st_size} bytes, {settings})" for name in captioned]
     failed = encode_clips(
         list(texts.values()),
         lambda index: _read_clip(source / captioned[index], num_pixel_frames, fps, size),

@@ -17,9 +17,9 @@ FOLDER = "all_mixkit"
 def download_videos(
     local_folder: Path, repo: str = REPO, folder: str = FOLDER, revision: str | None = None
 ) -> tuple[Path, int]:
-    """Download the archives `folder`/*.tar of a data set, unpack them, and return the folder and number of videos.
+    """Download the archives `folder`/*.tar of a data set, unpack them, and return the folder and number of files.
 
-    The lock file of `local_folder` holds the revision and the hashes of the archives. Unpacked files are kept.
+    The manifest beside `local_folder` holds the revision and the hashes of the archives. Unpacked files are kept.
 
     Raises:
         UserError: without network, if there are no archives, or if one is damaged.

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from trainer.datasets.video_folder import CAPTIONS_FILE, find_videos, is_utf8, read_captions
+from trainer.datasets.video_folder import CAPTIONS_FILE, find_video_names, is_utf8, read_captions
 from utils.clips import VIDEO_SUFFIXES, VideoReader, resize_and_crop
 from utils.errors import UserError
 from utils.files import atomic_path, read_json, write_json
@@ -78,7 +78,7 @@ def process_videos(
     Raises:
         UserError: if there are no videos, or `output` holds clips of another format or lies in `source`.
     """
-    names = find_videos(source)
+    names = find_video_names(source)
     if output.resolve().is_relative_to(source.resolve()):
         raise UserError(f"{output} lies in {source}, so its clips would be read again; choose another output folder")
     _write_settings(output, form)

@@ -1,14 +1,14 @@
 """Folders of video clips, and the captions of the clips."""
 
 import csv
+import io
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from utils.clips import VIDEO_SUFFIXES
 from utils.errors import UserError
-from utils.files import read_json
+from utils.text_pairs import read_text_pairs
 
 CAPTIONS_FILE = "captions.json"
 """File in a folder of clips that holds their captions: {relative path: caption}."""
@@ -16,7 +16,7 @@ _PATH_KEYS = ("path", "video", "file_name", "filename", "file")
 _CAPTION_KEYS = ("caption", "prompt", "text", "cap")
 
 
-def find_videos(folder: Path) -> list[str]:
+def find_video_names(folder: Path) -> list[str]:
     """Return the videos in a folder and its subfolders, as sorted relative paths with "/". Hidden files are left out.
 
     Raises:
@@ -94,34 +94,15 @@ def _read_text(path: Path) -> str:
 def _listed(file: Path) -> list[tuple[str, str]]:
     """Return the paths and captions in a JSON or CSV file."""
     if file.suffix.lower() == ".json":
-        return _from_json(read_json(file, "file of captions"), file)
+        return read_text_pairs(file, "file of captions", ("a path", "a caption"), (_PATH_KEYS, _CAPTION_KEYS))
     if file.suffix.lower() == ".csv":
         return _from_csv(_read_text(file), file)
     raise UserError(f"{file} must be a JSON file {{path: caption}} or a CSV file with the columns path,caption")
 
 
-def _from_json(content: Any, file: Path) -> list[tuple[str, str]]:
-    if isinstance(content, dict):
-        content = [{"path": path, "caption": caption} for path, caption in content.items()]
-    pairs = []
-    for number, entry in enumerate(content if isinstance(content, list) else [content]):
-        path, caption = _value(entry, _PATH_KEYS), _value(entry, _CAPTION_KEYS)
-        if path is None or caption is None:
-            raise UserError(f"{file}: entry {number} needs a path and a caption, both text")
-        pairs.append((path, caption))
-    return pairs
-
-
-def _value(entry: Any, names: Sequence[str]) -> str | None:
-    """Return the text under the first of the names that an entry has; the first of a list of texts."""
-    value = next((entry[name] for name in names if name in entry), None) if isinstance(entry, dict) else None
-    value = value[0] if isinstance(value, list) and value else value
-    return value if isinstance(value, str) else None
-
-
 def _from_csv(text: str, file: Path) -> list[tuple[str, str]]:
     try:
-        rows = [row for row in csv.reader(text.splitlines(keepends=True)) if row]
+        rows = [row for row in csv.reader(io.StringIO(text, newline="")) if row]
     except csv.Error as error:
         raise UserError(f"{file} is not a valid CSV file: {error}") from None
     header = [cell.strip().lower() for cell in rows[0]] if rows else []

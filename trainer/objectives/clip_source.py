@@ -15,7 +15,7 @@ ROLES = ("generator", "critic")
 
 @dataclass(frozen=True)
 class ClipBatch:
-    """One micro-batch of score distillation: which clips a source must generate."""
+    """The clips of one micro-batch that a source generates."""
 
     role: str  # the network to train, "generator" or "critic"
     iteration: int
@@ -36,7 +36,11 @@ class ClipSource(ABC, Generic[Generated]):
 
     @abstractmethod
     def run(self, batch: ClipBatch, trained: bool = True) -> Generated:
-        """Generate the clips of a micro-batch; `trained` tells whether `backward` will follow."""
+        """Generate the clips of a micro-batch.
+
+        Args:
+            trained: whether `backward` follows.
+        """
 
     @abstractmethod
     def training_window(self, clip: Generated) -> tuple[Tensor, Tensor | None]:
