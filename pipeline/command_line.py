@@ -160,7 +160,7 @@ def check_strength(args: argparse.Namespace) -> None:
     """Check --strength, and make --video the source of video-to-video instead of a prefix.
 
     Raises:
-        UserError: for a strength outside (0, 1], or without a clip.
+        UserError: for a strength outside (0, 1], or a missing clip.
     """
     try:
         valid = 0 < float(args.strength) <= 1  # NaN excluded
@@ -168,8 +168,6 @@ def check_strength(args: argparse.Namespace) -> None:
         valid = False
     if not valid:
         raise UserError(f"--strength must be above 0 and at most 1, not {args.strength}")
-    if not args.video and not args.config_path.endswith(".json"):  # metadata may name a source
-        raise UserError("--strength needs --video CLIP")
     if args.video:
         if not os.path.isfile(args.video):
             raise UserError(f"cannot read {args.video}: there is no such file")
@@ -194,7 +192,10 @@ def resolve_config(args: argparse.Namespace) -> Config:
             raise UserError(f"--{flag} must be a whole number, not {value!r}") from None
     if args.use_ema:
         changes.append("model.use_ema=true")
-    return load_config(args.config_path, [*changes, *args.overrides])
+    config = load_config(args.config_path, [*changes, *args.overrides])
+    if args.strength is not None and not config.video.source:
+        raise UserError("--strength needs a clip to start from: --video CLIP")
+    return config
 
 
 def requested_prefix(args: argparse.Namespace, metadata: dict[str, Any] | None) -> str:

@@ -209,8 +209,9 @@ def test_one_pixel_frame_becomes_one_latent_frame(pipe, tmp_path):
 
 
 BAD = {
-    "no clip": (["--strength", "0.5"], "--strength needs --video CLIP"),
-    "an image": (["--strength", "0.5", "--image", "{}/a.png"], "--strength needs --video CLIP"),
+    "no clip": (["--strength", "0.5"], "needs a clip to start from: --video CLIP"),
+    "no clip at strength 1": (["--strength", "1"], "--strength needs a clip to start from: --video CLIP"),
+    "an image": (["--strength", "0.5", "--image", "{}/a.png"], "needs a clip to start from: --video CLIP"),
     "zero": (["--strength", "0", "--video", "{}/a.mp4"], "--strength must be above 0 and at most 1, not 0"),
     "two": (["--strength", "2", "--video", "{}/a.mp4"], "at most 1, not 2"),
     "nan": (["--strength", "nan", "--video", "{}/a.mp4"], "at most 1, not nan"),
@@ -246,6 +247,12 @@ def test_bad_input_is_one_line_before_weights_are_loaded(world, command, files, 
     always = ("--config_path", world.config, "--prompt", PROMPT, "--output_folder", tmp_path)
     result = command(*always, *(word.format(files) for word in words))
     assert result.code == 2 and result.err.count("\n") == 1 and message in result.err, result.err
+
+
+def test_strength_changes_a_source_that_the_configuration_names(world, command, clip):
+    words = ("--config_path", world.config, "--dry-run", f"video.source={clip}")
+    result = command(*words, "--strength", "0.5")
+    assert result.code == 0 and "strength: 0.5" in result.out, result.err
 
 
 def test_latents_of_another_size_are_refused(pipe, tmp_path):
