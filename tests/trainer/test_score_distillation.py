@@ -315,7 +315,7 @@ def test_context_noise_of_a_forward_kl_rollout_is_fresh(make: Make):
     [context] = written
     noise = (context - 0.5 * x0) / 0.5
     assert not torch.allclose(noise[0], noise[1], atol=0.1)
-    expected = torch.stack([keyed_noise(objective.config.runtime.seed, n, 0, 4, (3, 16, 4, 4)) for n in range(2)])
+    expected = torch.stack([keyed_noise(objective.config.runtime.seed, n, 0, 4, (3, 16, 4, 4)) for n in (-1, -2)])
     torch.testing.assert_close(noise, expected, atol=1e-5, rtol=1e-5)
 
 
