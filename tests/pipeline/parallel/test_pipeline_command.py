@@ -103,7 +103,7 @@ def test_a_video_with_nan_is_an_error_and_made_again(expected, start, run_ranks,
     """The frames before the NaN stay in a file that no later run counts as the video."""
     ranks = start(tmp_path / "out", 2, nan_block=2)
     assert 0 not in ranks.wait()
-    message = "error: block 2 (latent frames 6 to 8) of a red circle-0.mp4 holds NaN or infinity"
+    message = "error: NaN or infinity in block 2 (latent frames 6 to 8) of a red circle-0.mp4"
     assert ranks.output.count("error:") == 1 and message in ranks.output, ranks.output
     assert not [file for file in ranks.folder.glob("[!.]*") if ".unfinished." not in file.name]
     assert f"wrote 1 video to {ranks.folder} in " in run_ranks(ranks.folder, 2)
