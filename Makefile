@@ -6,13 +6,15 @@ RUN := $(VENV)/bin/python
 WORKERS ?= 2
 # Mutants per module in `make mutation`.
 SAMPLE ?= 10
+# Port of `make live`.
+PORT ?= 7860
 
 # The newest suitable Python on the PATH, unless PYTHON names one: make demo PYTHON=/opt/python3.12/bin/python
 SUITABLE := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 PYTHON ?= $(shell for python in python3.13 python3.12 python3.11 python3; do \
 	$$python -c "$(SUITABLE)" 2> /dev/null && echo $$python && break; done)
 
-.PHONY: help demo test quick-test kills full-disk mutation lint clean
+.PHONY: help demo live test quick-test kills full-disk mutation lint clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -22,6 +24,9 @@ demo: $(VENV)/installed  ## make ten videos of the miniature world and a contact
 	$(RUN) inference.py --config_path configs/shapes.yaml --data_path data/shapes_prompts.txt \
 		--output_folder outputs/demo --num_output_frames 21 --seed 7
 	$(RUN) scripts/contact_sheet.py outputs/demo
+
+live: $(VENV)/installed-demo  ## serve live video of the miniature at http://127.0.0.1:7860; PORT=8000 for another port
+	$(RUN) demo.py --config_path configs/shapes.yaml --port $(PORT)
 
 test: $(VENV)/installed-dev  ## run all tests, on the CPU and without network; WORKERS=8 uses 8 processes
 	$(RUN) -m pytest -n $(WORKERS) --dist worksteal
@@ -54,6 +59,10 @@ $(VENV)/installed: requirements.txt
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-$(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
+$(VENV)/installed-demo: requirements-demo.txt $(VENV)/installed
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-demo.txt
+	@touch $@
+
+$(VENV)/installed-dev: requirements-dev.txt requirements-demo.txt $(VENV)/installed
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@

@@ -15,10 +15,11 @@ LAYERS: dict[str, set[str]] = {
     "trainer": {"utils", "model", "pipeline"},
     "evaluation": {"utils"},
     "shapes": {"utils", "model", "trainer", "evaluation"},
+    "live": {"utils", "model", "pipeline"},
 }
 LAYERS["benchmark"] = {*LAYERS}
 LAYERS["scripts"] = {*LAYERS}
-COMMANDS = {"train", "inference"}
+COMMANDS = {"train", "inference", "demo"}
 PROJECT = {*LAYERS, *COMMANDS, "tests"}
 FILES = [file for layer in LAYERS for file in sorted((ROOT / layer).rglob("*.py"))]
 FILES += [ROOT / f"{name}.py" for name in sorted(COMMANDS)]

@@ -12,7 +12,7 @@ from pages import ROOT, text_of
 @pytest.fixture
 def checkout(tmp_path) -> Path:
     """A folder with the Makefile, without a virtual environment."""
-    for file in ("Makefile", "requirements.txt", "requirements-dev.txt"):
+    for file in ("Makefile", "requirements.txt", "requirements-demo.txt", "requirements-dev.txt"):
         shutil.copy(ROOT / file, tmp_path)
     return tmp_path
 
