@@ -36,6 +36,7 @@ def main() -> None:
     seconds = 60 * args.session_minutes
     settings = Settings(args.host, args.port, args.token, seconds, folder=args.output_folder)
     settings.check()
+    settings.check_port()
     check_packages()
     flags = {"model.generator": args.checkpoint_path, "runtime.device": args.device, "model.use_ema": args.use_ema}
     overrides = [f"{key}={value}" for key, value in flags.items() if value]
@@ -47,7 +48,9 @@ def main() -> None:
     from live.pipeline_engine import PipelineEngine, example_prompts
     from live.server import serve
     from pipeline import TextToVideo
+    from utils.files import writable_folder
 
+    writable_folder(settings.folder)
     examples = example_prompts(config.model.base, args.data_path)
     serve(PipelineEngine(TextToVideo.load(config), examples), settings)
 

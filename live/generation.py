@@ -1,6 +1,5 @@
 """One generation: a session that runs in a thread and delivers its frames and events to a client."""
 
-import contextlib
 import secrets
 import sys
 import threading
@@ -29,6 +28,8 @@ class Session(Protocol):
 
     prompt: str
 
+    def __enter__(self) -> Any: ...
+    def __exit__(self, *exception: Any) -> None: ...
     def __iter__(self) -> Iterator[Any]: ...
     def pause(self) -> None: ...
     def resume(self) -> None: ...
@@ -141,11 +142,10 @@ class Generation:
             reason, message = "error", failure[0] if failure else "the generation failed; see the server's log"
             if failure is None:
                 traceback.print_exception(error, file=sys.stderr)
-        with contextlib.suppress(Exception):
+        try:
             self._recordings.finish(self.name)
-        if self._session is not None:
-            with contextlib.suppress(Exception):
-                self._session.close()
+        except Exception as error:
+            print(f"a video cannot be saved: {error}", file=sys.stderr)
         self._session = None
         self._on_end(self, self._stop_reason or reason, message)
 
@@ -153,18 +153,17 @@ class Generation:
         if self._stop_reason:
             return
         session = self._engine.open(self.start_request, self.seed, self.image_path)
-        with self._lock:
-            self._session = session
-            stopped, prompt = self._stop_reason, self._new_prompt
-        if stopped:
-            return
-        if prompt is not None:
-            session.prompt = prompt
-        session.on_op(self._deliver_op)
-        for part in session:
-            if self._stop_reason:
-                return
-            self._deliver_block(session, part)
+        with session:  # leaving it waits for the op under way, so the device is free afterwards
+            with self._lock:
+                self._session = session
+                stopped, prompt = self._stop_reason, self._new_prompt
+            if prompt is not None:
+                session.prompt = prompt
+            session.on_op(self._deliver_op)
+            for part in session if not stopped else ():
+                if self._stop_reason:
+                    return
+                self._deliver_block(session, part)
 
     def _deliver_op(self, event: Any) -> None:
         """Send an op and the x0 estimate that it made, then wait if the video is ahead of its clock."""
@@ -176,12 +175,13 @@ class Generation:
             jpeg = encode_jpeg(_fit(event.thumbnail, THUMBNAIL_SIDE))
             self._outbox.add(pack_picture(THUMBNAIL, event.step, event.block, 0, jpeg))
         if event.kind == "denoise":
+            if event.step == len(self._engine.info.sigmas) - 2:
+                self._pacer.start()
             self._pacer.wait()
 
     def _deliver_block(self, session: Session, part: Any) -> None:
         if not self.num_frames:
             self._recordings.add(self.name, session)
-            self._pacer.start()
         self.num_frames += len(part.frames)
         lag = getattr(part, "lag_seconds", None)
         self._outbox.add(

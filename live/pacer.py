@@ -24,7 +24,7 @@ class Pacer:
         self._lock = threading.Lock()
 
     def start(self) -> None:
-        """Start the clock: the first block is finished."""
+        """Start the clock, when the first block is denoised. Later calls do nothing."""
         with self._lock:
             if self._due is None:
                 self._due = time.monotonic() - self.ahead

@@ -27,7 +27,7 @@ class PipelineEngine:
         self.pipe = pipe
         config, rollout = pipe.config, pipe.config.rollout
         self.info = ModelInfo(
-            name=Path(config.model.generator or config.model.base).name,
+            name="/".join(Path(path).name for path in (config.model.base, config.model.generator) if path),
             fps=config.video.fps,
             width=config.video.width,
             height=config.video.height,

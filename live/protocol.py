@@ -77,7 +77,8 @@ def parse_message(text: str) -> Message:
         raise UserError("the message is not valid JSON") from None
     if not isinstance(content, dict):
         raise UserError("the message is not a JSON object")
-    kind, fields = content.get("type"), {key: value for key, value in content.items() if key != "type"}
+    kind: Any = content.get("type")
+    fields = {key: value for key, value in content.items() if key != "type"}
     if len(text) > MAX_TEXT and not (kind == "start" and fields.get("image")):
         raise UserError(f"the message has {len(text)} characters; without an image the limit is {MAX_TEXT}")
     if kind == "start":

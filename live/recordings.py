@@ -10,7 +10,7 @@ from utils.errors import UserError
 
 KEPT = 8
 SUFFIXES = (".mp4", ".json")
-_OWN_FILE = re.compile(r"\.?live-[\w-]+\.(mp4|json)")
+_OWN_FILE = re.compile(r"\.*live-[\w-]{22}\..+")  # with partial files and locks; names as `Generation` draws them
 
 
 class Recordings:
@@ -30,7 +30,7 @@ class Recordings:
         self._locks: dict[str, threading.Lock] = {}
         self._lock = threading.Lock()
         for file in folder.iterdir():
-            if _OWN_FILE.fullmatch(file.name) or re.match(r"\.+live-[\w-]+\.\d+\.partial", file.name):
+            if _OWN_FILE.fullmatch(file.name):
                 file.unlink(missing_ok=True)
 
     def add(self, name: str, session: Any) -> None:

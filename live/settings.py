@@ -1,6 +1,7 @@
 """Address and limits of the server. This module imports nothing heavy, so that wrong flags are reported at once."""
 
 import re
+import socket
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -42,6 +43,22 @@ class Settings:
             raise UserError(f"--port must be from 0 to 65535, not {self.port}")
         if not self.session_seconds > 0:
             raise UserError("--session_minutes must be above 0")
+
+    def check_port(self) -> None:
+        """Check that the address is free, before a model is loaded.
+
+        Raises:
+            UserError: if it is not, or not an address of this machine.
+        """
+        family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
+        try:
+            with socket.socket(family) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server sets it
+                probe.bind((self.host, self.port))
+        except OSError as error:
+            raise UserError(
+                f"cannot listen on {self.host}:{self.port} ({error.strerror}); choose another --host or --port"
+            ) from None
 
 
 def check_packages() -> None:

@@ -66,7 +66,7 @@ const handlers = {
     if (!$("prompt").value) $("prompt").value = message.examples[0] ?? "";
     setPhase("idle");
     hint("");
-    cover("Press start");
+    cover("");
     explain();
   },
   queue({ position, waiting }) {
@@ -110,7 +110,7 @@ const handlers = {
   error({ message }) { hint(message, true); },
   ended({ reason, message }) {
     setPhase("idle");
-    if (reason !== "restarted") cover(state.frames ? "" : "Press start");
+    cover("");
     hint(message ?? ENDS[reason] ?? reason, reason === "error");
   },
 };
@@ -123,7 +123,10 @@ function onPicture(data) {
   const decode = () => createImageBitmap(new Blob([jpeg], { type: "image/jpeg" }));
   if (kind === FRAME) {
     player.add(jpeg, block, number, index);
-    if (index === 0) decode().then((bitmap) => grid.frame(block, bitmap), () => {});
+    if (index === Math.floor((state.blocks.get(block)?.frames ?? 0) / 2)) decode().then((bitmap) => {
+      film.picture(block, bitmap);
+      grid.frame(block, bitmap);
+    }, () => {});
   } else if (kind === THUMBNAIL) {
     const schedule = grid.columns;
     decode().then((bitmap) => (schedule === grid.columns ? grid.thumbnail(block, index, bitmap) : bitmap.close()), () => {});
@@ -134,8 +137,7 @@ function onPicture(data) {
 function onShow(frame) {
   const block = state.blocks.get(frame.block);
   grid.playing = { block: frame.block, share: (frame.index + 1) / (block?.frames ?? 12) };
-  const middle = Math.floor((block?.frames ?? 12) / 2);
-  film.show(frame.block, frame.index === 0 || frame.index === middle ? frame.bitmap : null);
+  film.mark(frame.block);
   if (state.sent && block?.prompt === state.sent.prompt) {
     $("lag").replaceChildren(((performance.now() - state.sent.time) / 1000).toFixed(1), unit("s"));
     state.sent = null;
@@ -297,6 +299,7 @@ addEventListener("keydown", (event) => {
 });
 
 $("form").onsubmit = (event) => { event.preventDefault(); submit(); };
+$("play").onclick = () => start();
 $("pause").onclick = togglePause;
 $("stop").onclick = () => send({ type: "stop" });
 $("seed").onclick = () => start();

@@ -28,6 +28,7 @@ export class Film {
     this.list = list;
     this.aspect = 1;
     this.reset();
+    list.parentElement.addEventListener("scroll", () => this.pinLabels(), { passive: true });
   }
 
   reset() {
@@ -56,18 +57,30 @@ export class Film {
       this.labelFirst(first);
     }
     if (atEnd) this.list.parentElement.scrollLeft = this.list.parentElement.scrollWidth;
+    this.pinLabels();
   }
 
-  /** Mark the block on the screen; draw its picture if there is one. */
-  show(number, bitmap) {
-    const item = this.items.get(number);
-    if (bitmap && item) {
-      const canvas = item.firstElementChild;
-      canvas.getContext("2d").drawImage(bitmap, 0, 0, canvas.width, canvas.height);
-    }
+  /** Keep the prompt of the leftmost visible block in view. */
+  pinLabels() {
+    const start = this.list.parentElement.scrollLeft, labels = [...this.list.querySelectorAll("b")];
+    labels.forEach((label, index) => {
+      const left = label.parentElement.offsetLeft, end = labels[index + 1]?.parentElement.offsetLeft ?? Infinity;
+      const shift = Math.max(0, Math.min(start - left + 12, end - left - label.offsetWidth));
+      label.style.transform = shift ? `translateX(${shift}px)` : "";
+    });
+  }
+
+  /** Draw the picture of a block. */
+  picture(number, bitmap) {
+    const canvas = this.items.get(number)?.firstElementChild;
+    canvas?.getContext("2d").drawImage(bitmap, 0, 0, canvas.width, canvas.height);
+  }
+
+  /** Mark the block that is on the screen. */
+  mark(number) {
     if (number === this.now) return;
     this.items.get(this.now)?.classList.remove("now");
-    item?.classList.add("now");
+    this.items.get(number)?.classList.add("now");
     this.now = number;
   }
 

@@ -1,132 +1,13 @@
 // Draws the schedule: a column per block, a row per denoising step, and the finished video in the last row.
 // A tile appears when its op has run. Its colour is the noise level, its picture the x0 estimate.
 
-import { Column } from "./column.js";
+import { Board, FADE } from "./board.js";
 import { glow, INK, noiseColor, rgba } from "./palette.js";
 
-const KEPT = 96; // columns
-const FADE = 900; // ms of glow after an op
-const LINKS = 4; // context blocks that are drawn per op
 const SETTLED = 1600; // ms after which a tile no longer changes
 const FONT = "ui-sans-serif, system-ui, sans-serif";
 
-export class Grid {
-  constructor(canvas) {
-    this.canvas = canvas;
-    this.context = canvas.getContext("2d");
-    this.theme = "dark";
-    this.still = matchMedia("(prefers-reduced-motion: reduce)").matches;
-    this.setModel([1, 0], 12, 16, 1, "output");
-    new ResizeObserver(() => this.resize()).observe(canvas);
-  }
-
-  /** `sigmas`: noise levels 0..S; `aspect`: width of a frame divided by its height. */
-  setModel(sigmas, blockFrames, fps, aspect, contextRule) {
-    Object.assign(this, { sigmas, blockFrames, fps, aspect, contextRule, steps: sigmas.length - 1 });
-    this.reset("timestep_first");
-  }
-
-  reset(schedule) {
-    for (const column of this.columns?.values() ?? []) column.close();
-    this.schedule = schedule;
-    this.columns = new Map();
-    this.newest = 0;
-    this.camera = 0;
-    this.playing = { block: -1, share: 0 };
-    this.links = [];
-  }
-
-  // ---- Events ----
-
-  column(block) {
-    let column = this.columns.get(block);
-    if (!column) {
-      column = new Column(this.steps);
-      this.columns.set(block, column);
-      this.newest = Math.max(this.newest, block);
-      this.columns.get(block - KEPT)?.close();
-      this.columns.delete(block - KEPT);
-    }
-    return column;
-  }
-
-  /** Show an op of the schedule. */
-  op({ kind, block, step, sigma }, now) {
-    const column = this.column(block);
-    column.change(now);
-    if (kind === "denoise") {
-      column.tiles[step] = { ...column.tiles[step], sigma, time: now };
-      this.addLinks(block, step, now);
-    } else if (kind === "write") {
-      column.writes.set(step, now);
-    }
-  }
-
-  /** Show the x0 estimate of a block. */
-  thumbnail(block, step, bitmap) {
-    const column = this.columns.get(block);
-    if (!column?.tiles[step]) return bitmap.close();
-    column.tiles[step].bitmap?.close();
-    column.tiles[step].bitmap = bitmap;
-    column.change(performance.now());
-  }
-
-  /** State that the frames of a block are there, with the colour of its prompt. */
-  finished(block, color, prompt, isSwitch, now) {
-    const column = this.column(block);
-    column.change(now);
-    Object.assign(column, { color, prompt, isSwitch, done: now });
-  }
-
-  /** Show a frame of the video in the last row. */
-  frame(block, bitmap) {
-    const column = this.columns.get(block);
-    if (!column) return bitmap.close();
-    column.frame?.close();
-    column.frame = bitmap;
-    column.change(performance.now());
-  }
-
-  addLinks(block, step, now) {
-    for (let back = 1; back <= LINKS; back++) {
-      const source = this.columns.get(block - back);
-      const level = this.contextLevel(step);
-      if (source?.writes.has(level)) this.links.push({ from: [block - back, level], to: [block, step], time: now, back });
-    }
-    this.links = this.links.filter((link) => now - link.time < FADE);
-  }
-
-  /** Return the noise index of the context that a step reads. */
-  contextLevel(step) {
-    if (this.schedule === "block_first" || this.contextRule === "clean") return this.steps;
-    return this.contextRule === "input" ? step : step + 1;
-  }
-
-  // ---- Geometry ----
-
-  resize() {
-    const ratio = Math.min(2, devicePixelRatio || 1);
-    this.width = this.canvas.clientWidth;
-    this.height = this.canvas.clientHeight;
-    this.canvas.width = Math.round(this.width * ratio);
-    this.canvas.height = Math.round(this.height * ratio);
-    this.ratio = ratio;
-    const narrow = this.width < 560;
-    this.gutter = narrow ? 52 : 92;
-    const rows = this.steps + 1, top = narrow ? 30 : 38, bottom = narrow ? 30 : 38;
-    const pitchY = (this.height - top - bottom) / (rows + 0.22);
-    this.gap = Math.max(3, pitchY * 0.13);
-    this.tileHeight = pitchY - this.gap;
-    this.tileWidth = Math.min(this.tileHeight * this.aspect, this.width / 4);
-    this.pitchX = this.tileWidth + this.gap;
-    this.pitchY = pitchY;
-    this.top = top;
-    this.visible = (this.width - this.gutter) / this.pitchX;
-  }
-
-  x(block) { return this.gutter + (block - this.camera) * this.pitchX + this.gap / 2; }
-  y(row) { return this.top + row * this.pitchY + this.gap / 2 + (row === this.steps ? 0.22 * this.pitchY : 0); }
-
+export class Grid extends Board {
   // ---- Drawing ----
 
   /** Draw the grid. Called once per refresh while it is visible. */
@@ -146,7 +27,11 @@ export class Grid {
     c.clip();
     this.drawBands();
     const first = Math.max(0, Math.floor(this.camera) - 1), last = Math.ceil(this.camera + this.visible);
-    for (let block = first; block <= last; block++) this.drawColumnOrCopy(block, now);
+    for (let block = first; block <= last; block++) if (!this.isSettled(block, now)) this.drawHalos(block, now);
+    for (let block = first; block <= last; block++) {
+      if (this.isSettled(block, now)) this.drawCopy(block, now);
+      else this.drawColumn(block, now);
+    }
     this.drawPlayhead(this.playing.block, this.steps);
     this.drawLinks(now);
     this.drawHeadings(first, last);
@@ -168,16 +53,21 @@ export class Grid {
 
   rowColor(row) { return noiseColor(row === this.steps ? 0 : this.sigmas[row], this.theme); }
 
-  /** Draw a column; one that no longer changes is drawn once and copied from then on. */
-  drawColumnOrCopy(block, now) {
+  isSettled(block, now) {
     const column = this.columns.get(block);
-    if (!column?.frame || now - column.changed < SETTLED) return this.drawColumn(block, now);
+    return column?.frame && now - column.changed > SETTLED;
+  }
+
+  /** Draw a column that no longer changes. It is drawn once and copied from then on. */
+  drawCopy(block, now) {
+    const column = this.columns.get(block);
     const margin = 0.45 * this.tileHeight, left = this.x(block) - margin, key = `${this.theme} ${this.width} ${this.height}`;
     if (column.key !== key) {
       const copy = new OffscreenCanvas((this.tileWidth + 2 * margin) * this.ratio, this.height * this.ratio);
       const context = this.context;
       this.context = copy.getContext("2d");
       this.context.setTransform(this.ratio, 0, 0, this.ratio, -left * this.ratio, 0);
+      this.drawHalos(block, now);
       this.drawColumn(block, now);
       this.context = context;
       Object.assign(column, { key, copy });
@@ -216,16 +106,27 @@ export class Grid {
     c.setLineDash([]);
   }
 
+  /** Draw the light around the tiles of a column, below all tiles. */
+  drawHalos(block, now) {
+    const column = this.columns.get(block), c = this.context, dark = this.theme === "dark";
+    if (!column) return;
+    c.globalCompositeOperation = dark ? "lighter" : "multiply";
+    for (let row = 0; row <= this.steps; row++) {
+      const time = row === this.steps ? column.done : column.tiles[row]?.time;
+      if (!time) continue;
+      const fresh = this.still ? 0 : Math.exp((time - now) / 420), spread = this.tileHeight * (0.34 + 0.5 * fresh);
+      c.globalAlpha = dark ? Math.min(0.62, 0.13 + 0.5 * fresh) : Math.min(0.5, 0.06 + 0.4 * fresh);
+      const size = [this.tileWidth + 2 * spread, this.tileHeight + 2 * spread];
+      c.drawImage(glow(this.rowColor(row)), this.x(block) - spread, this.y(row) - spread, ...size);
+    }
+    c.globalAlpha = 1;
+    c.globalCompositeOperation = "source-over";
+  }
+
   drawTile(block, row, bitmap, age, color) {
     const c = this.context, fresh = this.still ? 0 : Math.exp(-age / 420), ink = INK[this.theme];
     const grow = 3.5 * fresh;
     const x = this.x(block), y = this.y(row), w = this.tileWidth, h = this.tileHeight;
-    const halo = (this.theme === "dark" ? 0.2 : 0.12) + 0.8 * fresh, spread = h * (0.34 + 0.5 * fresh);
-    c.globalCompositeOperation = this.theme === "dark" ? "lighter" : "multiply";
-    c.globalAlpha = Math.min(1, halo) * (this.theme === "dark" ? 0.62 : 0.5);
-    c.drawImage(glow(color), x - spread, y - spread, w + 2 * spread, h + 2 * spread);
-    c.globalAlpha = 1;
-    c.globalCompositeOperation = "source-over";
     c.save();
     this.shape(block, row, grow);
     c.fillStyle = ink.tile;
@@ -235,7 +136,7 @@ export class Grid {
     if (row < this.steps) { // tinted from below, stronger where more noise remains
       const tint = c.createLinearGradient(0, y, 0, y + h);
       tint.addColorStop(0, rgba(color, 0));
-      tint.addColorStop(1, rgba(color, bitmap ? 0.34 : 0.6));
+      tint.addColorStop(1, rgba(color, bitmap ? 0.42 : 0.6));
       c.fillStyle = tint;
       c.fillRect(x - grow, y - grow, w + 2 * grow, h + 2 * grow);
     }
@@ -245,8 +146,8 @@ export class Grid {
     }
     c.restore();
     this.shape(block, row, grow - 0.75);
-    c.lineWidth = 1.75 + 1.5 * fresh;
-    c.strokeStyle = rgba(color, 0.92);
+    c.lineWidth = 2.25 + 1.5 * fresh;
+    c.strokeStyle = rgba(color, 1);
     c.stroke();
   }
 
@@ -304,21 +205,24 @@ export class Grid {
 
   drawLinks(now) {
     const c = this.context;
-    c.globalCompositeOperation = this.theme === "dark" ? "lighter" : "source-over";
     c.lineCap = "round";
     for (const { from, to, time, back } of this.links) {
-      const life = 1 - (now - time) / FADE;
+      const life = 1 - (now - time) / (this.schedule === "block_first" ? FADE / 2 : FADE); // one block draws more lines
       if (life <= 0) continue;
       const [x0, y0] = this.port(...from), x1 = this.x(to[0]), y1 = this.y(to[1]) + this.tileHeight / 2;
       const lift = y0 === y1 ? -0.3 * (back - 1) * this.tileHeight : 0, bend = (x1 - x0) * 0.3;
       c.beginPath();
       c.moveTo(x0, y0);
       c.bezierCurveTo(x0 + bend, y0 + lift, x1 - bend, y1 + lift, x1, y1);
-      c.lineWidth = 1 + 2.2 * life;
-      c.strokeStyle = rgba(noiseColor(this.sigmas[from[1]], this.theme), (0.95 * life) / back ** 0.6);
+      c.globalAlpha = Math.min(1, 1.7 * life) / back ** 0.3;
+      c.lineWidth = 2.6 + 2 * life; // a rim, so that lines stand out from bright and dark pictures
+      c.strokeStyle = INK[this.theme].back;
+      c.stroke();
+      c.lineWidth = 1.2 + 2 * life;
+      c.strokeStyle = rgba(noiseColor(this.sigmas[from[1]], this.theme), 1);
       c.stroke();
     }
-    c.globalCompositeOperation = "source-over";
+    c.globalAlpha = 1;
     c.lineCap = "butt";
   }
 

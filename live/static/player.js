@@ -37,26 +37,35 @@ export class Player {
     const epoch = this.epoch;
     this.frames.push(frame);
     createImageBitmap(new Blob([jpeg], { type: "image/jpeg" })).then(
-      (bitmap) => { if (epoch === this.epoch) frame.bitmap = bitmap; else bitmap.close(); },
+      (bitmap) => { if (epoch === this.epoch && this.frames.includes(frame)) frame.bitmap = bitmap; else bitmap.close(); },
       () => { this.frames = this.frames.filter((other) => other !== frame); },
     );
-    while (this.frames.length > MAX_WAITING) this.frames.shift().bitmap?.close();
+    if (this.frames.length > MAX_WAITING) this.skip(1);
   }
 
-  /** Show the next frame if it is due. Called once per refresh of the screen. */
+  /** Show the frame that is due; skip frames that are late. Called once per refresh of the screen. */
   tick(now) {
-    if (this.paused || !this.frames.length || now < this.due || !this.frames[0].bitmap) return;
-    const frame = this.frames.shift();
-    const { width, height } = this.canvas;
-    this.context.drawImage(frame.bitmap, 0, 0, width, height);
-    if (frame.index % 3 === 0) this.light.drawImage(frame.bitmap, 0, 0, 8, 8);
+    if (this.paused) return;
+    if (this.frames.length > 4 * this.blockFrames) this.skip(this.frames.length - 2 * this.blockFrames);
     // A long queue is played a little faster, so that prompts reach the screen soon.
     const interval = (1000 / this.fps) * (this.frames.length > 2 * this.blockFrames ? 0.9 : 1);
-    this.due = Math.max(this.due + interval, now - interval);
+    while (now >= this.due + interval && this.frames[1]?.bitmap) {
+      this.skip(1);
+      this.due += interval;
+    }
+    if (now < this.due || !this.frames[0]?.bitmap) return;
+    const frame = this.frames.shift(), { width, height } = this.canvas;
+    this.context.drawImage(frame.bitmap, 0, 0, width, height);
+    if (frame.index % 3 === 0) this.light.drawImage(frame.bitmap, 0, 0, 3, 3);
+    this.due = Math.max(this.due + interval, now - 4 * interval);
     this.shownTimes.push(now);
     while (this.shownTimes[0] < now - 2000) this.shownTimes.shift();
     this.onShow(frame);
     frame.bitmap.close();
+  }
+
+  skip(count) {
+    for (const frame of this.frames.splice(0, count)) frame.bitmap?.close();
   }
 
   /** Frames per second on the screen over the last two seconds. */

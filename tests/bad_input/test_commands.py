@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from bad_files import NOT_TEXT, bad_file
 
+import demo
 import inference
 import train
 from scripts import (
@@ -114,6 +115,8 @@ NUMBERS = [
     (export_generator, f"--logdir {{tmp}} --output {OUT}", "iteration", (WORD, NEGATIVE, HUGE)),
     (benchmark, CONFIG, "repeats", (WORD, NEGATIVE, ZERO)),
     (benchmark, CONFIG, "warmup", (WORD, NEGATIVE)),
+    (demo, CONFIG, "port", (WORD, NEGATIVE, HUGE)),
+    (demo, CONFIG, "session_minutes", (WORD, NEGATIVE, ZERO, "nan")),
     (train, f"{CONFIG} --logdir {OUT} train.objective=flow_matching", "min_exit_step", (WORD, NEGATIVE, HUGE)),
 ]
 
@@ -158,6 +161,8 @@ FILES = [
     (inference, f"{INFER} --strength 0.5", "video", ".mp4", ALL),
     (inference, f"{INFER} --strength 0.5", "video", ".safetensors", LATENTS),
     (train, f"--logdir {OUT}", "config_path", ".yaml", ALL),
+    (demo, "--port 0", "config_path", ".yaml", ALL),
+    (demo, f"{CONFIG} --port 0", "data_path", ".txt", NOT_TEXT),
     (pipeline_parallel_inference, f"--prompt a --output_path {OUT}", "config_path", ".yaml", YAML),
     (pipeline_parallel_inference, f"{CONFIG} --output_path {OUT}", "data_path", ".txt", NOT_TEXT),
     (plan_pipeline, CONFIG, "profile", ".json", ALL),
@@ -189,6 +194,7 @@ def test_bad_files(world, tmp_path, refuse, module, good, flag, suffix, kind):
 
 OUTPUTS = [
     (inference, f"{CONFIG} --prompt a", "output_folder", ""),
+    (demo, f"{CONFIG} --port 0", "output_folder", ""),
     (sample_teacher, f"{CONFIG} --data_path {{prompts}}", "output_folder", ""),
     (generate_ode_pairs, f"{CONFIG} --caption_path {{prompts}}", "output_folder", ""),
     (encode_clips, "--num_clips 1", "output", ""),
@@ -252,6 +258,12 @@ def test_bad_outputs(world, tmp_path, refuse, module, good, flag, suffix, place)
         (inference.main, f"{INFER} --num_rollout 1000000", "latent frames; at most"),
         (inference.main, f"{INFER} rollout.guidance_scale=nan", "finite"),
         (inference.main, f"{INFER} rollout.num_steps=3 rollout.leading_steps=4", "at most 3 steps"),
+        (demo.main, f"{CONFIG} --host 0.0.0.0", "add --token"),
+        (demo.main, f"{CONFIG} --host 0.0.0.0 --token short", "add --token"),
+        (demo.main, f"{CONFIG} --host 256.0.0.1 --token long-enough", "cannot listen"),
+        (demo.main, f"{CONFIG} --port 0 --device nope", "no device"),
+        (demo.main, f"{CONFIG} --port 0 rollout.schedule=bidirectional", "needs a causal generator"),
+        (demo.main, f"{CONFIG} --port 0 nope", "cannot read"),
         (sample_teacher.main, f"{TEACHER} teacher.base={{tmp}}/none", "does not exist"),
         (sample_teacher.main, f"{TEACHER} teacher.path={{tmp}}/none", "none"),
         (pipeline_parallel_inference.main, f"{PARALLEL} rollout.guidance_scale=2", "run without guidance"),

@@ -63,6 +63,12 @@ class FakeSession:
         self._on_op: Callable[[FakeOp], None] = lambda op: None
         self.num_blocks = 0
 
+    def __enter__(self) -> "FakeSession":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
     def on_op(self, callback: Callable[[FakeOp], None]) -> None:
         self._on_op = callback
 
