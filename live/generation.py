@@ -88,10 +88,9 @@ class Generation:
         """Start the thread."""
         self._thread.start()
 
-    def join(self, seconds: float) -> bool:
-        """Wait for the end of the thread; return whether it has ended."""
+    def join(self, seconds: float) -> None:
+        """Wait for the end of the thread, but at most this long."""
         self._thread.join(seconds)
-        return not self._thread.is_alive()
 
     def stop(self, reason: str) -> None:
         """End the session after the op under way. Returns at once; `on_end` is called when it has ended."""

@@ -223,17 +223,17 @@ class Hub:
         idle = paused_at is not None and now - paused_at > IDLE_SHARE * self.session_seconds
         return "idle" if idle else ""
 
-    def close(self, seconds: float) -> bool:
-        """End all generations within `seconds`; return whether they have ended."""
+    def close(self, seconds: float) -> None:
+        """End all generations; wait for them, but at most this long."""
         generations = [client.generation for client in self.clients if client.generation is not None]
         if self.queue.holder is not None and self.queue.holder.generation is not None:
             generations.append(self.queue.holder.generation)
         for generation in generations:
             generation.stop("server stopped")
         deadline = time.monotonic() + seconds
-        ended = [generation.join(max(0.0, deadline - time.monotonic())) for generation in generations]
+        for generation in generations:
+            generation.join(max(0.0, deadline - time.monotonic()))
         self._images.cleanup()
-        return all(ended)
 
     def health(self) -> dict[str, Any]:
         """Return the state of the server, for `GET /health`."""

@@ -5,9 +5,10 @@ import contextlib
 import hmac
 import json
 import os
-import sys
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from types import FrameType
 
 import uvicorn
 from starlette.applications import Starlette
@@ -29,6 +30,7 @@ from utils.locks import lock_folder
 
 STATIC = Path(__file__).parent / "static"
 CLOSE_SECONDS = 0.5  # for sessions to end at Ctrl-C
+EXIT_SECONDS = 1.6  # from Ctrl-C to the end of the process, at most
 SLACK = 2 * 2**20  # bytes above MAX_MESSAGE that still get an error instead of a closed connection
 HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' blob: data:; connect-src 'self' ws: wss:; "
@@ -191,7 +193,7 @@ class _Guard:
 class LiveServer:
     """A server in this process. `run` blocks until Ctrl-C; tests run it in a thread and call `stop`."""
 
-    def __init__(self, engine: Engine, settings: Settings):
+    def __init__(self, engine: Engine, settings: Settings, server_class: type[uvicorn.Server] = uvicorn.Server):
         settings.check()
         self.settings = settings
         self.hub: Hub | None = None
@@ -209,7 +211,7 @@ class LiveServer:
             limit_concurrency=2 * settings.max_clients + 64,
             timeout_graceful_shutdown=1,
         )
-        self._server = uvicorn.Server(config)
+        self._server = server_class(config)
 
     @property
     def port(self) -> int:
@@ -221,8 +223,8 @@ class LiveServer:
         """Whether the server accepts connections."""
         return self._server.started
 
-    def run(self) -> bool:
-        """Serve until Ctrl-C or SIGTERM; return whether all sessions have ended.
+    def run(self) -> None:
+        """Serve until Ctrl-C or SIGTERM, then end all sessions.
 
         Raises:
             UserError: if another server uses the folder or the port.
@@ -234,7 +236,8 @@ class LiveServer:
                 except SystemExit:
                     address = f"{self.settings.host}:{self.settings.port}"
                     raise UserError(f"cannot listen on {address}; choose another --host or --port") from None
-            return self.hub is None or self.hub.close(CLOSE_SECONDS)
+            if self.hub is not None:
+                self.hub.close(CLOSE_SECONDS)
 
     def stop(self) -> None:
         """End `run` from another thread."""
@@ -250,14 +253,22 @@ class LiveServer:
         self.hub = hub
 
 
+class _Process(uvicorn.Server):
+    """A server that ends its process soon after Ctrl-C, whatever its threads do."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Called at Ctrl-C and SIGTERM."""
+        timer = threading.Timer(EXIT_SECONDS, os._exit, (0,))
+        timer.daemon = True
+        timer.start()
+        super().handle_exit(sig, frame)
+
+
 def serve(engine: Engine, settings: Settings) -> None:
-    """Serve until Ctrl-C. A pass of the network that is under way does not delay the end of the process."""
-    server = LiveServer(engine, settings)
+    """Serve until Ctrl-C, which ends the process within 2 seconds, also during a long pass of the network."""
+    server = LiveServer(engine, settings, _Process)
     print(f"{engine.info.name} on {engine.info.device}: open {page_url(settings)} (Ctrl-C ends the server)", flush=True)
-    if not server.run():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)  # the thread of a session is inside a long pass
+    server.run()
 
 
 def page_url(settings: Settings) -> str:

@@ -37,7 +37,7 @@ def record(browser: Browser, url: str, folder: Path) -> None:
     """Write live.webp, which shows a change of the prompt, and a picture of each view."""
     browser.resize(1280, 760)
     browser.call("Page.navigate", url=url)
-    while browser.run("document.body.dataset.state") != "idle":
+    while browser.run("document.body?.dataset.state") != "idle":
         time.sleep(0.2)
     browser.run("document.getElementById('tab-method').click()")
     send_prompt(browser, FIRST)

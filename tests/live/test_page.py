@@ -21,7 +21,7 @@ def page(server, tmp_path_factory):
     with open_browser(PROGRAM, tmp_path_factory.mktemp("chromium")) as browser:
         browser.resize(1280, 900)
         browser.call("Page.navigate", url=server.url)
-        wait_until(lambda: browser.run("document.body.dataset.state") == "idle", 30)
+        wait_until(lambda: browser.run("document.body?.dataset.state") == "idle", 30)
         yield browser
         browser.run("document.getElementById('stop').click()")
         assert not browser.errors
