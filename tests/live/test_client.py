@@ -4,7 +4,7 @@ import json
 import sys
 from pathlib import Path
 
-from conftest import receive, start
+from live_clients import receive, start
 from PIL import Image
 
 from live.protocol import Start

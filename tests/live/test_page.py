@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 from browser import find_browser, open_browser
-from conftest import wait_until
+from live_clients import wait_until
 
 PROGRAM = find_browser()
 LAG = 8.0  # seconds; about 4 at the video's own rate, more on a busy machine

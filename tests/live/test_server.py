@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import Running, receive, send, start, wait_until
 from fake_engine import EXAMPLES, FakeEngine
+from live_clients import Running, receive, send, start, wait_until
 from test_messages import MALFORMED, picture
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
