@@ -102,9 +102,11 @@ class Hub:
     # ---- Generations ----
 
     async def _request(self, client: Client, start: Start) -> None:
-        image = None
+        info, image = self.engine.info, None
+        if start.prompt_switch not in (None, *info.rules):
+            raise UserError(f"this server's rules at a new prompt: {', '.join(info.rules)}")
         if start.image:
-            if "image" not in self.engine.info.features:
+            if "image" not in info.features:
                 raise UserError("this model takes no start image")
             self._num_images += 1
             image = Path(self._images.name) / f"{self._num_images}.png"

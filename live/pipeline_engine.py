@@ -34,7 +34,9 @@ class PipelineEngine:
             sigmas=tuple(rollout_sigmas(rollout)),
             block_frames=TEMPORAL_STRIDE * rollout.block_frames,
             schedule="block_first" if rollout.schedule == "block_first" else "timestep_first",
-            rule=rollout.prompt_switch,
+            rule="keep",
+            rules=("keep",),
+            features=("image",),
             examples=tuple(examples),
             context=rollout.context,
             device=device_name(pipe.net.device),
@@ -42,9 +44,7 @@ class PipelineEngine:
 
     def open(self, start: Start, seed: int, image_path: str | None) -> Session:
         """Return a new session; see `Engine`."""
-        schedule = start.schedule or self.info.schedule
-        rule = start.prompt_switch or self.info.rule
-        return self.pipe.session(start.prompt, seed=seed, schedule=schedule, image=image_path, prompt_switch=rule)
+        return self.pipe.session(start.prompt, seed=seed, schedule=start.schedule or self.info.schedule, image=image_path)
 
 
 def example_prompts(base: str, path: str | None = None) -> list[str]:
