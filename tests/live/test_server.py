@@ -321,12 +321,19 @@ command(lambda: serve(FakeEngine(op_seconds=float(sys.argv[1])), Settings(port={
 """
 
 
+def free_port() -> int:
+    """Return a port below those of outgoing connections: a test that connects too early would meet itself."""
+    while True:
+        port = random.randrange(20000, 30000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
 @pytest.fixture
 def start_process(tmp_path):
     """start_process(seconds per op) starts a server in another process; return it and a connected client."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     folder = tmp_path / "live"
     folder.mkdir()
     path = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
