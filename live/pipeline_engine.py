@@ -44,7 +44,9 @@ class PipelineEngine:
 
     def open(self, start: Start, seed: int, image_path: str | None) -> Session:
         """Return a new session; see `Engine`."""
-        return self.pipe.session(start.prompt, seed=seed, schedule=start.schedule or self.info.schedule, image=image_path)
+        schedule = start.schedule or self.info.schedule
+        session = self.pipe.session(start.prompt, seed=seed, schedule=schedule, image=image_path)
+        return session  # type: ignore[return-value]  # its prompt is read-only, and `features` says so
 
 
 def example_prompts(base: str, path: str | None = None) -> list[str]:
