@@ -12,7 +12,14 @@ docs/config.md lists all configuration keys.
 
 import argparse
 
-from pipeline.command_line import check_arguments, requested_prefix, requested_videos, resolve_config, shared_arguments
+from pipeline.command_line import (
+    check_arguments,
+    output_files,
+    requested_prefix,
+    requested_videos,
+    resolve_config,
+    shared_arguments,
+)
 from utils.config_files import read_metadata
 from utils.distributed import rank, world_size
 from utils.errors import UserError, command
@@ -23,9 +30,12 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[shared_arguments()]
     )
     parser.add_argument("--output_folder", metavar="FOLDER", help="folder for the videos")
+    parser.add_argument("--output_path", metavar="FILE.mp4", help="file of a single video, instead of --output_folder")
     parser.add_argument("--batch_size", type=int, default=1, help="videos generated at once; equal up to rounding")
     parser.add_argument("--order", choices=["step_major", "diagonal"], help="same videos; diagonal writes blocks early")
     args = parser.parse_intermixed_args()
+    if args.output_path and args.output_folder:
+        raise UserError("give --output_folder or --output_path, not both")
     check_arguments(args)
     return args
 
@@ -40,10 +50,13 @@ def main() -> None:
     if args.dry_run:
         print(config.to_yaml(), end="")
         return
-    if not args.output_folder:
+    if not args.output_folder and not args.output_path:
         raise UserError("no output folder: add --output_folder FOLDER")
     metadata = read_metadata(args.config_path)
-    items = requested_videos(args, metadata)
+    videos = requested_videos(args, metadata)
+    folder = args.output_folder
+    if args.output_path:
+        folder, videos = output_files(args.output_path, videos)
 
     # Import heavy modules after the arguments are checked, so that errors appear at once.
     from pipeline.generate import generate_videos
@@ -52,8 +65,8 @@ def main() -> None:
         print("no generator weights given (--checkpoint_path): using the transformer of model.base")
     summary = generate_videos(
         config,
-        items[rank() :: world_size()],
-        folder=args.output_folder,
+        videos[rank() :: world_size()],
+        folder=folder,
         prefix_path=requested_prefix(args, metadata),
         save_latents=args.save_latents,
         overwrite=args.overwrite,

@@ -25,6 +25,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--resume", default="auto", help="a checkpoint folder, or auto: the last one in --logdir, if any"
     )
+    parser.add_argument("--no-auto-resume", action="store_true", help="stop if --logdir holds checkpoints")
     parser.add_argument("--min_exit_step", type=int, help="same as distill.min_exit_step")
     parser.add_argument("--disable-wandb", action="store_true", help="same as train.wandb=off")
     parser.add_argument("--wandb-save-dir", help="same as train.wandb_dir")
@@ -74,6 +75,8 @@ def main() -> None:
         raise UserError(
             f"--resume {args.resume} is no checkpoint folder; to start from its weights: train.init={args.resume}"
         )
+    if args.no_auto_resume and Path(args.logdir, "checkpoints").exists():
+        raise UserError(f"{args.logdir} holds checkpoints; choose another --logdir to start again")
     num_micro_batches(config.train, world_size())  # raises an error if the batch does not divide evenly
 
     # Import heavy modules after the arguments are checked, so that errors appear at once.

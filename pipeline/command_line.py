@@ -60,6 +60,9 @@ def shared_arguments() -> argparse.ArgumentParser:
     parser.add_argument(
         "--prompt_track", metavar="FILE", help="prompts of later blocks: lines `block: prompt` or `12.5s: prompt`"
     )
+    parser.add_argument(
+        "--extended_prompt", metavar="TEXT", help="text to encode instead of --prompt, which names files"
+    )
     parser.add_argument("--num_output_frames", help="latent frames, prefix included; F make 4(F-1)+1 pixel frames")
     parser.add_argument("--use_ema", action="store_true", help="use the checkpoint's generator_ema")
     parser.add_argument("--seed", help="seed of the noise; each sample number gives other noise")
@@ -106,7 +109,7 @@ def apply_config_flags(args: argparse.Namespace) -> None:
     flags = config_flags(args.config_path)
     if args.prompt is not None:
         flags.pop("data_path", None)
-    if "output_folder" in flags:  # --output_folder of inference.py is --output_path of the pipeline script
+    if "output_folder" in flags and not hasattr(args, "output_folder"):  # it is --output_path of the pipeline script
         flags["output_path"] = flags["output_folder"]
     for flag, value in flags.items():
         if getattr(args, flag, 0) in (None, False):
@@ -143,6 +146,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UserError("give --prompt TEXT or --data_path FILE")
     if args.extended_prompt_path and not args.data_path:
         raise UserError("--extended_prompt_path needs --data_path")
+    if args.extended_prompt is not None and (args.prompt is None or not args.extended_prompt.strip()):
+        raise UserError("--extended_prompt TEXT needs --prompt; --extended_prompt_path FILE belongs to --data_path")
     if args.image and args.video:
         raise UserError("give --image or --video, not both")
     if args.strength is not None:
@@ -228,7 +233,7 @@ def requested_videos(args: argparse.Namespace, metadata: dict[str, Any] | None) 
             raise UserError("--i2v reads prompts and images itself; leave out --prompt, --image and --video")
         prompts = read_image_prompts(images or args.data_path or "")
     elif args.prompt is not None:
-        prompts = [Prompt(0, args.prompt.strip(), args.prompt.strip())]
+        prompts = [Prompt(0, (args.extended_prompt or args.prompt).strip(), args.prompt.strip())]
     elif args.data_path:
         prompts = read_prompts(args.data_path, args.extended_prompt_path)
     else:
@@ -236,3 +241,22 @@ def requested_videos(args: argparse.Namespace, metadata: dict[str, Any] | None) 
     prompts = [replace(prompt, track=track) for prompt in prompts]
     stems = unique_stems(prompts, args.num_samples, args.save_with_index)
     return [(p, sample, stems[p.index][sample]) for p in prompts for sample in range(args.num_samples)]
+
+
+def output_files(path: str, videos: list[tuple[Prompt, int, str]]) -> tuple[str, list[tuple[Prompt, int, str]]]:
+    """Return the folder and the videos of --output_path: a folder, or FILE.mp4 for a single video.
+
+    Args:
+        videos: see `requested_videos`. The file's name replaces the stem.
+
+    Raises:
+        UserError: for a file and several videos.
+    """
+    folder, name = os.path.split(path)
+    stem, suffix = os.path.splitext(name)
+    if suffix != ".mp4":
+        return path, videos
+    if len(videos) > 1:
+        raise UserError(f"--output_path {path} is one file, but there are {len(videos)} videos; name a folder")
+    [(prompt, sample, _)] = videos
+    return folder or ".", [(prompt, sample, stem)]

@@ -45,7 +45,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--guidance_scale", type=float, help="default: teacher.guidance_scale")
     parser.add_argument("--num_inference_steps", type=int, help="default: teacher.num_inference_steps")
     parser.add_argument("--timestep_shift", type=float, help="default: teacher.timestep_shift")
-    parser.add_argument("--num_prompts", type=int, help="use only the first N prompts; default: all")
+    parser.add_argument("--num_prompts", type=int, help="use only the first N prompts; default, and -1: all")
     parser.add_argument("--num_frames", type=int, help="latent frames; default: data.num_frames")
     parser.add_argument(
         "--save_indices", nargs="+", help="saved points, such as 0,12,24,36,-1; default: those that training reads"
@@ -61,6 +61,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", help="default: runtime.device")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the configuration")
     args = parser.parse_intermixed_args()
+    args.num_prompts = None if args.num_prompts == -1 else args.num_prompts
     for flag in ("num_inference_steps", "num_prompts", "num_frames", "batch_size"):
         value = getattr(args, flag)
         if value is not None and value < 1:

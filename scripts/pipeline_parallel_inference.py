@@ -13,12 +13,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pipeline.command_line import check_arguments, requested_prefix, requested_videos, resolve_config, shared_arguments
+from pipeline.command_line import (
+    check_arguments,
+    output_files,
+    requested_prefix,
+    requested_videos,
+    resolve_config,
+    shared_arguments,
+)
 from utils.config import Config
 from utils.config_files import read_metadata
 from utils.distributed import rank
 from utils.errors import UserError, command
-from utils.prompts import Prompt
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -32,25 +38,14 @@ def parse_arguments() -> argparse.Namespace:
     dac.add_argument("--no_dac", action="store_true", help="send each block only after its context write (slower)")
     parser.add_argument("--profile", action="store_true", help="time every op on every rank")
     parser.add_argument("--profile_output", default="profile", metavar="PREFIX", help="path prefix of profile files")
+    parser.add_argument(
+        "--vae_decode_chunk_size", metavar="N", help="has no effect: each block is decoded as it finishes"
+    )
     parser.add_argument("--plan", action="store_true", help="print the role of each rank and exit")
     args = parser.parse_intermixed_args()
     check_arguments(args)
     args.seed = args.noise_seed or args.seed
     return args
-
-
-def list_outputs(args: argparse.Namespace, metadata: dict | None) -> tuple[str, list[tuple[Prompt, int, str]]]:
-    """Return the output folder, and (prompt, sample, file stem) of every video."""
-    items = requested_videos(args, metadata)
-    if not args.output_path:
-        raise UserError("no output: add --output_path FOLDER, or FILE.mp4 for a single video")
-    path = Path(args.output_path)
-    if path.suffix != ".mp4":
-        return str(path), items
-    if len(items) > 1:
-        raise UserError(f"--output_path {path} is one file, but there are {len(items)} videos; name a folder")
-    prompt, sample, _ = items[0]
-    return str(path.parent), [(prompt, sample, path.stem)]
 
 
 def generate(args: argparse.Namespace, config: Config) -> None:
@@ -67,7 +62,10 @@ def generate(args: argparse.Namespace, config: Config) -> None:
         return
     prefix = args.profile_output if args.profile else ""
     options = prefix_path, args.save_latents, args.overwrite, args.no_dac, prefix
-    request = PipelineRequest(config, *list_outputs(args, metadata), *options)
+    videos = requested_videos(args, metadata)
+    if not args.output_path:
+        raise UserError("no output: add --output_path FOLDER, or FILE.mp4 for a single video")
+    request = PipelineRequest(config, *output_files(args.output_path, videos), *options)
     summary, profiles = run_pipelines(request)
     if rank() == 0:
         print(summary)

@@ -52,7 +52,8 @@ class ModelConfig:
     text_cache: str = ""
     """Folder that stores prompt embeddings between runs. Empty: embeddings are not stored."""
     lora: str = ""
-    """LoRA weights (safetensors in the diffusers or PEFT layout) to merge into the generator. Empty: no LoRA."""
+    """LoRA weights to merge into the generator: safetensors in the diffusers or PEFT layout, or a .pt file as LongLive
+    writes. Empty: no LoRA."""
     lora_scale: float = 1.0
     """Factor on the LoRA's weights."""
     compile: bool = False

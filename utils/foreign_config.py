@@ -7,7 +7,7 @@ listed as having no effect here, or an error: none is dropped silently.
 import difflib
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -17,7 +17,20 @@ from omegaconf import DictConfig, OmegaConf
 from utils.config_files import read_yaml_layers
 from utils.distributed import rank, world_size
 from utils.errors import UserError
-from utils.foreign_keys import NO_EFFECT, NOT_TRAINABLE, TABLE, TRAINING_ONLY, Flag, Only, Unsupported, Value
+from utils.foreign_keys import (
+    LOSS_FRAMES,
+    NO_EFFECT,
+    NOT_TRAINABLE,
+    TABLE,
+    TRAINING_ONLY,
+    Flag,
+    Only,
+    Unsupported,
+    Value,
+    flatten,
+    ode_pair_sigmas,
+    shifted,
+)
 
 DEFAULT_FILE = "default_config.yaml"
 """HiAR and Self-Forcing merge each file over the file of this name in the same folder."""
@@ -69,9 +82,10 @@ def translate_file(
     folder, name = os.path.split(path)
     default = os.path.join(folder, DEFAULT_FILE)
     merged = name != DEFAULT_FILE and os.path.isfile(default)
+    stated = set(flatten(plain))
     if merged:
         plain = OmegaConf.to_container(OmegaConf.merge(*read_yaml_layers(default), content), resolve=False)
-    result = translate(path, plain, our_keys, for_training)
+    result = translate(path, plain, our_keys, for_training, stated)
     if merged:
         result.lines.insert(0, f"merged over {default}")
     return result
@@ -81,10 +95,16 @@ def is_foreign(values: Mapping[str, Value], sections: Sequence[str]) -> bool:
     """Return whether the keys of a YAML file are those of the public code. `sections` are the names of ours."""
     if _is_longlive_2(values):
         return True
-    return not set(sections) & values.keys() and any(key in TABLE for key in _flatten(values))
+    return not set(sections) & values.keys() and any(key in TABLE for key in flatten(values))
 
 
-def translate(path: str, values: Mapping[str, Value], our_keys: Sequence[str], for_training: bool) -> Translation:
+def translate(
+    path: str,
+    values: Mapping[str, Value],
+    our_keys: Sequence[str],
+    for_training: bool,
+    stated: Collection[str] | None = None,
+) -> Translation:
     """Translate the content of a file of the public code.
 
     Args:
@@ -92,6 +112,7 @@ def translate(path: str, values: Mapping[str, Value], our_keys: Sequence[str], f
         values: its content, merged over default_config.yaml.
         our_keys: all keys of our schema, as section.key.
         for_training: the file must be trainable; otherwise what training cannot honour is only listed.
+        stated: keys of the file itself; None: all. They win over the others, which are those of default_config.yaml.
 
     Raises:
         UserError: with all unknown keys and all values that cannot be honoured.
@@ -101,7 +122,7 @@ def translate(path: str, values: Mapping[str, Value], our_keys: Sequence[str], f
             f"{path} is a file of LongLive 2: its base Wan2.2-TI2V-5B (48 latent channels, another VAE) is not "
             "supported; configs/ has files for Wan2.1"
         )
-    translator = _Translator(_flatten(values), our_keys)
+    translator = _Translator(flatten(values), our_keys, stated)
     result = translator.run()
     if for_training:
         translator.errors += result.not_trainable
@@ -114,17 +135,6 @@ def _is_longlive_2(values: Mapping[str, Value]) -> bool:
     return any(isinstance(values.get(key), Mapping) for key in _LONGLIVE_2)
 
 
-def _flatten(values: Mapping[str, Value]) -> dict[str, Value]:
-    """Return nested keys as `outer.inner`."""
-    flat = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat.update({f"{key}.{inner}": content for inner, content in _flatten(value).items()})
-        else:
-            flat[str(key)] = value
-    return flat
-
-
 def _matches(key: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(key, pattern) for pattern in patterns)
 
@@ -132,11 +142,13 @@ def _matches(key: str, patterns: Sequence[str]) -> bool:
 class _Translator:
     """Translates one flat file, and collects all its errors."""
 
-    def __init__(self, theirs: dict[str, Value], our_keys: Sequence[str]):
+    def __init__(self, theirs: dict[str, Value], our_keys: Sequence[str], stated: Collection[str] | None):
         self.theirs, self.our_keys = theirs, our_keys
+        self.assumed = set() if stated is None else theirs.keys() - set(stated)  # keys of default_config.yaml
         self.errors: list[str] = []
         self.result = Translation()
         self._source: dict[str, str] = {}  # of each of our keys: the first key of theirs that set it
+        self._untrainable: list[str] = []
 
     def run(self) -> Translation:
         for key, value in self.theirs.items():
@@ -179,8 +191,8 @@ class _Translator:
         if _matches(key, NO_EFFECT):
             self.result.no_effect.append(key)
         elif _matches(key, TRAINING_ONLY):
-            if value is not False:
-                self.result.not_trainable.append(f"{key} {value}: {NOT_TRAINABLE}")
+            whole_clip = key in LOSS_FRAMES and value == self.theirs.get("num_training_frames")
+            (self.result.no_effect if value is False or whole_clip else self._untrainable).append(key)
         else:
             self.errors.append(f"unknown key {key}{self._advice(key)}")
 
@@ -207,12 +219,24 @@ class _Translator:
         source = " and ".join(sources)
         section, key = name.split(".")
         before = self.result.values.setdefault(section, {})
+        if key in before and before[key] != value and self._source[name] in self.assumed:
+            self._drop(name)
         if before.setdefault(key, value) != value:
+            if self.assumed.issuperset(sources):
+                self.result.no_effect += sources
+                return
             self.errors.append(f"{self._source[name]} and {source} disagree: {name} would be {before[key]} and {value}")
             return
         self._source.setdefault(name, source)
         stated = [f"{key} {self.theirs[key]}" if key in self.theirs else key for key in sources]
         self.result.lines.append(f"{', '.join(stated)} -> {name} {value}")
+
+    def _drop(self, name: str) -> None:
+        """Remove the value of one of our keys that default_config.yaml gave."""
+        section, key = name.split(".")
+        value, source = self.result.values[section].pop(key), self._source.pop(name)
+        self.result.lines.remove(f"{source} {self.theirs[source]} -> {name} {value}")
+        self.result.no_effect.append(source)
 
     def _get(self, section: str, key: str, default: Value = None) -> Value:
         return self.result.values.get(section, {}).get(key, default)
@@ -247,11 +271,13 @@ class _Translator:
         if not self.theirs.get("warp_denoising_step", False):
             if "warp_denoising_step" not in self.theirs:
                 self._set("rollout.warp_denoising_step", False, _DEFAULT)
-            grid = [1000 * _shifted(i / 1000, shift) for i in range(1, 1001)]
+            grid = [1000 * shifted(i / 1000, shift) for i in range(1, 1001)]
             steps = [min(grid, key=lambda level: abs(level - step)) if step else 0 for step in steps]
-            if self._get("train", "objective") == "ode_regression":
-                levels = [step / 1000 for step in steps if step]
-                self._set("data.sigmas", [*levels, 0.0], "denoising_step_list")
+            levels = [step / 1000 for step in steps]
+        else:
+            levels = [shifted(step / 1000, shift) for step in steps]
+        if self._get("train", "objective") == "ode_regression":
+            self._set("data.sigmas", [*(level for level in levels if level), 0.0], "denoising_step_list")
         self._set("rollout.denoising_step_list", [float(step) for step in steps], "denoising_step_list")
 
     def _shape(self) -> None:
@@ -343,7 +369,9 @@ class _Translator:
         elif rank or alpha:
             self.errors.append("adapter needs both rank and alpha")
         if "adapter.type" in self.theirs and self._get("train", "objective"):
-            self.result.not_trainable.append(f"adapter (LoRA): {NOT_TRAINABLE}")
+            self._untrainable.append("adapter")
+        if self._untrainable:
+            self.result.not_trainable.append(f"{', '.join(self._untrainable)}: {NOT_TRAINABLE}")
 
     def _implied(self) -> None:
         """Set the keys that the public code fixes or assumes, where our defaults differ."""
@@ -366,13 +394,3 @@ class _Translator:
                 self._set(name, value, _DEFAULT)
         if self.result.not_trainable:
             del self.result.values["train"]["objective"]  # train.py refuses the converted file, too
-
-
-def _shifted(u: float, shift: float) -> float:
-    return shift * u / (1 + (shift - 1) * u)
-
-
-def ode_pair_sigmas(num_steps: int, shift: float, indices: Sequence[int]) -> list[float]:
-    """Return the noise levels of the saved points of ODE pairs, noisy to clean."""
-    sigmas = [_shifted(1 - i / num_steps, shift) for i in range(num_steps)] + [0.0]
-    return [sigmas[index] for index in indices]

@@ -4,7 +4,7 @@
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,7 +105,7 @@ TABLE: dict[str, tuple[str, Convert] | Only | Flag | None] = {
     "inference_method": ("rollout.schedule", _SCHEDULES),
     "distribution_loss": (
         "rollout.schedule",
-        _choice(timestep_forcing_dmd="timestep_first", dmd="block_first", dmd_switch="block_first"),
+        _choice(timestep_forcing_dmd="timestep_first", dmd="block_first", dmd_switch="block_first", ode="block_first"),
     ),
     "num_frame_first_blocks": ("rollout.leading_blocks", _same),
     "num_rollout": ("rollout.num_rollouts", _same),
@@ -195,13 +195,39 @@ TABLE: dict[str, tuple[str, Convert] | Only | Flag | None] = {
     "load_raw_video": Only(False, "training reads encoded clips"),
     "ckpt_step": Only(0, "name the checkpoint by --checkpoint_path"),
     "inference_iter": Only(-1, "all prompts of the file are used"),
+    "reference_images": Only([], "--image gives the first frame of a video"),
 }
 NO_EFFECT = (
     *("wandb_*", "*_fsdp_wrap_strategy", "*_grad.*", "gc_interval", "discriminator_lr_multiplier"),
-    *("vis_*", "val_*", "sid_alpha", "max_checkpoints"),
+    *("vis_*", "val_*", "sid_alpha", "max_checkpoints", "use_one_logger"),
+    *("prompt_name", "prompt_path", "eval_first_n"),  # in default_config.yaml, for an evaluation that is not published
     "global_sink",  # LongLive reads it where prompts change
     *("adapter.dropout", "adapter.dtype", "adapter.verbose", "adapter.apply_to_critic"),
 )
 """Keys without a counterpart, as patterns."""
 TRAINING_ONLY = ("streaming_*", "switch_*", "train_first_chunk", "slice_last_frames", "min_num_training_frames")
 """Keys of LongLive's training that inference does not read, as patterns."""
+LOSS_FRAMES = ("slice_last_frames", "min_num_training_frames")
+"""Those of them that training honours if they equal num_training_frames."""
+
+
+def shifted(u: float, shift: float) -> float:
+    """Return the noise level of an unshifted level u."""
+    return shift * u / (1 + (shift - 1) * u)
+
+
+def ode_pair_sigmas(num_steps: int, shift: float, indices: Sequence[int]) -> list[float]:
+    """Return the noise levels of the saved points of ODE pairs, noisy to clean."""
+    sigmas = [shifted(1 - i / num_steps, shift) for i in range(num_steps)] + [0.0]
+    return [sigmas[index] for index in indices]
+
+
+def flatten(values: Mapping[str, Value]) -> dict[str, Value]:
+    """Return nested keys as `outer.inner`."""
+    flat = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat.update({f"{key}.{inner}": content for inner, content in flatten(value).items()})
+        else:
+            flat[str(key)] = value
+    return flat

@@ -18,7 +18,7 @@ def read_image_prompts(path: str | os.PathLike[str]) -> list[Prompt]:
     Args:
         path: a JSON file, or a folder that holds one JSON file or images with a .txt beside each. The JSON is an object
             {image: prompt}, or a list of objects with the keys image (or file_name) and prompt (or caption). Images are
-            relative to the JSON file.
+            relative to the JSON file, or for `NAME_26-15.json` to the folder 26-15 beside it, as in Self-Forcing.
 
     Raises:
         UserError: if there are no pairs, or an image, prompt or file is missing or malformed.
@@ -59,4 +59,10 @@ def _listed(file: Path) -> list[tuple[Path, str]]:
     """Return the pairs that a JSON file lists."""
     names, keys = ("an image", "a prompt"), (_IMAGE_KEYS, _PROMPT_KEYS)
     pairs = read_text_pairs(file, "list of images and prompts", names, keys)
-    return [(file.parent / image, prompt) for image, prompt in pairs]
+    return [(_find_image(file, image), prompt) for image, prompt in pairs]
+
+
+def _find_image(listing: Path, name: str) -> Path:
+    """Return the path of a listed image: beside the JSON file, or in Self-Forcing's folder 26-15 of *_26-15.json."""
+    beside, inside = listing.parent / name, listing.parent / listing.stem.rpartition("_")[2] / name
+    return inside if inside.is_file() and not beside.is_file() else beside

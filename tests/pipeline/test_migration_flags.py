@@ -44,6 +44,34 @@ def test_prompt_files_and_checkpoint_folders(config, tmp_path, monkeypatch):
         parse(inference.parse_arguments, monkeypatch, *words, "--checkpoint_path", "x.pt")
 
 
+def test_one_video_in_a_named_file_from_an_extended_prompt(config, tmp_path, monkeypatch, capsys):
+    words = ["--config_path", config, "--num_output_frames", "3", "--output_path", tmp_path / "new/cat.mp4"]
+    parse(inference.main, monkeypatch, *words, "--prompt", "a cat", "--extended_prompt", "a large red circle")
+    assert {file.name for file in (tmp_path / "new").iterdir()} == {"cat.mp4", "cat.json", "cat.png"}
+    metadata = json.loads((tmp_path / "new/cat.json").read_text())
+    assert (metadata["prompt"], metadata["name"]) == ("a large red circle", "a cat")
+    for more, fragment in [
+        (["--prompt", "a cat", "--num_samples", "2"], "is one file, but there are 2 videos"),
+        (["--prompt", "a cat", "--output_folder", tmp_path], "not both"),
+        (["--data_path", config.parent / "prompts.txt", "--extended_prompt", "x"], "needs --prompt"),
+        (["--prompt", "a cat", "--extended_prompt", " "], "needs --prompt"),
+    ]:
+        with pytest.raises(SystemExit):
+            parse(inference.main, monkeypatch, *words, *more)
+        assert fragment in capsys.readouterr().err
+
+
+def test_a_file_of_the_command_line_wins_over_the_folder_of_a_configuration(config, tmp_path, monkeypatch):
+    (tmp_path / "theirs.yaml").write_text("denoising_step_list: [1000, 500]\noutput_folder: videos\n")
+    words = ("--config_path", tmp_path / "theirs.yaml", "--prompt", "a cat")
+    args = parse(inference.parse_arguments, monkeypatch, *words, "--output_path", "x.mp4")
+    assert args.output_path == "x.mp4"
+    args = parse(inference.parse_arguments, monkeypatch, *words)
+    assert (args.output_folder, args.output_path) == ("videos", None)
+    args = parse(pipeline_parallel_inference.parse_arguments, monkeypatch, *words, "--vae_decode_chunk_size", "8")
+    assert args.output_path == "videos"
+
+
 def test_sending_early_is_the_default_of_the_pipeline(config, monkeypatch):
     parser, words = pipeline_parallel_inference.parse_arguments, ("--config_path", config, "--dac_optimize")
     assert not parse(parser, monkeypatch, *words).no_dac
@@ -54,6 +82,7 @@ def test_sending_early_is_the_default_of_the_pipeline(config, monkeypatch):
 def test_lists_with_commas(config, tmp_path, monkeypatch):
     words = ["--config_path", config, "--caption_path", config.parent / "prompts.txt", "--output_folder", tmp_path]
     words += ["--num_inference_steps", "4", "--save_indices", "0,2,-1", "--latent_shape", "1,6,16,4,4"]
+    words += ["--num_prompts", "-1"]  # all
     parse(generate_ode_pairs.main, monkeypatch, *words)
     assert load_pair(tmp_path / "00000.pt")[1].shape == (3, 6, 16, 4, 4)
 
@@ -107,6 +136,14 @@ def test_resuming_from_a_file_points_to_the_initial_weights(config, tmp_path, mo
     with pytest.raises(SystemExit):
         parse(train.main, monkeypatch, *words)
     assert f"train.init={tmp_path / 'weights.pt'}" in capsys.readouterr().err
+
+
+def test_a_run_that_may_not_resume_needs_an_empty_folder(config, tmp_path, monkeypatch, capsys):
+    (tmp_path / "checkpoints").mkdir()
+    words = ["--config_path", ROOT / "configs/hiar.yaml", "--logdir", tmp_path, "--no-auto-resume"]
+    with pytest.raises(SystemExit):
+        parse(train.main, monkeypatch, *words)
+    assert "holds checkpoints; choose another --logdir" in capsys.readouterr().err
 
 
 def test_causvids_levels_come_from_a_grid_of_1000():
@@ -166,6 +203,16 @@ def test_lists_of_images_that_cannot_be_read(tmp_path, content, fragment):
         read_image_prompts(tmp_path)
     with pytest.raises(UserError, match="name a folder"):
         read_image_prompts(tmp_path / "none")
+
+
+def test_images_of_self_forcing_lie_in_a_folder_of_their_aspect_ratio(images, tmp_path):
+    (tmp_path / "26-15").mkdir()
+    shutil.copy(images / "one.png", tmp_path / "26-15")
+    entry = {"file_name": "one.png", "caption": "a red circle", "target_crop": {"target_ratio": "26-15"}}
+    (tmp_path / "target_crop_info_26-15.json").write_text(json.dumps([entry]))
+    assert [prompt.image for prompt in read_image_prompts(tmp_path)] == [str(tmp_path / "26-15/one.png")]
+    shutil.copy(images / "one.png", tmp_path)
+    assert [prompt.image for prompt in read_image_prompts(tmp_path)] == [str(tmp_path / "one.png")]
 
 
 def test_an_image_without_a_prompt_is_named(images, tmp_path):
