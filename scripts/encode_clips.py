@@ -31,7 +31,9 @@ from utils.locks import lock_output
 def parse_arguments() -> argparse.Namespace:
     """Parse and check the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", default="data/shapes-wan", help="model directory whose VAE encodes")
+    parser.add_argument(
+        "--base", help="model directory whose VAE encodes; required with --videos, otherwise data/shapes-wan"
+    )
     parser.add_argument("--output", "--output_latent_folder", required=True, help="folder for the shards")
     parser.add_argument("--videos", "--input_video_folder", type=Path, help="folder of videos")
     parser.add_argument(
@@ -51,6 +53,9 @@ def parse_arguments() -> argparse.Namespace:
     unused = ("num_clips", "size", "seed") if args.videos else ("captions", "fps")
     if given := [name for name in unused if getattr(args, name) is not None]:
         raise UserError(f"--{given[0]} {'is for the miniature world, not for' if args.videos else 'needs'} --videos")
+    if args.videos and not args.base:
+        raise UserError("--videos needs --base, a model directory such as wan_models/Wan2.1-T2V-1.3B: its VAE encodes")
+    args.base = args.base or "data/shapes-wan"
     return args
 
 

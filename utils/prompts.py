@@ -130,6 +130,12 @@ def unique_stems(prompts: Sequence[Prompt], num_samples: int, save_with_index: b
 def _read_lines(path: str | os.PathLike[str]) -> list[str]:
     """Return the stripped lines of a file, without blank lines at its end."""
     path = Path(path)
+    if path.suffix == ".gz":
+        raise UserError(f"prompt file {path} is compressed: run gunzip {path}")
+    if path.suffix in (".json", ".jsonl"):
+        raise UserError(
+            f"{path} is no text file with one prompt per line; --i2v reads a JSON file of images and prompts"
+        )
     check_loaded(path)
     try:
         with path.open(encoding="utf-8-sig") as file:  # -sig removes a byte order mark

@@ -286,6 +286,9 @@ def test_bad_outputs(world, tmp_path, refuse, module, good, flag, suffix, place)
         (process_videos.main, f"{PROCESS} --shard 1", "belong together"),
         (encode_clips.main, f"--output {OUT} --captions x.json", "--captions needs --videos"),
         (encode_clips.main, f"--output {OUT} --videos x --num_clips 1", "not for --videos"),
+        (encode_clips.main, f"--output {OUT} --videos x", "--videos needs --base"),
+        (inference.main, f"{CONFIG} --output_folder {OUT} --data_path {{tmp}}/a.txt.gz", "gunzip"),
+        (inference.main, f"{CONFIG} --output_folder {OUT} --data_path {{tmp}}/a.jsonl", "one prompt per line"),
         (convert_checkpoint.main, f"--input {{model}} --output {OUT} --to nope", "invalid choice"),
     ],
 )

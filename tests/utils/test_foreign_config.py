@@ -247,7 +247,6 @@ NOT_HONOURED = [
     ("i2v", True, "only False"),
     ("adapter", {"type": "dora", "rank": 4, "alpha": 4}, "only lora"),
     ("adapter", {"type": "lora", "rank": 4}, "both rank and alpha"),
-    ("num_frames", 80, "4n + 1"),
 ]
 
 
@@ -257,6 +256,12 @@ def test_a_value_that_cannot_be_honoured(tmp_path, key, value, fragment):
     with pytest.raises(UserError) as caught:
         load_config(write(tmp_path, theirs))
     assert fragment in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_length_in_pixel_frames(tmp_path):
+    assert load_config(write(tmp_path, {"num_frames": 5, "lr": 1e-4})).video.num_output_frames == 2
+    with pytest.raises(UserError, match=r"num_frames 80 cannot be honoured, only 4n \+ 1"):
+        load_config(write(tmp_path, {"num_frames": 80, "lr": 1e-4}))
 
 
 def test_what_only_training_needs_does_not_stop_inference(tmp_path, monkeypatch, capsys):
