@@ -124,7 +124,10 @@ TABLE: dict[str, tuple[str, Convert] | Only | Flag | None] = {
     "model_kwargs.use_infinite_attention": Only(False, "the positions of the sink do not move"),
     "context_noise": ("rollout.context_noise", _sigma),
     "independent_first_frame": ("rollout.independent_first_frame", _same),
-    "switch_frame_indices": ("rollout.schedule", _refuse("a video has one prompt")),
+    "switch_frame_indices": (
+        "rollout.schedule",
+        _refuse("remove this key, and name the prompts by --prompt_track FILE, see docs/prompts.md"),
+    ),
     # sizes
     "num_training_frames": ("data.num_frames", _same),
     "height": ("video.height", _same),

@@ -78,7 +78,11 @@ def write_user_files(folder: Path) -> None:
     for name in ("Wan2.1-T2V-1.3B-Diffusers", "Wan2.1-T2V-14B"):
         (folder / "wan_models" / name).symlink_to(model)
     write_checkpoints(folder, model)
-    texts = {"prompts.txt": "a red circle\n", "extended.txt": "a large red circle on a table\n"}
+    texts = {
+        "track.txt": "2: a blue square\n",
+        "prompts.txt": "a red circle\n",
+        "extended.txt": "a large red circle on a table\n",
+    }
     texts |= {"data/prompts.txt": "a red circle\n", "mixkit_prompts.txt": "a red circle\na blue square\n"}
     texts |= {"prompts/vidprom_filtered_extended.txt": "a red circle\na blue square\na green triangle\n"}
     for name, text in texts.items():

@@ -224,7 +224,7 @@ NOT_HONOURED = [
     ("denoising_loss_type", "x0", "only flow"),
     ("ts_schedule", True, "only False"),
     ("context_noise", 1000, "rollout.context_noise must be a sigma"),
-    ("switch_frame_indices", [48, 96], "one prompt"),
+    ("switch_frame_indices", [48, 96], "--prompt_track FILE"),
     ("reference_images", ["a.png"], "--image"),
     ("model_kwargs", {"use_infinite_attention": True}, "only False"),
     ("same_step_across_blocks", False, "only True"),
