@@ -337,7 +337,7 @@ def test_identity_needs_its_shares_of_a_long_video():
 def clips(tmp_path, call):
     """A folder of two written clips, with the metadata that inference.py writes."""
     folder = tmp_path / "clips"
-    words = ("--output", folder, "--num_clips", 2, "--num_frames", 21, "--size", SIZE, "--seed", 5)
+    words = ("--output", folder, "--num_clips", 2, "--num_frames", 17, "--size", SIZE, "--seed", 5)
     assert call(write_shapes_clips, *words)[0] == 0
     for number, caption in enumerate((folder / "captions.txt").read_text().splitlines()):
         metadata = {"prompt": caption, "sample": 0, "config": {"runtime": {"seed": 5}}}
@@ -349,14 +349,14 @@ def test_written_clips_are_measured_with_noise_floors(tmp_path, call, clips, mon
     assert (clips / "captions.txt").read_text().splitlines() == [clip.caption for clip in CLIPS_5[:2]]
     monkeypatch.setattr("evaluation.results.save_line_plot", lambda path, *_: Image.new("RGB", (1, 1)).save(path))
     model = write_model(tmp_path / "model")
-    words = ("--output", tmp_path / "out", "--base", model, "--floor_videos", 2, "--examples", 0)
+    words = ("--output", tmp_path / "out", "--base", model, "--floor_videos", 1, "--examples", 0)
     code, out, err = call(evaluate, clips, *words)
     assert code == 0, err
     results = json.loads((tmp_path / "out/evaluation.json").read_text())["methods"]
     assert [method["label"] for method in results] == ["clips", "truth", "truth through VAE"]
     for method in results[:2]:
         means = {name: value["mean"] for name, value in method["estimates"].items()}
-        assert means["presence"] == means["shape"] == means["moving"] == means["background"] == 1
+        assert means["presence"] == means["moving"] == means["speed"] == means["background"] == 1
         # NaN where the shape hides the pebble.
         assert not any(means[f"{a.name}_distance"] > 0.25 * a.tolerance for a in UNNAMED)
     assert results[2]["estimates"]["presence"]["mean"] == 0  # a random VAE
