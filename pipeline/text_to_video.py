@@ -4,7 +4,7 @@ import copy
 import functools
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from model.embeddings import EmbeddingCache
 from model.vae import StreamingDecoder, WanVAE
 from model.weight_checks import is_finite
 from model.weights import ModelDirectory
+from pipeline.arguments import TrackSource, as_prompt, prefix_of
 from pipeline.build import (
     build_rollout,
     build_schedule,
@@ -31,16 +32,9 @@ from pipeline.build import (
 from pipeline.build_track import build_switch_ops, build_track
 from pipeline.output import decode_frames, frame_range, not_finite, video_metadata
 from pipeline.overlap import Overlap
-from pipeline.prefix import check_one_input, check_prefix_exists, read_prefix
+from pipeline.prefix import check_one_input, read_prefix
 from pipeline.prompt_embeddings import PromptEmbeddings
-from pipeline.prompt_track import (
-    LivePrompts,
-    PromptTrack,
-    TrackEntries,
-    checked_prompt,
-    first_prompt,
-    track_entries,
-)
+from pipeline.prompt_track import LivePrompts, PromptTrack, TrackEntries, track_entries
 from pipeline.rollout import Rollout
 from pipeline.schedule import Op, Schedule
 from pipeline.session import Session
@@ -52,8 +46,6 @@ from utils.device import pick_device
 from utils.errors import UserError
 from utils.prompts import Prompt
 
-TrackSource = str | os.PathLike[str] | Mapping[Any, str] | Sequence[Any] | LivePrompts
-"""Path of a track's file, mapping from positions to prompts, pairs, or prompts that change during the rollout."""
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
@@ -164,7 +156,7 @@ class TextToVideo:
         started = time.perf_counter()
         pipe, prefix_path = self._with(seed, num_frames, image, video, strength)
         blocks: list[Tensor] = []
-        video_prompt = _as_prompt(prompt, prompt_track)
+        video_prompt = as_prompt(prompt, prompt_track)
         live = prompt_track if isinstance(prompt_track, LivePrompts) else None
         for part, latents in pipe._blocks_of(video_prompt, sample, prefix_path, live=live):
             blocks.append(latents.cpu())
@@ -198,7 +190,7 @@ class TextToVideo:
         pipe.config.rollout.order = "diagonal"  # finishes blocks early
         decoder = self.vae.stream(overlap_pixel_frames(pipe.config.rollout))
         live = prompt_track if isinstance(prompt_track, LivePrompts) else None
-        for part, latents in pipe._blocks_of(_as_prompt(prompt, prompt_track), sample, prefix_path, decoder, live):
+        for part, latents in pipe._blocks_of(as_prompt(prompt, prompt_track), sample, prefix_path, decoder, live):
             [frames] = decode_frames(decoder, latents, part)
             yield frames
 
@@ -223,7 +215,7 @@ class TextToVideo:
         pipe, prefix_path = self._with(seed, num_frames, image, None, None)
         changes = ["rollout.order=diagonal"] + ([] if schedule is None else [f"rollout.schedule={schedule}"])
         pipe.config = override_config(pipe.config, changes)
-        return Session(pipe, _as_prompt(prompt), sample, prefix_path, endless=num_frames is None)
+        return Session(pipe, as_prompt(prompt), sample, prefix_path, endless=num_frames is None)
 
     def _with(
         self,
@@ -235,7 +227,7 @@ class TextToVideo:
     ) -> tuple["TextToVideo", str]:
         """Return a pipeline with these settings and the same networks, and the path of the prefix; empty for none."""
         pipe, config = copy.copy(self), copy.deepcopy(self.config)
-        prefix_path = _prefix_path(image, video)
+        prefix_path = prefix_of(image, video)
         if seed is not None:
             config.runtime.seed = seed
         if num_frames is not None:
@@ -391,23 +383,3 @@ def find_file(path: str) -> str:
     """Return a path unchanged if it exists or is not in the repository either; otherwise its path in the repository."""
     in_repository = REPOSITORY / path
     return str(in_repository) if path and not os.path.exists(path) and in_repository.exists() else path
-
-
-def _as_prompt(text: str, track: TrackSource | None = None) -> Prompt:
-    """Return a prompt with the track of a call. An entry for block 0 must not differ from `text`."""
-    if isinstance(track, LivePrompts):
-        return Prompt(0, track.prompt, track.prompt)
-    entries = () if track is None else track_entries(track)
-    text = checked_prompt(text or first_prompt(entries))
-    if first_prompt(entries) not in ("", text):
-        raise UserError("prompt and prompt_track give different prompts for block 0; leave out one of them")
-    return Prompt(0, text, text, track=entries)
-
-
-def _prefix_path(image: str | os.PathLike[str] | None, video: str | os.PathLike[str] | None) -> str:
-    if image is not None and video is not None:
-        raise UserError("give image or video, not both")
-    path = os.fspath(image or video or "")
-    if path:
-        check_prefix_exists(path)
-    return path
