@@ -258,7 +258,7 @@ def after_op(monkeypatch: pytest.MonkeyPatch, number: int, act) -> None:
     """Call `act(op)` after every op from number `number` of this process on."""
     original, seen = TextToVideo.generate_blocks, [0]
 
-    def wrapped(self, prompt, samples, prefix=None, on_op=None, decoder=None):
+    def wrapped(self, prompt, samples, prefix=None, on_op=None, decoder=None, track=()):
         def observing(op):
             if on_op is not None:
                 on_op(op)
@@ -266,7 +266,7 @@ def after_op(monkeypatch: pytest.MonkeyPatch, number: int, act) -> None:
             if seen[0] >= number:
                 act(op)
 
-        return original(self, prompt, samples, prefix, observing, decoder)
+        return original(self, prompt, samples, prefix, observing, decoder, track)
 
     monkeypatch.setattr(TextToVideo, "generate_blocks", wrapped)
 

@@ -164,12 +164,13 @@ def test_a_video_with_a_track_is_the_same_everywhere(tmp_path, world, pipe, comm
 
 def test_prompts_that_change_while_a_stream_runs_give_the_same_frames(pipe, video):
     """The tiny model has three blocks, which all start before the first is finished; so prompts change on ops."""
-    live = LivePrompts(RED)
+    live, started = LivePrompts(RED), [0]
     own = TextToVideo(pipe.config, pipe.net, pipe.embeddings.cache, pipe.vae)
     rollout = own.rollout
 
     def on_op(op) -> None:
-        live.prompt = {0: BLUE, 1: RED}.get(op.block, RED)
+        started.append(max(op.block, started[-1]))
+        live.prompt = BLUE if started[-1] == 0 else RED
 
     own.rollout = lambda *args, **kwargs: rollout(*args[:3], on_op, *args[4:], **kwargs)  # type: ignore[method-assign]
     own.config.rollout.order = "diagonal"
