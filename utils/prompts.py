@@ -134,7 +134,8 @@ def _read_lines(path: str | os.PathLike[str]) -> list[str]:
         raise UserError(f"prompt file {path} is compressed: run gunzip {path}")
     if path.suffix in (".json", ".jsonl"):
         raise UserError(
-            f"{path} is no text file with one prompt per line; --i2v reads a JSON file of images and prompts"
+            f"{path} is no text file with one prompt per line; --i2v reads JSON with images, "
+            "--prompt_track prompts that change along a video"
         )
     check_loaded(path)
     try:
