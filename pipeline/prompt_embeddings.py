@@ -33,3 +33,9 @@ class PromptEmbeddings:
         """Return embeddings [B, text length, text_dim] on the CPU, in the text encoder's dtype."""
         self.encode(prompts)
         return self.cache.get(prompts)
+
+    def limited(self, capacity: int) -> "PromptEmbeddings":
+        """Return embeddings from the same encoder that keep only the latest `capacity` of them in memory."""
+        cache = self.cache
+        limited = EmbeddingCache(cache.encoder, str(cache.folder or ""), cache.name, capacity)
+        return PromptEmbeddings(limited, self.device, self.offload)

@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from copy import deepcopy
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.build import block_layout, rollout_sigmas
 from pipeline.output import VideoFiles, run_figures, video_metadata
 from pipeline.prefix import read_prefix
+from pipeline.prompt_track import LivePrompts, checked_prompt
 from pipeline.recording import Recording
 from pipeline.session_worker import OpEvent, SessionBlock, SessionWorker
 from utils.config import Config, RolloutConfig
@@ -23,6 +25,9 @@ from utils.prompts import Prompt
 if TYPE_CHECKING:
     from pipeline.text_to_video import TextToVideo
 
+KEPT_EMBEDDINGS = 100
+"""Embeddings of the latest prompts that a session keeps."""
+
 
 class Session:
     """A video under way. Iterate over it for its blocks; all other methods may be called from any thread.
@@ -33,17 +38,19 @@ class Session:
     Example:
         with pipe.session("a red circle moving right fast on a blue background") as session:
             for part in session:
-                print(part.block, part.frames.shape)
+                print(part.block, part.prompt, part.frames.shape)
+                session.prompt = "a green circle moving right fast on a blue background"  # from the next block on
 
     Attributes:
         sigmas: the S + 1 noise levels of the steps.
     """
 
-    def __init__(self, pipe: "TextToVideo", prompt: Prompt, sample: int, prefix_path: str, endless: bool):
+    def __init__(self, pipe: "TextToVideo", prompts: LivePrompts, sample: int, prefix_path: str, endless: bool):
         """`TextToVideo.session` calls this.
 
         Args:
             pipe: networks, and the configuration of this video.
+            prompts: the first prompt, and those that follow.
             prefix_path: path of the start image; empty for none.
             endless: ignore the configured length.
 
@@ -60,17 +67,20 @@ class Session:
         if endless:
             schedule = replace(schedule, num_blocks=None)
         self.sigmas = tuple(rollout_sigmas(config.rollout))
-        self._pipe, self._prompt, self._sample, self._prefix_path = pipe, prompt, sample, prefix_path
+        pipe.embeddings = pipe.embeddings.limited(KEPT_EMBEDDINGS)
+        self._pipe, self._prompts, self._sample, self._prefix_path = pipe, prompts, sample, prefix_path
+        self._clock = clock = PromptClock(prompts)
         self._recording = Recording(config.video.fps, config.video.crf)
         self._lock = threading.Lock()
         self._num_pixel_frames, self._seconds = 0, 0.0  # of the blocks that the reader has received
+        self._last_block = -1
         self._worker = SessionWorker(
             pipe.vae,
-            lambda on_op: pipe.rollout([prompt.text], [sample], prefix, on_op),
-            pipe.ops(schedule),
+            lambda on_op: pipe.rollout([prompts.prompt], [sample], prefix, on_op, track=prompts),
+            pipe.ops(schedule, prompts, prefix_frames),
             schedule.caches,
-            prompt_at=lambda block: prompt.text,
-            prompt_set_at=lambda block: None,
+            prompt_at=prompts.prompt_at,
+            prompt_set_at=clock.set_at,
             prefix=prefix,
         )
         self._end = weakref.finalize(self, _end_session, self._worker, self._recording)
@@ -87,6 +97,7 @@ class Session:
             with self._lock:
                 self._recording.write(part.frames)
                 self._num_pixel_frames += len(part.frames)
+                self._last_block = part.block
                 self._seconds += part.seconds
             return part
         except BaseException:
@@ -101,8 +112,15 @@ class Session:
 
     @property
     def prompt(self) -> str:
-        """The prompt."""
-        return self._prompt.text
+        """The prompt of the blocks that have not started. Set it in any thread, at any time.
+
+        Setting it returns at once. It raises `UserError` for an empty prompt.
+        """
+        return self._prompts.prompt
+
+    @prompt.setter
+    def prompt(self, prompt: str) -> None:
+        self._clock.change(prompt)
 
     def pause(self) -> None:
         """Pause before the next op. Returns at once."""
@@ -146,8 +164,28 @@ class Session:
         config, vae = deepcopy(self._pipe.config), self._pipe.vae
         num_frames = (self._num_pixel_frames - 1) // vae.temporal_stride + 1
         config.video.num_output_frames = num_frames
-        settings = video_metadata(config, self._prompt, self._sample, self._prefix_path)
+        (_, text), *later = (entry for entry in self._prompts.to_metadata() if entry[0] <= self._last_block)
+        prompt = Prompt(0, text, text, track=tuple((block, text) for block, text in later))
+        settings = video_metadata(config, prompt, self._sample, self._prefix_path)
         return settings | run_figures(vae, num_frames, self._seconds)
+
+
+class PromptClock:
+    """Times of new prompts, for the lag of a session."""
+
+    def __init__(self, prompts: LivePrompts):
+        self._prompts, self._changed_at = prompts, 0.0
+
+    def change(self, prompt: str) -> None:
+        """Set the prompt."""
+        prompt = checked_prompt(prompt)
+        if prompt != self._prompts.prompt:
+            self._changed_at = time.perf_counter()
+            self._prompts.prompt = prompt
+
+    def set_at(self, block: int) -> float | None:
+        """Return when the prompt of a block that has just started was set; None if the block before has it, too."""
+        return self._changed_at if self._prompts.is_switch(block) else None
 
 
 def _end_session(worker: SessionWorker, recording: Recording) -> None:

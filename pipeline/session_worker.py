@@ -19,7 +19,7 @@ from model.preview import LatentPreview
 from model.vae import StreamingDecoder, WanVAE
 from pipeline.output import decode_frames, frame_range
 from pipeline.rollout import Rollout
-from pipeline.schedule import Denoise, DenoiseAndWrite, Op, WriteContext, WriteThenDenoise
+from pipeline.schedule import Denoise, DenoiseAndWrite, ForgetContext, Op, RewindContext, WriteContext, WriteThenDenoise
 
 QUEUED_BLOCKS = 1
 """Blocks that may wait for the decoder, and decoded blocks that may wait for the reader."""
@@ -49,7 +49,7 @@ class OpEvent:
     kind: Literal["denoise", "write", "forget"]
     block: int
     step: int
-    """Of a Denoise: its step. Of a write: its noise index; S is clean."""
+    """Of a Denoise: its step. Of a write: its noise index; S is clean. Of a forget: the noise index of the cache."""
     sigma: float
     """Noise level of the op's input."""
     seconds: float
@@ -155,6 +155,7 @@ class SessionWorker:
         self._start_lock = threading.Lock()
         self._op_started = self._seconds = 0.0
         self._newest_block = -1
+        self._cache_index: dict[int, int] = {}  # of each cache: the noise index of its latest write
         self._set_at: dict[int, float] = {}  # of blocks in progress: when their new prompts were set
         on_gpu = vae.net.device.type == "cuda"
         self._stream = torch.cuda.Stream(vae.net.device) if on_gpu else None
@@ -239,6 +240,8 @@ class SessionWorker:
             if (set_at := self._prompt_set_at(op.block)) is not None:
                 self._set_at[op.block] = set_at
         callback, thumbnail = self.on_op, None
+        if (write := op if isinstance(op, WriteContext) else getattr(op, "write", None)) is not None:
+            self._cache_index[op.cache] = write.noise_index
         denoised = isinstance(op, Denoise | DenoiseAndWrite | WriteThenDenoise)
         if callback is not None and denoised:
             x0 = rollout.blocks[op.block].x0[0]
@@ -249,7 +252,7 @@ class SessionWorker:
         seconds = time.perf_counter() - self._op_started
         self._seconds += seconds
         if callback is not None:
-            for event in op_events(op, rollout.sigmas, seconds, thumbnail):
+            for event in op_events(op, rollout.sigmas, seconds, thumbnail, self._cache_index.get(op.cache, 0)):
                 callback(event)
 
     def _finish(self, block: int, latents: Tensor) -> None:
@@ -294,8 +297,14 @@ class SessionWorker:
         return SessionBlock(finished.block, frames, finished.prompt, finished.seconds, now - started, lag)
 
 
-def op_events(op: Op, sigmas: list[float], seconds: float, thumbnail: np.ndarray | None) -> Iterator[OpEvent]:
-    """Yield the events of one pass, in the order of its ops."""
+def op_events(
+    op: Op, sigmas: list[float], seconds: float, thumbnail: np.ndarray | None, cache_index: int = 0
+) -> Iterator[OpEvent]:
+    """Yield the events of one pass, in the order of its ops.
+
+    Args:
+        cache_index: noise index that the op's cache holds.
+    """
     match op:
         case Denoise():
             yield OpEvent("denoise", op.block, op.step, sigmas[op.step], seconds, thumbnail)
@@ -308,5 +317,5 @@ def op_events(op: Op, sigmas: list[float], seconds: float, thumbnail: np.ndarray
         case WriteThenDenoise():
             yield from op_events(op.write, sigmas, seconds / 2, None)
             yield from op_events(op.denoise, sigmas, seconds / 2, thumbnail)
-        case _:
-            yield OpEvent("forget", op.block, op.cache, sigmas[op.cache], seconds, None)
+        case ForgetContext() | RewindContext():
+            yield OpEvent("forget", op.block, cache_index, sigmas[cache_index], seconds, None)

@@ -202,20 +202,22 @@ class TextToVideo:
         sample: int = 0,
         schedule: str | None = None,
         image: str | os.PathLike[str] | None = None,
+        prompt_switch: str | None = None,
         num_frames: int | None = None,
     ) -> Session:
         """Return a live video, endless without `num_frames`; see `Session` and docs/api.md.
 
         Args:
             schedule: block_first or timestep_first; default: the configuration's.
+            prompt_switch: context at a new prompt: keep, recache or flush; default: the configuration's.
 
         Raises:
             UserError: as `generate`, and for settings that allow no live video.
         """
         pipe, prefix_path = self._with(seed, num_frames, image, None, None)
-        changes = ["rollout.order=diagonal"] + ([] if schedule is None else [f"rollout.schedule={schedule}"])
-        pipe.config = override_config(pipe.config, changes)
-        return Session(pipe, as_prompt(prompt), sample, prefix_path, endless=num_frames is None)
+        values = {"order": "diagonal", "schedule": schedule, "prompt_switch": prompt_switch}
+        pipe.config = override_config(pipe.config, [f"rollout.{k}={v}" for k, v in values.items() if v is not None])
+        return Session(pipe, LivePrompts(prompt), sample, prefix_path, endless=num_frames is None)
 
     def _with(
         self,

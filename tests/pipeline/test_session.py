@@ -94,6 +94,81 @@ def test_two_sessions_at_once_do_not_disturb_each_other(pipe):
             assert np.array_equal(first.frames, part.frames) and not np.array_equal(other.frames, part.frames)
 
 
+# ---- Prompts ----
+
+
+@pytest.mark.parametrize(("schedule", "rule"), [("block_first", "keep"), ("timestep_first", "recache")])
+def test_prompts_that_change_give_the_frames_of_their_saved_track(pipe, tmp_path, command, schedule, rule):
+    later = {1: "a blue square", 2: "a green star", 4: PROMPT}
+    with pipe.session(PROMPT, schedule=schedule, prompt_switch=rule) as session:
+        for part in session:
+            session.prompt = later.get(part.block, session.prompt)
+            last = part
+            if part.prompt == PROMPT and part.block > 8:
+                break
+        session.save(tmp_path / "x.mp4")
+    metadata = json.loads((tmp_path / "x.json").read_text())
+    track = metadata["prompt_track"]
+    assert metadata["prompt"] == PROMPT and [prompt for _, prompt in track] == list(later.values())
+    assert metadata["latent_frames"] == 3 * (last.block + 1)
+    video = TextToVideo.load(str(tmp_path / "x.json"), device="cpu").generate(PROMPT, prompt_track=track)
+    assert np.array_equal(video.frames[-12:], last.frames)
+    result = command("--config_path", tmp_path / "x.json", "--output_folder", tmp_path / "again")
+    assert result.code == 0, result.err
+    [again] = (tmp_path / "again").glob("*.mp4")
+    assert again.read_bytes() == (tmp_path / "x.mp4").read_bytes()
+
+
+def test_a_new_prompt_holds_from_the_next_block_that_has_not_started(pipe):
+    started = []
+    with pipe.session(PROMPT) as session:
+
+        def change_in_block_2(event):
+            started.append(event.block)
+            if event.block == 2:
+                session.prompt = " a blue square "
+
+        session.on_op(change_in_block_2)
+        parts = take(session, 5)
+        assert session.prompt == "a blue square"
+    assert [part.prompt for part in parts] == [PROMPT] * 3 + ["a blue square"] * 2
+    assert [part.lag_seconds is None for part in parts] == [True, True, True, False, True]
+    assert parts[3].lag_seconds > parts[3].decode_seconds
+
+
+def test_a_prompt_typed_during_a_pause_holds_from_the_next_block(pipe):
+    with pipe.session(PROMPT, schedule="block_first") as session:
+        session.on_op(lambda event: session.pause() if event.block == 0 and event.step == 3 else None)
+        threading.Timer(0.3, lambda: (setattr(session, "prompt", "a blue square"), session.resume())).start()
+        assert [part.prompt for part in take(session, 2)] == [PROMPT, "a blue square"]
+
+
+def test_many_prompts_per_second_use_only_those_of_started_blocks(pipe):
+    stop = threading.Event()
+    with pipe.session(PROMPT) as session:
+
+        def type_quickly():
+            for number in range(100_000):
+                if stop.wait(0.001):
+                    return
+                session.prompt = f"prompt {number}"
+
+        typing = threading.Thread(target=type_quickly)
+        typing.start()
+        parts = take(session, 4)
+        stop.set()
+        typing.join()
+    assert len({part.prompt for part in parts}) == 4
+    assert len(session._prompts.to_metadata()) < 20 and len(session._pipe.embeddings.cache._memory) < 20
+
+
+def test_an_empty_prompt_is_refused_and_the_session_goes_on(pipe):
+    with pipe.session(PROMPT) as session:
+        with pytest.raises(UserError, match="empty"):
+            session.prompt = " "
+        assert next(session).prompt == session.prompt == PROMPT
+
+
 # ---- Control ----
 
 
@@ -294,10 +369,11 @@ def test_memory_of_an_endless_session_is_flat(pipe):
         gc.collect()
         return sum(x.numel() for x in gc.get_objects() if type(x) is torch.Tensor)
 
-    with pipe.session(PROMPT) as session:
+    with pipe.session(PROMPT, prompt_switch="recache") as session:
         session.on_op(lambda event: None)
         counts = []
         for part in session:
+            session.prompt = f"prompt {part.block}"
             if part.block in (5, 6, 11, 12):
                 session.pause()
                 time.sleep(0.1)
