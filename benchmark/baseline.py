@@ -4,6 +4,7 @@ Each pass runs bidirectionally over the whole window, at one noise level.
 """
 
 import dataclasses
+from typing import Any
 
 import torch
 from diffusers import WanTransformer3DModel
@@ -67,13 +68,21 @@ class BaselineDenoiser:
         flow = self.net(clip, timestep, self.embeddings, return_dict=False)[0]
         return flow_to_x0(x, flow.transpose(1, 2)[:, -x.shape[1] :], sigma)
 
-    def write_context(self, x: Tensor, sigma: float, first_frame: int, cache: CleanBlocks) -> None:
+    def write_context(self, x: Tensor, sigma: float, first_frame: int, cache: CleanBlocks, **options: Any) -> None:
         """Append the block to the cache."""
+        assert not options, "the baseline has no rollout.write_window"
         cache.append(x)
 
     def write_then_denoise(
-        self, context: Tensor, context_sigma: float, x: Tensor, sigma: float, first_frame: int, cache: CleanBlocks
+        self,
+        context: Tensor,
+        context_sigma: float,
+        x: Tensor,
+        sigma: float,
+        first_frame: int,
+        cache: CleanBlocks,
+        **options: Any,
     ) -> Tensor:
         """See `Denoiser.write_then_denoise`."""
-        self.write_context(context, context_sigma, first_frame, cache)
+        self.write_context(context, context_sigma, first_frame, cache, **options)
         return self.denoise(x, sigma, first_frame + context.shape[1], cache)

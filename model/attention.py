@@ -99,7 +99,13 @@ class CachedAttention:
     """One block attends to a cache's context and to itself."""
 
     def __init__(
-        self, backend: Any, cache: KVCache, first_frame: int, append: bool = False, copy_context: bool = False
+        self,
+        backend: Any,
+        cache: KVCache,
+        first_frame: int,
+        append: bool = False,
+        copy_context: bool = False,
+        read_frames: int | None = None,
     ):
         """
         Args:
@@ -108,8 +114,9 @@ class CachedAttention:
             append: append the block's keys and values; the caller commits them after the last layer.
             copy_context: copy the context of all layers now. A checkpointed layer needs the copy: it reads the context
                 again in the backward pass, possibly after further appends.
+            read_frames: attend to the newest frames of the context only; see `KVCache.read_with_block`.
         """
-        self.backend, self.cache, self.append = backend, cache, append
+        self.backend, self.cache, self.append, self.read_frames = backend, cache, append, read_frames
         self.before = min(first_frame, cache.num_frames)
         self.copied_context: list[list[Tensor]] | None = None
         if copy_context:
@@ -120,7 +127,7 @@ class CachedAttention:
             past_k, past_v = self.copied_context[layer]
             keys, values = torch.cat([past_k, k], dim=1), torch.cat([past_v, v], dim=1)
         else:
-            keys, values = self.cache.read_with_block(layer, k, v, self.before)
+            keys, values = self.cache.read_with_block(layer, k, v, self.before, frames=self.read_frames)
         output = attend(q, keys, values, self.backend)
         if self.append:
             self.cache.append(layer, k, v)
@@ -130,17 +137,20 @@ class CachedAttention:
 class WriteThenDenoiseAttention:
     """Two blocks in one pass: the first is appended to the cache, and the second attends to it there."""
 
-    def __init__(self, backend: Any, cache: KVCache, written_frames: int):
+    def __init__(self, backend: Any, cache: KVCache, written_frames: int, read_frames: int | None = None):
         """
         Args:
             written_frames: frames of the first block; the caller commits them after the last layer.
+            read_frames: newest frames of the context that the first block attends to; None for all.
         """
         self.backend, self.cache, self.written_frames = backend, cache, written_frames
+        self.read_frames = read_frames
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         tokens = self.written_frames * self.cache.tokens_per_frame
         written_k, written_v = k[:, :tokens], v[:, :tokens]
-        written = attend(q[:, :tokens], *self.cache.read_with_block(layer, written_k, written_v), self.backend)
+        context = self.cache.read_with_block(layer, written_k, written_v, frames=self.read_frames)
+        written = attend(q[:, :tokens], *context, self.backend)
         self.cache.append(layer, written_k, written_v)
         return torch.cat([written, self.second_block(layer, q[:, tokens:], k[:, tokens:], v[:, tokens:])], dim=1)
 

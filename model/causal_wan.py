@@ -200,11 +200,20 @@ class CausalWanModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
         return self._head(tokens)
 
     def write_block(
-        self, x: Tensor, timestep: Tensor, text: Tensor | TextContext, cache: KVCache, first_frame: int = 0
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        text: Tensor | TextContext,
+        cache: KVCache,
+        first_frame: int = 0,
+        read_frames: int | None = None,
     ) -> None:
         """Append the keys and values of one block to the cache. The class describes the common arguments.
 
         The pass ends with the keys and values of the last layer. Only a prediction needs the rest.
+
+        Args:
+            read_frames: newest frames of the context that the block attends to; None for all and the sink.
 
         Raises:
             ValueError: if autograd and gradient checkpointing are on.
@@ -212,7 +221,7 @@ class CausalWanModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
         self._refuse_checkpointing()
         text = self._text_context(text)
         tokens = self._embed(x, timestep, first_frame)
-        attention = CachedAttention(self._attention_backend, cache, first_frame, append=True)
+        attention = CachedAttention(self._attention_backend, cache, first_frame, append=True, read_frames=read_frames)
         tokens = self._run_layers(tokens, text, attention, end=len(self.layers) - 1)
         self._append_last_layer(tokens, cache)
         cache.commit(x.shape[2])
@@ -226,6 +235,7 @@ class CausalWanModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
         text: Tensor | TextContext,
         cache: KVCache,
         first_frame: int = 0,
+        read_frames: int | None = None,
     ) -> Tensor:
         """Run `write_block` on one block and `denoise_block` on the next block in one pass, without autograd.
 
@@ -235,6 +245,7 @@ class CausalWanModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
             x: the block to denoise.
             timestep: [B, F], one per frame.
             first_frame: absolute index of the first frame of `context`.
+            read_frames: see `write_block`.
 
         Returns:
             The flow [B, C, F, h, w] of x.
@@ -247,7 +258,7 @@ class CausalWanModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
         text, written = self._text_context(text), context.shape[2]
         both = torch.cat([context, x], dim=2), torch.cat([context_timestep, timestep], dim=1)
         tokens = self._embed(*both, first_frame)
-        attention = WriteThenDenoiseAttention(self._attention_backend, cache, written)
+        attention = WriteThenDenoiseAttention(self._attention_backend, cache, written, read_frames)
         last = len(self.layers) - 1
         tokens = self._run_layers(tokens, text, attention, end=last)
         self._append_last_layer(tokens.frames(0, written), cache)
@@ -350,11 +361,12 @@ class CausalWanModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
         sink_frames: int = 0,
         history_frames: int = 0,
         dtype: torch.dtype | None = None,
+        moving_sink: bool = False,
     ) -> KVCache:
         """Return an empty cache for latents of height x width, on this network's device.
 
         Args:
-            context_frames, block_frames, sink_frames, history_frames: see `KVCache`.
+            context_frames, block_frames, sink_frames, history_frames, moving_sink: see `KVCache`.
             dtype: default: the network's.
         """
         _, patch_h, patch_w = self.config.patch_size
@@ -368,6 +380,7 @@ class CausalWanModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
             block_frames=block_frames,
             sink_frames=sink_frames,
             history_frames=history_frames,
+            moving_sink=moving_sink,
             dtype=dtype or self.dtype,
             device=self.device,
         )

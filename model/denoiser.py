@@ -32,17 +32,27 @@ class Denoiser:
         flow = self.net.denoise_block(x.transpose(1, 2), timestep, self.text, cache, first_frame, append=write)
         return flow_to_x0(x, flow.transpose(1, 2), sigma)
 
-    def write_context(self, x: Tensor, sigma: float, first_frame: int, cache: KVCache) -> None:
-        """Append the block x, at noise level sigma, to the cache."""
-        self.net.write_block(x.transpose(1, 2), timesteps(x, sigma), self.text, cache, first_frame)
+    def write_context(
+        self, x: Tensor, sigma: float, first_frame: int, cache: KVCache, read_frames: int | None = None
+    ) -> None:
+        """Append the block x, at noise level sigma, to the cache. `read_frames`: see `CausalWanModel.write_block`."""
+        self.net.write_block(x.transpose(1, 2), timesteps(x, sigma), self.text, cache, first_frame, read_frames)
 
     def write_then_denoise(
-        self, context: Tensor, context_sigma: float, x: Tensor, sigma: float, first_frame: int, cache: KVCache
+        self,
+        context: Tensor,
+        context_sigma: float,
+        x: Tensor,
+        sigma: float,
+        first_frame: int,
+        cache: KVCache,
+        read_frames: int | None = None,
     ) -> Tensor:
         """Run `write_context` on one block and `denoise` on the next block in one pass; return the x0 of x.
 
         Args:
             first_frame: absolute index of the context block's first frame.
+            read_frames: see `CausalWanModel.write_block`.
         """
         flow = self.net.write_then_denoise(
             context.transpose(1, 2),
@@ -52,6 +62,7 @@ class Denoiser:
             self.text,
             cache,
             first_frame,
+            read_frames,
         )
         return flow_to_x0(x, flow.transpose(1, 2), sigma)
 
@@ -103,20 +114,31 @@ class GuidedDenoiser:
         conditional = self.conditional.denoise(x, sigma, first_frame, cache.conditional, write)
         return self._guide(conditional, self.unconditional.denoise(x, sigma, first_frame, cache.unconditional, write))
 
-    def write_context(self, x: Tensor, sigma: float, first_frame: int, cache: GuidedCache) -> None:
+    def write_context(
+        self, x: Tensor, sigma: float, first_frame: int, cache: GuidedCache, read_frames: int | None = None
+    ) -> None:
         """Run `Denoiser.write_context` for both branches."""
         assert cache.conditional is not None and cache.unconditional is not None
-        self.conditional.write_context(x, sigma, first_frame, cache.conditional)
-        self.unconditional.write_context(x, sigma, first_frame, cache.unconditional)
+        self.conditional.write_context(x, sigma, first_frame, cache.conditional, read_frames)
+        self.unconditional.write_context(x, sigma, first_frame, cache.unconditional, read_frames)
 
     def write_then_denoise(
-        self, context: Tensor, context_sigma: float, x: Tensor, sigma: float, first_frame: int, cache: GuidedCache
+        self,
+        context: Tensor,
+        context_sigma: float,
+        x: Tensor,
+        sigma: float,
+        first_frame: int,
+        cache: GuidedCache,
+        read_frames: int | None = None,
     ) -> Tensor:
         """Run `Denoiser.write_then_denoise` for both branches; return the guided x0."""
         assert cache.conditional is not None and cache.unconditional is not None
         blocks = context, context_sigma, x, sigma, first_frame
-        conditional = self.conditional.write_then_denoise(*blocks, cache.conditional)
-        return self._guide(conditional, self.unconditional.write_then_denoise(*blocks, cache.unconditional))
+        conditional = self.conditional.write_then_denoise(*blocks, cache.conditional, read_frames)
+        return self._guide(
+            conditional, self.unconditional.write_then_denoise(*blocks, cache.unconditional, read_frames)
+        )
 
     def _guide(self, conditional: Tensor, unconditional: Tensor) -> Tensor:
         return guide(conditional, unconditional, self.scale)

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from model.rotary import rotary_table, rotate
+
 
 class KVCache:
     """Preallocated keys and values. All positions are Python integers, so the host never waits for the device.
@@ -29,6 +31,7 @@ class KVCache:
         block_frames: int,
         sink_frames: int = 0,
         history_frames: int = 0,
+        moving_sink: bool = False,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ):
@@ -38,6 +41,8 @@ class KVCache:
             block_frames: frames of the longest block.
             sink_frames: frames at the start of the video that are never evicted.
             history_frames: older frames to keep, so that the context of earlier blocks can be read again.
+            moving_sink: rotate the keys of the sink by the distance that the window has moved, so that the sink
+                directly precedes the window (Deep Forcing, arXiv 2512.05081).
         """
         assert 0 <= sink_frames <= context_frames and history_frames >= 0
         self.num_layers = num_layers
@@ -45,6 +50,7 @@ class KVCache:
         self.context_frames = context_frames
         self.sink_frames = sink_frames
         self.history_frames = history_frames
+        self.moving_sink = moving_sink
         self.num_frames = 0  # frames ever appended, which is also the index of the next frame
         self.oldest = 0  # frames before this one are dropped, except for the sink
         self.frozen = False
@@ -75,7 +81,13 @@ class KVCache:
         return self._read(layer, self.num_frames if before is None else before, self.num_frames)
 
     def read_with_block(
-        self, layer: int, k: Tensor, v: Tensor, before: int | None = None, uncommitted: int = 0
+        self,
+        layer: int,
+        k: Tensor,
+        v: Tensor,
+        before: int | None = None,
+        uncommitted: int = 0,
+        frames: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return the context as `read` does, followed by a block's own k and v [B, tokens, heads, head_dim].
 
@@ -85,6 +97,7 @@ class KVCache:
         Args:
             before: as in `read`.
             uncommitted: number of frames that this layer has appended since the last commit; they count as context.
+            frames: read only the newest frames of the context, and the sink only as far as it is among them.
 
         Raises:
             ValueError: as in `read`.
@@ -94,8 +107,8 @@ class KVCache:
         # Slots after the filled ones are scratch space unless history fills the ring beyond the context. Dropped frames
         # leave a gap, so the context is no single view.
         no_scratch = newest > self.context_frames < self._ring_end or self._has_gap(newest)
-        if torch.is_grad_enabled() or end != newest or no_scratch:
-            past_k, past_v = self._read(layer, end, newest)
+        if torch.is_grad_enabled() or end != newest or no_scratch or frames is not None or self._sink_shift(end):
+            past_k, past_v = self._read(layer, end, newest, frames)
             return torch.cat([past_k, k], dim=1), torch.cat([past_v, v], dim=1)
         start = min(newest, self.context_frames) * self.tokens_per_frame
         stop = start + k.shape[1]
@@ -142,20 +155,36 @@ class KVCache:
         """Return whether `forget` or `rewind` dropped frames that the context would hold."""
         return self.oldest > max(min(self.sink_frames, newest), newest - self.ring_frames)
 
-    def _read(self, layer: int, end: int, newest: int) -> tuple[Tensor, Tensor]:
-        runs = self._slots(end, newest)
+    def _read(self, layer: int, end: int, newest: int, frames: int | None = None) -> tuple[Tensor, Tensor]:
+        runs = self._slots(end, newest, frames)
         pieces = [slice(a * self.tokens_per_frame, b * self.tokens_per_frame) for a, b in runs]
         if len(pieces) == 1:
-            return self._k[layer, :, pieces[0]], self._v[layer, :, pieces[0]]
-        return (
-            torch.cat([self._k[layer, :, piece] for piece in pieces], dim=1),
-            torch.cat([self._v[layer, :, piece] for piece in pieces], dim=1),
-        )
+            k, v = self._k[layer, :, pieces[0]], self._v[layer, :, pieces[0]]
+        else:
+            k = torch.cat([self._k[layer, :, piece] for piece in pieces], dim=1)
+            v = torch.cat([self._v[layer, :, piece] for piece in pieces], dim=1)
+        if (shift := self._sink_shift(end)) and frames is None:
+            sink_tokens = min(self.sink_frames, end) * self.tokens_per_frame
+            cos, sin = rotary_table(k.shape[-1], shift, (1, 1, 1), k.device)
+            k = torch.cat([rotate(k[:, :sink_tokens], cos, sin), k[:, sink_tokens:]], dim=1)
+        return k, v
 
-    def _slots(self, end: int, newest: int) -> list[tuple[int, int]]:
-        """Return runs (first slot, end slot) of the context before frame `end`; `newest` frames are appended so far."""
+    def _sink_shift(self, end: int) -> int:
+        """Return the frames by which a moving sink is moved for a block that starts at `end`."""
+        if not self.moving_sink or not self.sink_frames:
+            return 0
+        oldest = min(end, max(end - (self.context_frames - self.sink_frames), self.oldest))
+        return max(0, oldest - self.sink_frames)
+
+    def _slots(self, end: int, newest: int, frames: int | None = None) -> list[tuple[int, int]]:
+        """Return runs (first slot, end slot) of the context before frame `end`; `newest` frames are appended so far.
+
+        The slots of the sink come first. `frames`: see `read_with_block`.
+        """
         sink = min(self.sink_frames, end)
         start = max(self.sink_frames, end - (self.context_frames - self.sink_frames), self.oldest)
+        if frames is not None:
+            return self._newest_slots(max(0, end - frames), sink, max(start, end - frames), end, newest)
         if end > newest or start < min(end, newest - self.ring_frames):
             raise ValueError(f"the cache, at frame {newest}, does not hold the context before frame {end}")
         if start >= end:
@@ -173,6 +202,17 @@ class KVCache:
         elif sink:
             runs.insert(0, (0, sink))
         return runs
+
+    def _newest_slots(self, first: int, sink: int, start: int, end: int, newest: int) -> list[tuple[int, int]]:
+        """Return runs of slots of frames first to sink - 1 and start to end - 1."""
+        assert end == newest
+        runs = [(first, sink)] if first < sink else []
+        while start < end:
+            slot = self.sink_frames + (start - self.sink_frames) % self.ring_frames
+            count = min(end - start, self._ring_end - slot)
+            runs.append((slot, slot + count))
+            start += count
+        return runs or [(0, 0)]
 
     def _placement(self, num_frames: int) -> Iterator[tuple[int, int, int]]:
         """Yield runs (first slot, index of the first new frame, number of frames) for the next `num_frames` frames.

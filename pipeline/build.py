@@ -246,6 +246,7 @@ def build_schedule(
             leading_steps=rollout.leading_steps,
             prefix_blocks=layout.prefix_blocks,
             context_noise=rollout.context_noise,
+            write_frames=rollout.write_window or None,
         )
     except ValueError as error:
         raise UserError(f"rollout: {error}") from None
@@ -315,9 +316,8 @@ def build_rollout(
     def empty_cache() -> KVCache | None:
         if rollout.schedule == "bidirectional":
             return None
-        return net.new_cache(
-            len(samples), height, width, context, rollout.block_frames, sink, history_frames, cache_dtype
-        )
+        sizes = len(samples), height, width, context, rollout.block_frames, sink, history_frames
+        return net.new_cache(*sizes, cache_dtype, rollout.moving_sink)
 
     def new_cache() -> KVCache | GuidedCache | None:
         return GuidedCache(empty_cache(), empty_cache()) if isinstance(denoiser, GuidedDenoiser) else empty_cache()

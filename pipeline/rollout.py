@@ -34,12 +34,19 @@ class BlockDenoiser(Protocol):
         """Predict the block's x0. With `write`, the same pass appends the block at this level to the cache."""
         ...
 
-    def write_context(self, x: Tensor, sigma: float, first_frame: int, cache: Cache) -> None:
-        """Append the block at this level to the cache."""
+    def write_context(self, x: Tensor, sigma: float, first_frame: int, cache: Cache, **options: Any) -> None:
+        """Append the block at this level to the cache. `options`: `read_frames` of the op, if it has some."""
         ...
 
     def write_then_denoise(
-        self, context: Tensor, context_sigma: float, x: Tensor, sigma: float, first_frame: int, cache: Cache
+        self,
+        context: Tensor,
+        context_sigma: float,
+        x: Tensor,
+        sigma: float,
+        first_frame: int,
+        cache: Cache,
+        **options: Any,
     ) -> Tensor:
         """Write a block that starts at `first_frame`, then denoise the next block, in one pass."""
         ...
@@ -235,7 +242,7 @@ class Rollout:
         x, sigma = retained or self._context(op)
         self._retain(op.block, op.cache, x, sigma)
         denoiser = self._denoiser_of(op.block if op.prompt_block is None else op.prompt_block)
-        denoiser.write_context(x, sigma, self.layout.start(op.block), cache)
+        denoiser.write_context(x, sigma, self.layout.start(op.block), cache, **_read_options(op))
 
     def _write_then_denoise(self, op: WriteThenDenoise, cache: Cache) -> None:
         context, context_sigma = self._context(op.write)  # first: ranks receive the earlier block first
@@ -243,7 +250,8 @@ class Rollout:
         start = self.layout.start(op.write.block)
         self._retain(op.write.block, op.cache, context, context_sigma)
         denoiser = self._denoiser_of(op.block)
-        x0 = denoiser.write_then_denoise(context, context_sigma, x, sigma, start, cache)
+        options = _read_options(op.write)
+        x0 = denoiser.write_then_denoise(context, context_sigma, x, sigma, start, cache, **options)
         self._finish_step(op.denoise, x0)
 
     def _denoiser_of(self, block: int) -> BlockDenoiser:
@@ -339,3 +347,7 @@ class Rollout:
         if cache is not None:
             cache.reset()
         self._free_caches.append(cache)
+
+
+def _read_options(op: WriteContext) -> dict[str, Any]:
+    return {} if op.read_frames is None else {"read_frames": op.read_frames}

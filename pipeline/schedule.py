@@ -39,7 +39,8 @@ class WriteContext:
     """Run `block` at `noise_index` through the network and append its keys and values to `cache`.
 
     The block does not change. With `context_noise`, the clean block is written at this sigma, with fresh noise. The
-    pass has the prompt of `block`, or that of `prompt_block`: then the latents are those that were written before.
+    pass has the prompt of `block`, or that of `prompt_block`: then the latents are those that were written before. With
+    `read_frames`, the pass attends to as many of the newest frames of the cache only.
     """
 
     block: int
@@ -47,6 +48,7 @@ class WriteContext:
     cache: int
     context_noise: float = 0.0
     prompt_block: int | None = None
+    read_frames: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +135,8 @@ class Schedule:
     """Blocks of the prefix. They are not generated; their clean latents are written into every cache."""
     context_noise: float = 0.0
     """Sigma at which generated blocks are written where the context is clean. The prefix has no noise."""
+    write_frames: int | None = None
+    """Newest frames of context that each WriteContext attends to; None for the whole window."""
 
     def __post_init__(self) -> None:
         if self.leading_steps > 1 and self.context == "input":
@@ -163,7 +167,7 @@ class Schedule:
         leading_end = self.prefix_blocks + self.leading_blocks
         for block in itertools.count() if self.num_blocks is None else range(self.num_blocks):
             if block < self.prefix_blocks:
-                yield WriteContext(block, clean, cache)
+                yield WriteContext(block, clean, cache, read_frames=self.write_frames)
             elif block < leading_end:
                 if cache == 0:  # all steps of a leading block run over the first cache
                     yield from (Denoise(block, step, cache) for step in range(self.num_steps))
@@ -173,7 +177,8 @@ class Schedule:
                 yield self._write(block, self._context_index(steps), cache)
 
     def _write(self, block: int, noise_index: int, cache: int) -> WriteContext:
-        return WriteContext(block, noise_index, cache, self.context_noise if noise_index == self.num_steps else 0.0)
+        noise = self.context_noise if noise_index == self.num_steps else 0.0
+        return WriteContext(block, noise_index, cache, noise, read_frames=self.write_frames)
 
     def _context_index(self, steps: range) -> int:
         if self.method == "block_first" or self.context == "clean":
@@ -222,7 +227,7 @@ class Schedule:
     def _limit_noise_index(self, op: Op, last_index: int) -> Op:
         """Make a WriteContext beyond noise index `last_index` write `last_index`; clean writes stay clean."""
         if isinstance(op, WriteContext) and last_index < op.noise_index < self.num_steps:
-            return WriteContext(op.block, last_index, op.cache)
+            return WriteContext(op.block, last_index, op.cache, read_frames=op.read_frames)
         return op
 
     def caches_until(self, exit_step: int) -> list[int]:
@@ -271,8 +276,8 @@ def fuse_write_of_input(ops: Iterable[Op]) -> Iterator[Op]:
     """Fuse a Denoise with a directly following write of its own input (context `input`)."""
 
     def fuse(first: Op, second: Op) -> Op | None:
-        if not (isinstance(first, Denoise) and isinstance(second, WriteContext)):
-            return None
+        if not (isinstance(first, Denoise) and isinstance(second, WriteContext)) or second.read_frames is not None:
+            return None  # the passes attend to different frames
         same_input = (first.block, first.step, first.cache) == (second.block, second.noise_index, second.cache)
         return DenoiseAndWrite(first, second) if same_input else None
 

@@ -109,6 +109,10 @@ class RolloutConfig:
     """Latent frames in the attention window, including the current block and the sink. 0: the whole video."""
     sink: int = 0
     """Latent frames at the start of the video that always stay in the window."""
+    write_window: int = 0
+    """Newest frames of context that context writes attend to, without the sink (Commit Forcing). 0: all."""
+    moving_sink: bool = False
+    """Move the sink with the window: rotate its keys so that it directly precedes the window (Deep Forcing)."""
     prompt_switch: Literal["keep", "recache", "flush"] = "keep"
     """Context when a prompt track changes the prompt. keep leaves it; recache writes the window's blocks again under
     the new prompt (LongLive); flush keeps the sink and the newest two frames (Infinity-RoPE)."""

@@ -20,7 +20,7 @@ _POSITIVE = (
 )
 _NOT_NEGATIVE = (
     *("rollout.leading_blocks", "rollout.leading_steps", "rollout.window", "rollout.sink", "runtime.seed"),
-    "rollout.num_steps",
+    *("rollout.num_steps", "rollout.write_window"),
     *("train.learning_rate", "train.muon_learning_rate", "train.weight_decay", "train.grad_clip", "train.warmup"),
     *("train.ema_start", "train.total_batch_size", "train.first_frame_weight", "train.kl_weight"),
     *("runtime.threads", "train.sample_every", "distill.critic_learning_rate", "distill.forward_kl_weight"),

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -93,18 +94,25 @@ class RecordedDenoiser:
         with self.recorder("denoise", self.layout.block_at(first_frame)):
             return self.denoiser.denoise(x, sigma, first_frame, cache, write)
 
-    def write_context(self, x: Tensor, sigma: float, first_frame: int, cache: Cache) -> None:
+    def write_context(self, x: Tensor, sigma: float, first_frame: int, cache: Cache, **options: Any) -> None:
         """See `Denoiser.write_context`."""
         with self.recorder("context", self.layout.block_at(first_frame)):
-            self.denoiser.write_context(x, sigma, first_frame, cache)
+            self.denoiser.write_context(x, sigma, first_frame, cache, **options)
 
     def write_then_denoise(
-        self, context: Tensor, context_sigma: float, x: Tensor, sigma: float, first_frame: int, cache: Cache
+        self,
+        context: Tensor,
+        context_sigma: float,
+        x: Tensor,
+        sigma: float,
+        first_frame: int,
+        cache: Cache,
+        **options: Any,
     ) -> Tensor:
         """See `Denoiser.write_then_denoise`."""
         block = self.layout.block_at(first_frame) + 1
         with self.recorder("context+denoise", block):
-            return self.denoiser.write_then_denoise(context, context_sigma, x, sigma, first_frame, cache)
+            return self.denoiser.write_then_denoise(context, context_sigma, x, sigma, first_frame, cache, **options)
 
 
 @dataclass(frozen=True)
