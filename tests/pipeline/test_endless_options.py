@@ -1,6 +1,6 @@
 """rollout.write_window and rollout.moving_sink in the tiny network, against passes without a cache.
 
-Claims: with a write window, each Denoise equals one masked pass. In it, earlier blocks see their newest frames only, and
+Claims: with a write window, each Denoise equals one masked pass. There, earlier blocks see their newest frames and
 the denoised block sees the whole window. With a moving sink, it equals one pass in which the positions of the sink
 directly precede the window. Orders give the same bits; fused passes are equal up to rounding.
 """
