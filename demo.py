@@ -6,6 +6,7 @@ Then open http://127.0.0.1:7860. docs/live.md describes the page and the protoco
 """
 
 import argparse
+import sys
 
 from live.settings import Settings, check_packages
 from utils.config import load_config
@@ -33,6 +34,8 @@ def parse_arguments() -> argparse.Namespace:
 @command
 def main() -> None:
     args = parse_arguments()
+    if args.token:  # the metadata of videos holds the command
+        sys.argv = [word.replace(args.token, "...") for word in sys.argv]
     seconds = 60 * args.session_minutes
     settings = Settings(args.host, args.port, args.token, seconds, folder=args.output_folder)
     settings.check()

@@ -55,6 +55,7 @@ class Generation:
         self,
         engine: Engine,
         start: Start,
+        name: str,
         image_path: str | None,
         outbox: Outbox,
         recordings: Recordings,
@@ -62,12 +63,13 @@ class Generation:
     ):
         """
         Args:
+            name: name of the recording.
             image_path: the checked start image; None for none.
             on_end: called in the generation's thread with the reason and a message when the session has ended.
         """
         self.start_request = start
         self.seed = secrets.randbelow(2**32) if start.seed is None else start.seed
-        self.name = secrets.token_urlsafe(16)  # of the download; it cannot be guessed
+        self.name = name
         self.started_at = time.monotonic()
         self.paused_at: float | None = None
         self.image_path, self.num_frames = image_path, 0

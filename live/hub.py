@@ -2,9 +2,9 @@
 
 import asyncio
 import contextlib
-import tempfile
+import secrets
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +21,27 @@ TICK_SECONDS = 0.25
 IDLE_SHARE = 0.1  # of the session's time limit: a session that is paused this long ends if others wait
 
 
+@dataclass(frozen=True)
+class Request:
+    """A start that waits for the device."""
+
+    start: Start
+    name: str
+    """Of the download; it cannot be guessed."""
+    image: Path | None
+    """The checked start image. It is kept beside the recording, because the metadata refers to it."""
+
+
 @dataclass(eq=False)
 class Client:
     """One connection."""
 
     outbox: Outbox
     generation: Generation | None = None
-    request: tuple[Start, Path | None] | None = None  # waits for the device, with the file of its start image
+    request: Request | None = None  # waits for the device
     paused: bool = False  # by the user
     hidden: bool = False  # nobody sees the page
     connected: bool = True
-    ended: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class Hub:
@@ -50,8 +60,6 @@ class Hub:
         self.clients: set[Client] = set()
         self.started_at = time.monotonic()
         self._loop = asyncio.get_running_loop()
-        self._images = tempfile.TemporaryDirectory(prefix="hiar-live-", ignore_cleanup_errors=True)
-        self._num_images = 0
 
     # ---- Connections ----
 
@@ -102,20 +110,21 @@ class Hub:
     # ---- Generations ----
 
     async def _request(self, client: Client, start: Start) -> None:
-        info, image = self.engine.info, None
+        info, name, image = self.engine.info, secrets.token_urlsafe(16), None
         if start.prompt_switch not in (None, *info.rules):
             raise UserError(f"this server's rules at a new prompt: {', '.join(info.rules)}")
         if start.image:
             if "image" not in info.features:
                 raise UserError("this model takes no start image")
-            self._num_images += 1
-            image = Path(self._images.name) / f"{self._num_images}.png"
+            image = self.recordings.path(name, ".png")
             await asyncio.to_thread(save_image, start.image, image)
         if not client.connected:
+            if image is not None:
+                image.unlink(missing_ok=True)
             return
         self._drop_request(client, keep_place=True)
         client.paused = False
-        client.request = (start, image)
+        client.request = Request(start, name, image)
         if client.generation is not None:
             client.generation.stop("restarted")  # its end queues the new request
             return
@@ -137,8 +146,8 @@ class Hub:
             self._announce()
 
     def _drop_request(self, client: Client, keep_place: bool = False) -> None:
-        if client.request is not None and client.request[1] is not None:
-            client.request[1].unlink(missing_ok=True)
+        if client.request is not None and client.request.image is not None:
+            client.request.image.unlink(missing_ok=True)
         client.request = None
         if not keep_place:
             self.queue.leave(client)
@@ -148,11 +157,11 @@ class Hub:
         if client is None:
             return
         assert client.request is not None
-        (start, image), client.request = client.request, None
-        client.ended.clear()
+        request, client.request = client.request, None
         client.outbox.forget_events()
+        image = None if request.image is None else str(request.image)
         generation = Generation(
-            self.engine, start, None if image is None else str(image), client.outbox, self.recordings, self._on_end
+            self.engine, request.start, request.name, image, client.outbox, self.recordings, self._on_end
         )
         client.generation = generation
         client.outbox.reply(self._started(generation))
@@ -181,11 +190,9 @@ class Hub:
         client = self.queue.holder
         assert client is not None and client.generation is generation
         client.generation = None
-        client.ended.set()
         self.queue.release(client)
-        image = generation.image_path
-        if image is not None:
-            Path(image).unlink(missing_ok=True)
+        if generation.image_path is not None and not generation.num_frames:
+            Path(generation.image_path).unlink(missing_ok=True)
         if client.connected:
             ended: dict[str, Any] = {"type": "ended", "reason": reason, "frames": generation.num_frames}
             client.outbox.reply(ended | ({"message": message} if message else {}))
@@ -235,7 +242,6 @@ class Hub:
         deadline = time.monotonic() + seconds
         for generation in generations:
             generation.join(max(0.0, deadline - time.monotonic()))
-        self._images.cleanup()
 
     def health(self) -> dict[str, Any]:
         """Return the state of the server, for `GET /health`."""

@@ -34,9 +34,7 @@ class PipelineEngine:
             sigmas=tuple(rollout_sigmas(rollout)),
             block_frames=TEMPORAL_STRIDE * rollout.block_frames,
             schedule="block_first" if rollout.schedule == "block_first" else "timestep_first",
-            rule="keep",
-            rules=("keep",),
-            features=("image",),
+            rule=rollout.prompt_switch,
             examples=tuple(examples),
             context=rollout.context,
             device=device_name(pipe.net.device),
@@ -44,9 +42,13 @@ class PipelineEngine:
 
     def open(self, start: Start, seed: int, image_path: str | None) -> Session:
         """Return a new session; see `Engine`."""
-        schedule = start.schedule or self.info.schedule
-        session = self.pipe.session(start.prompt, seed=seed, schedule=schedule, image=image_path)
-        return session  # type: ignore[return-value]  # its prompt is read-only, and `features` says so
+        return self.pipe.session(
+            start.prompt,
+            seed=seed,
+            schedule=start.schedule,
+            image=image_path,
+            prompt_switch=start.prompt_switch,
+        )
 
 
 def example_prompts(base: str, path: str | None = None) -> list[str]:

@@ -6,11 +6,9 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
-from utils.errors import UserError
-
 KEPT = 8
 SUFFIXES = (".mp4", ".json")
-_OWN_FILE = re.compile(r"\.*live-[\w-]{22}\..+")  # with partial files and locks; names as `Generation` draws them
+_OWN_FILE = re.compile(r"\.*live-[\w-]{22}\..+")  # with partial files and locks; names as `Hub` draws them
 
 
 class Recordings:
@@ -41,8 +39,8 @@ class Recordings:
             ended = [other for other, running in self._sessions.items() if running is None]
             for other in ended[: max(0, len(self._sessions) - self._kept)]:
                 del self._sessions[other], self._locks[other]
-                for suffix in SUFFIXES:
-                    self._path(other, suffix).unlink(missing_ok=True)
+                for suffix in (*SUFFIXES, ".png"):
+                    self.path(other, suffix).unlink(missing_ok=True)
 
     def finish(self, name: str) -> None:
         """Write the files of a session that ends, and drop the session. Does nothing for an unknown name."""
@@ -52,7 +50,7 @@ class Recordings:
         with lock:
             session, self._sessions[name] = self._sessions[name], None
             if session is not None:
-                session.save(str(self._path(name, ".mp4")))
+                session.save(str(self.path(name, ".mp4")))
 
     def file(self, name: str, suffix: str) -> Path | None:
         """Return the path of a session's mp4 or JSON file; None if there is none. A running session is saved first.
@@ -66,11 +64,10 @@ class Recordings:
         with lock:
             session = self._sessions.get(name)
             if session is not None:
-                session.save(str(self._path(name, ".mp4")))
-        path = self._path(name, suffix)
+                session.save(str(self.path(name, ".mp4")))
+        path = self.path(name, suffix)
         return path if path.is_file() else None
 
-    def _path(self, name: str, suffix: str) -> Path:
-        if not re.fullmatch(r"[\w-]+", name):
-            raise UserError("no such recording")
+    def path(self, name: str, suffix: str) -> Path:
+        """Return the path of a file of the session `name`. The suffix .png is that of its start image."""
         return self._folder / f"live-{name}{suffix}"

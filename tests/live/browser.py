@@ -47,6 +47,22 @@ class Browser:
             if message.get("method") in ("Runtime.exceptionThrown", "Log.entryAdded"):
                 self.errors.append(json.dumps(message["params"]))
 
+    def record(self, seconds: float) -> list[tuple[float, bytes]]:
+        """Return the JPEG pictures of the page for some seconds, each with its time in seconds."""
+        pictures: list[tuple[float, bytes]] = []
+        self.call("Page.startScreencast", format="jpeg", quality=90)
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            with contextlib.suppress(TimeoutError):
+                message = json.loads(self.socket.recv(timeout=left))
+                if message.get("method") == "Page.screencastFrame":
+                    frame = message["params"]
+                    pictures.append((frame["metadata"]["timestamp"], base64.b64decode(frame["data"])))
+                    confirm = {"method": "Page.screencastFrameAck", "params": {"sessionId": frame["sessionId"]}}
+                    self.socket.send(json.dumps({"id": next(self._numbers), **confirm}))
+        self.call("Page.stopScreencast")
+        return pictures
+
     def run(self, script: str) -> Any:
         """Return the value of a JavaScript expression."""
         result = self.call("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)

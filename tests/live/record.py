@@ -7,6 +7,7 @@ python tests/live/record.py http://127.0.0.1:7860 docs/images
 import argparse
 import base64
 import io
+import itertools
 import tempfile
 import time
 from pathlib import Path
@@ -35,7 +36,7 @@ def send_prompt(browser: Browser, prompt: str) -> None:
 
 def record(browser: Browser, url: str, folder: Path) -> None:
     """Write live.webp, which shows a change of the prompt, and a picture of each view."""
-    browser.resize(1280, 760)
+    browser.resize(1280, 800)
     browser.call("Page.navigate", url=url)
     while browser.run("document.body?.dataset.state") != "idle":
         time.sleep(0.2)
@@ -43,22 +44,24 @@ def record(browser: Browser, url: str, folder: Path) -> None:
     send_prompt(browser, FIRST)
     time.sleep(9)
     send_prompt(browser, SECOND)
-    frames, times, begin = [], [], time.monotonic()
-    while (now := time.monotonic()) < begin + SECONDS:
-        frames.append(shot(browser))
-        times.append(now)
-        time.sleep(max(0.0, now + INTERVAL - time.monotonic()))
-    frames[len(frames) * 5 // 9].save(folder / "live-method.png", optimize=True)
+    pictures = browser.record(SECONDS)
+    shot(browser).save(folder / "live-method.webp", quality=88)
+    kept = [pictures[0]]
+    for picture in pictures[1:]:
+        if picture[0] > kept[-1][0] + INTERVAL:
+            kept.append(picture)
+    times = [when for when, _ in kept] + [pictures[-1][0] + INTERVAL]
+    frames = [Image.open(io.BytesIO(data)).convert("RGB") for _, data in kept]
     size = WIDTH, round(WIDTH * frames[0].height / frames[0].width)
-    small = [frame.resize(size, Image.Resampling.LANCZOS) for frame in frames]
-    durations = [round(1000 * (end - start)) for start, end in zip(times, [*times[1:], now], strict=True)]
-    small[0].save(
-        folder / "live.webp", save_all=True, append_images=small[1:], duration=durations, loop=0, quality=70, method=6
+    first, *later = [frame.resize(size, Image.Resampling.LANCZOS) for frame in frames]
+    durations = [round(1000 * (end - start)) for start, end in itertools.pairwise(times)]
+    first.save(
+        folder / "live.webp", save_all=True, append_images=later, duration=durations, loop=0, quality=75, method=4
     )
-    browser.resize(1280, 760, "light")
+    browser.resize(1280, 800, "light")
     browser.run("document.getElementById('tab-video').click()")
     time.sleep(2)
-    shot(browser).save(folder / "live-video.png", optimize=True)
+    shot(browser).save(folder / "live-video.webp", quality=88)
     browser.run("document.getElementById('stop').click()")
 
 
