@@ -34,8 +34,10 @@ class BlockDenoiser(Protocol):
         """Predict the block's x0. With `write`, the same pass appends the block at this level to the cache."""
         ...
 
-    def write_context(self, x: Tensor, sigma: float, first_frame: int, cache: Cache, **options: Any) -> None:
-        """Append the block at this level to the cache. `options`: `read_frames` of the op, if it has some."""
+    def write_context(
+        self, x: Tensor, sigma: float, first_frame: int, cache: Cache, *, read_frames: int | None = None
+    ) -> None:
+        """Append the block at this level to the cache. `read_frames`, see `WriteContext`, is passed if it is set."""
         ...
 
     def write_then_denoise(
@@ -46,7 +48,8 @@ class BlockDenoiser(Protocol):
         sigma: float,
         first_frame: int,
         cache: Cache,
-        **options: Any,
+        *,
+        read_frames: int | None = None,
     ) -> Tensor:
         """Write a block that starts at `first_frame`, then denoise the next block, in one pass."""
         ...
