@@ -232,15 +232,18 @@ class Hub:
         idle = paused_at is not None and now - paused_at > IDLE_SHARE * self.session_seconds
         return "idle" if idle else ""
 
-    def close(self, seconds: float) -> None:
-        """End all generations; wait for them, but at most this long."""
-        generations = [client.generation for client in self.clients if client.generation is not None]
-        if self.queue.holder is not None and self.queue.holder.generation is not None:
-            generations.append(self.queue.holder.generation)
+    def end_generations(self) -> list[Generation]:
+        """End all generations after the ops under way, and return them. Returns at once."""
+        clients = [*self.clients, *([self.queue.holder] if self.queue.holder else [])]
+        generations = [client.generation for client in clients if client.generation is not None]
         for generation in generations:
             generation.stop("server stopped")
+        return generations
+
+    def close(self, seconds: float) -> None:
+        """End all generations; wait for them, but at most this long."""
         deadline = time.monotonic() + seconds
-        for generation in generations:
+        for generation in self.end_generations():
             generation.join(max(0.0, deadline - time.monotonic()))
 
     def health(self) -> dict[str, Any]:

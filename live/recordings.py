@@ -1,6 +1,7 @@
 """Videos of sessions for download: of running ones as far as they are, of ended ones the last few."""
 
 import re
+import shutil
 import threading
 from collections import OrderedDict
 from pathlib import Path
@@ -30,6 +31,8 @@ class Recordings:
         for file in folder.iterdir():
             if _OWN_FILE.fullmatch(file.name):
                 file.unlink(missing_ok=True)
+            elif file.name.startswith("hiar-recording-"):  # of a session of a killed server
+                shutil.rmtree(file, ignore_errors=True)
 
     def add(self, name: str, session: Any) -> None:
         """Add a session that has frames; delete the files of the oldest ones."""

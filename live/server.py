@@ -5,6 +5,8 @@ import contextlib
 import hmac
 import json
 import os
+import sys
+import tempfile
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -30,7 +32,7 @@ from utils.locks import lock_folder
 
 STATIC = Path(__file__).parent / "static"
 CLOSE_SECONDS = 0.5  # for sessions to end at Ctrl-C
-EXIT_SECONDS = 1.6  # from Ctrl-C to the end of the process, at most
+EXIT_SECONDS = 1.4  # from Ctrl-C to the end of the process, at most
 SLACK = 2 * 2**20  # bytes above MAX_MESSAGE that still get an error instead of a closed connection
 HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' blob: data:; connect-src 'self' ws: wss:; "
@@ -212,6 +214,8 @@ class LiveServer:
             timeout_graceful_shutdown=1,
         )
         self._server = server_class(config)
+        if isinstance(self._server, _Process):
+            self._server.on_exit = self.end_generations
 
     @property
     def port(self) -> int:
@@ -243,6 +247,11 @@ class LiveServer:
         """End `run` from another thread."""
         self._server.should_exit = True
 
+    def end_generations(self) -> None:
+        """End all generations after the ops under way. Returns at once."""
+        if self.hub is not None:
+            self.hub.end_generations()
+
     @contextlib.contextmanager
     def _locked_folder(self) -> Iterator[None]:
         folder = writable_folder(self.settings.folder)
@@ -256,19 +265,27 @@ class LiveServer:
 class _Process(uvicorn.Server):
     """A server that ends its process soon after Ctrl-C, whatever its threads do."""
 
+    on_exit: Callable[[], None]
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Called at Ctrl-C and SIGTERM."""
         timer = threading.Timer(EXIT_SECONDS, os._exit, (0,))
         timer.daemon = True
         timer.start()
+        self.on_exit()
         super().handle_exit(sig, frame)
 
 
 def serve(engine: Engine, settings: Settings) -> None:
     """Serve until Ctrl-C, which ends the process within 2 seconds, also during a long pass of the network."""
     server = LiveServer(engine, settings, _Process)
+    # Sessions write their frames to temporary files. After kill -9, the next server finds and deletes them there.
+    tempfile.tempdir = str(writable_folder(settings.folder).resolve())
     print(f"{engine.info.name} on {engine.info.device}: open {page_url(settings)} (Ctrl-C ends the server)", flush=True)
     server.run()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # a thread of a session may be inside a long pass, and an ordinary end waits for it
 
 
 def page_url(settings: Settings) -> str:

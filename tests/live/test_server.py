@@ -375,11 +375,13 @@ def test_a_server_is_killed_starts_again_and_ends_with_ctrl_c(start_process):
             while True:
                 client.recv(timeout=5)
     assert list(folder.glob("live-*.mp4"))
+    (folder / "hiar-recording-x").mkdir()  # as a session of the pipeline leaves it
+    (folder / "cat.mp4").touch()  # not a file of the server
     process, address, _ = start_process(op_seconds=30)
     with connect(address, close_timeout=0.2) as client:
         start(client)
         receive(client, "started")
-        assert not list(folder.glob("live-*"))  # the files of the killed server
+        assert {file.name for file in folder.iterdir()} == {".lock", "cat.mp4"}
         begin = time.monotonic()
         process.send_signal(signal.SIGINT)  # during a pass of 30 seconds
         _, errors = process.communicate(timeout=20)
