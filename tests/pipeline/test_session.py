@@ -80,6 +80,11 @@ def test_an_endless_session_has_the_frames_of_a_stream(pipe, image, schedule, st
     assert [part.block for part in parts] == list(range(len(parts)))
 
 
+def test_an_endless_session_with_an_image_has_no_last_block(pipe, image):
+    layout = pipe.session(PROMPT, image=image)._worker._new_rollout(lambda op: None).layout
+    assert layout.num_frames is None and layout.prefix_frames == 1 and layout.frames(1000) == 3
+
+
 def test_a_session_of_a_given_length_ends(pipe):
     session = pipe.session(PROMPT, num_frames=6)
     assert [len(part.frames) for part in session] == [9, 12]
@@ -330,6 +335,22 @@ def test_a_session_can_be_saved_while_it_runs_and_again_later(pipe, tmp_path):
     assert session.save(tmp_path / "third.mp4").read_bytes() == (tmp_path / "second.mp4").read_bytes()
     with pytest.raises(UserError, match=r"\.mp4"):
         session.save(tmp_path / "x.avi")
+
+
+def test_a_saved_track_has_no_prompts_of_blocks_that_were_not_read(pipe, tmp_path):
+    with pipe.session(PROMPT, schedule="block_first") as session:
+        changed = threading.Event()
+
+        def change(event):
+            session.prompt = f"prompt {event.block}"
+            if event.block == 2:
+                changed.set()
+
+        session.on_op(change)
+        take(session, 1)
+        assert changed.wait(20)
+        session.save(tmp_path / "x.mp4")
+    assert "prompt_track" not in json.loads((tmp_path / "x.json").read_text())
 
 
 # ---- Events ----
