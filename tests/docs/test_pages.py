@@ -19,7 +19,19 @@ import inference
 from pipeline.command_line import requested_videos, resolve_config
 
 pages = pytest.mark.parametrize("page", PAGES, ids=name)
-PACKAGES = ("benchmark", "configs", "docs", "evaluation", "live", "model", "pipeline", "scripts", "shapes", "tests", "trainer")
+PACKAGES = (
+    "benchmark",
+    "configs",
+    "docs",
+    "evaluation",
+    "live",
+    "model",
+    "pipeline",
+    "scripts",
+    "shapes",
+    "tests",
+    "trainer",
+)
 AVOIDED = ("lane", "lanes", "nobody", "knows", "wants", "who does what", "in disguise")
 
 
