@@ -20,6 +20,7 @@ from utils.config import Config
 def baseline_config(config: Config) -> Config:
     """Return the configuration with the only schedule that needs no cache: block-first with a clean context."""
     rollout = dataclasses.replace(config.rollout, schedule="block_first", fuse_context=False, leading_blocks=0, sink=0)
+    rollout.write_window, rollout.moving_sink = 0, False  # of a cache
     return dataclasses.replace(config, rollout=rollout)
 
 

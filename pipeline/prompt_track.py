@@ -79,12 +79,19 @@ class LivePrompts(PromptTrack):
 
     @property
     def prompt(self) -> str:
-        """The prompt of the blocks that have not started. Setting it raises `UserError` for an empty prompt."""
+        """The prompt of the blocks that have not started.
+
+        Setting it raises `UserError` for an empty prompt, or after `MAX_ENTRIES` prompts.
+        """
         return self._prompt
 
     @prompt.setter
     def prompt(self, prompt: str) -> None:
-        self._prompt = checked_prompt(prompt)
+        prompt = checked_prompt(prompt)
+        with self._lock:
+            if prompt != self._prompt and len(self._entries) >= MAX_ENTRIES:  # a saved track could not be read again
+                raise UserError(f"this video has had {MAX_ENTRIES} prompts, which is the limit; start another video")
+            self._prompt = prompt
 
     @property
     def num_fixed(self) -> int:

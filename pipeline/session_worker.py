@@ -152,7 +152,7 @@ class SessionWorker:
         self._blocks: Channel[SessionBlock] = Channel(QUEUED_BLOCKS)
         self._running, self._closed, self._started = threading.Event(), threading.Event(), False
         self._running.set()
-        self._start_lock = threading.Lock()
+        self._control_lock = threading.Lock()
         self._op_started = self._seconds = 0.0
         self._newest_block = -1
         self._cache_index: dict[int, int] = {}  # of each cache: the noise index of its latest write
@@ -173,7 +173,7 @@ class SessionWorker:
         Raises:
             Exception: the error that ended one of the threads.
         """
-        with self._start_lock:
+        with self._control_lock:
             if not self._started and not self._closed.is_set():
                 self._started = True
                 for thread in self._threads:
@@ -181,8 +181,10 @@ class SessionWorker:
         return self._blocks.get()
 
     def pause(self) -> None:
-        """Hold the denoising thread before its next op."""
-        self._running.clear()
+        """Hold the denoising thread before its next op. Does nothing after `close`."""
+        with self._control_lock:
+            if not self._closed.is_set():
+                self._running.clear()
 
     def resume(self) -> None:
         """Release the denoising thread."""
@@ -194,15 +196,18 @@ class SessionWorker:
         Args:
             wait: return when they have ended. Ignored in the threads themselves.
         """
-        with self._start_lock:
-            self._closed.set()
-        self._running.set()
-        self._latents.close()
+        self._stop_denoising()
         self._blocks.close()
         if wait and threading.current_thread() not in self._threads:
             for thread in self._threads:
                 if thread.ident is not None:
                     thread.join()
+
+    def _stop_denoising(self) -> None:
+        with self._control_lock:
+            self._closed.set()
+            self._running.set()
+        self._latents.close()
 
     # ---- Denoising ----
 
@@ -232,13 +237,13 @@ class SessionWorker:
             op = next(self._ops, None)
             if op is None:
                 return
+            if op.block > self._newest_block:  # the request has fixed the block's prompt
+                self._newest_block = op.block
+                if (set_at := self._prompt_set_at(op.block)) is not None:
+                    self._set_at[op.block] = set_at
             yield op
 
     def _after_op(self, rollout: Rollout, op: Op) -> None:
-        if op.block > self._newest_block:
-            self._newest_block = op.block
-            if (set_at := self._prompt_set_at(op.block)) is not None:
-                self._set_at[op.block] = set_at
         callback, thumbnail = self.on_op, None
         if (write := op if isinstance(op, WriteContext) else getattr(op, "write", None)) is not None:
             self._cache_index[op.cache] = write.noise_index
@@ -280,9 +285,7 @@ class SessionWorker:
             pass
         except BaseException as error:
             self._blocks.end(error)
-            self._closed.set()  # ends the denoising thread
-            self._running.set()
-            self._latents.close()
+            self._stop_denoising()
 
     def _decode_block(self, decoder: StreamingDecoder, finished: FinishedBlock, first_frame: int) -> SessionBlock:
         started, latents = time.perf_counter(), finished.latents

@@ -212,6 +212,9 @@ def check_training(config: "Config") -> None:
     distill = config.distill
     if config.video.source:
         raise UserError("video.source and rollout.strength are for video-to-video, not for training: leave them out")
+    for key, off in ("write_window", 0), ("moving_sink", False), ("prompt_switch", "keep"):
+        if getattr(config.rollout, key) != off:
+            raise UserError(f"rollout.{key} is for inference, not for training: leave it out")
     if config.train.objective != "score_distillation":
         return
     if config.rollout.guidance_scale != 1:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline import TextToVideo
+from pipeline import TextToVideo, prompt_track
 from pipeline.build_track import build_track
 from pipeline.prompt_track import LivePrompts, PromptTrack, first_prompt, track_entries
 from utils.config import Config
@@ -130,6 +130,19 @@ def test_a_prompt_is_fixed_when_its_block_is_first_read():
 # ---- Videos ----
 
 RED, BLUE = "a red circle", "a blue circle"
+
+
+def test_live_prompts_are_as_many_as_a_track_may_hold(monkeypatch):
+    monkeypatch.setattr(prompt_track, "MAX_ENTRIES", 3)
+    live = LivePrompts("0")
+    for block in range(3):
+        live.prompt = f"unused {block}"
+        live.prompt = str(block)
+        assert live.prompt_at(block) == str(block)
+    with pytest.raises(UserError, match="3 prompts, which is the limit"):
+        live.prompt = "3"
+    live.prompt = "2"
+    assert live.prompt_at(3) == "2" and len(track_entries(live.to_metadata())) == 3
 
 
 @pytest.fixture(scope="module")

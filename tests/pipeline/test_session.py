@@ -14,6 +14,7 @@ import torch
 from model.preview import LatentPreview
 from model.vae import StreamingDecoder
 from pipeline import TextToVideo
+from pipeline.rollout import Rollout
 from pipeline.schedule import WriteThenDenoise
 from pipeline.session_worker import Channel, ClosedError, op_events
 from utils.clips import VideoReader
@@ -218,6 +219,58 @@ def test_closing_in_another_thread_ends_the_iteration(pipe, paused):
     count = sum(1 for _ in session)
     session.close()
     assert count >= 0 and list(session) == []
+
+
+@pytest.mark.parametrize("close", ["close", "error"])
+def test_a_pause_after_the_end_holds_no_thread(pipe, monkeypatch, close):
+    """A server may pause a session that was closed while an op is under way."""
+    entered, go_on = threading.Event(), threading.Event()
+
+    def slow(event):
+        entered.set()
+        go_on.wait(20)
+
+    def failing(self, latents):
+        raise RuntimeError("no memory for pixels")
+
+    session = pipe.session(PROMPT)
+    if close == "error":
+        monkeypatch.setattr(StreamingDecoder, "push", failing)
+        with pytest.raises(RuntimeError, match="no memory for pixels"):
+            next(session)
+    else:
+        session.on_op(slow)
+        reader = threading.Thread(target=list, args=(session,), daemon=True)
+        reader.start()
+        assert entered.wait(20)
+        session.close()
+        reader.join()
+    session.pause()
+    go_on.set()
+    deadline = time.monotonic() + 5
+    while session_threads() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    ended = not session_threads()
+    session.resume()
+    assert ended
+
+
+def test_a_prompt_typed_during_a_pass_does_not_shorten_the_lag(pipe, monkeypatch):
+    execute, seen = Rollout.execute, set()
+
+    def slow(self, op):
+        if op.block not in seen and session.prompt == "a blue circle":
+            time.sleep(0.6)
+            session.prompt = "a green circle"
+        seen.add(op.block)
+        execute(self, op)
+
+    with pipe.session(PROMPT, schedule="block_first") as session:
+        monkeypatch.setattr(Rollout, "execute", slow)
+        next(session)
+        session.prompt = "a blue circle"
+        part = next(part for part in session if part.prompt == "a blue circle")
+    assert part.lag_seconds > 0.6
 
 
 def test_a_callback_may_close_its_session(pipe):
