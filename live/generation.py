@@ -157,9 +157,9 @@ class Generation:
         with session:  # leaving it waits for the op under way, so the device is free afterwards
             with self._lock:
                 self._session = session
-                stopped, prompt = self._stop_reason, self._new_prompt
-            if prompt is not None:
-                session.prompt = prompt
+                stopped = self._stop_reason
+                if self._new_prompt is not None:  # under the lock, so that it cannot replace a later one
+                    session.prompt = self._new_prompt
             session.on_op(self._deliver_op)
             for part in session if not stopped else ():
                 if self._stop_reason:

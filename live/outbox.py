@@ -1,6 +1,7 @@
 """Messages on their way to one client, in bounded memory: a slow client loses pictures."""
 
 import asyncio
+import contextlib
 import json
 import threading
 import time
@@ -69,7 +70,8 @@ class Outbox:
                 self.num_bytes -= len(dropped)
                 self.dropped_frames += dropped_frame
         if was_empty:
-            self._loop.call_soon_threadsafe(self._wake.set)
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the server ends
+                self._loop.call_soon_threadsafe(self._wake.set)
 
     def forget_events(self) -> None:
         """Drop all pictures and events that wait, such as those of a stopped session."""

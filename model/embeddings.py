@@ -26,15 +26,24 @@ class EmbeddingCache:
     Embeddings are kept on the CPU, without the padding behind the prompt's end.
     """
 
-    def __init__(self, encoder: TextEncoder, folder: str = "", name: str = "", capacity: int | None = 1000):
+    def __init__(
+        self,
+        encoder: TextEncoder,
+        folder: str = "",
+        name: str = "",
+        capacity: int | None = 1000,
+        read_only: bool = False,
+    ):
         """
         Args:
             folder: where embeddings are kept on disk; empty to keep them in memory only.
             name: identifies the encoder's weights and dtype among the files in `folder`.
             capacity: number of embeddings to keep in memory; the least recently used are dropped. None keeps all.
+            read_only: write no files.
         """
         self.encoder = encoder
-        self.folder = writable_folder(folder) if folder else None
+        self.folder = None if not folder else Path(folder) if read_only else writable_folder(folder)
+        self.read_only = read_only
         self.name = name
         self.capacity = capacity
         self._memory: OrderedDict[str, Tensor] = OrderedDict()  # by cleaned prompt: [length, text_dim], unpadded
@@ -105,13 +114,13 @@ class EmbeddingCache:
         return embedding
 
     def _encode(self, key: str, prompt: str) -> Tensor:
-        """Encode a prompt and write its embedding to the folder."""
+        """Encode a prompt and write its embedding to the folder, unless that is read-only."""
         padded = self.encoder.encode([prompt])[0].cpu()
         if not is_finite(padded):
             raise UserError(f"the text encoder returns NaN or infinity for {prompt!r:.60}; try model.dtype=float32")
         used = padded.any(dim=1).nonzero()
         embedding = padded[: int(used[-1]) + 1 if len(used) else 0].clone()
-        if self.folder is not None:
+        if self.folder is not None and not self.read_only:
             with atomic_path(self._file(self.folder, key)) as path:
                 save_file({"embedding": embedding}, path)
         return embedding

@@ -35,7 +35,7 @@ class PromptEmbeddings:
         return self.cache.get(prompts)
 
     def limited(self, capacity: int) -> "PromptEmbeddings":
-        """Return embeddings from the same encoder that keep only the latest `capacity` of them in memory."""
+        """Return embeddings from the same encoder, with the latest `capacity` of them in memory and no new files."""
         cache = self.cache
-        limited = EmbeddingCache(cache.encoder, str(cache.folder or ""), cache.name, capacity)
+        limited = EmbeddingCache(cache.encoder, str(cache.folder or ""), cache.name, capacity, read_only=True)
         return PromptEmbeddings(limited, self.device, self.offload)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pipeline.text_to_video import TextToVideo
 
 KEPT_EMBEDDINGS = 100
-"""Embeddings of the latest prompts that a session keeps."""
+"""Embeddings of the latest prompts that a session keeps in memory. It writes none to `model.text_cache`."""
 
 
 class Session:

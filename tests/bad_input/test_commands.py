@@ -278,6 +278,7 @@ def test_bad_outputs(world, tmp_path, refuse, module, good, flag, suffix, place)
         (train.main, f"{CONFIG} --logdir {OUT} world_size=2", "world_size"),
         (train.main, f"{CONFIG} --logdir {OUT} train.objective=nope", "objective"),
         (train.main, f"{CONFIG} --dry-run video.source=x.mp4", "not for training"),
+        (train.main, f"{CONFIG} --dry-run rollout.moving_sink=true", "rollout.moving_sink is for inference"),
         (pipeline_parallel_inference.main, f"{CONFIG} --prompt a", "--output_path"),
         (pipeline_parallel_inference.main, f"{CONFIG} --data_path {{prompts}} --output_path x.mp4", "one file"),
         (download_weights.main, "nope", "unknown name"),

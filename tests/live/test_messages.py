@@ -188,6 +188,13 @@ def test_events_of_another_thread_keep_their_order():
     assert asyncio.run(run()) == [*range(200)]
 
 
+def test_pictures_after_the_end_of_the_server_are_no_error():
+    async def new_outbox() -> Outbox:
+        return Outbox(asyncio.get_running_loop())
+
+    asyncio.run(new_outbox()).add(b"picture")  # a session's thread ends after the event loop
+
+
 # ---- Queue ----
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import pipeline.session
 from model.preview import LatentPreview
 from model.vae import StreamingDecoder
 from pipeline import TextToVideo
@@ -404,6 +405,21 @@ def test_a_saved_track_has_no_prompts_of_blocks_that_were_not_read(pipe, tmp_pat
         assert changed.wait(20)
         session.save(tmp_path / "x.mp4")
     assert "prompt_track" not in json.loads((tmp_path / "x.json").read_text())
+
+
+def test_embeddings_of_typed_prompts_are_few_and_not_on_disk(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline.session, "KEPT_EMBEDDINGS", 2)
+    words = "rollout.window=9", "rollout.schedule=block_first", f"model.text_cache={tmp_path / 'cache'}"
+    own = TextToVideo.load(str(world.config), *words, device="cpu")
+    own.encode_prompts([PROMPT])
+    files = set(os.listdir(tmp_path / "cache"))
+    with own.session(PROMPT) as session:
+        for number in range(12):
+            part = next(session)
+            session.prompt = f"a blue circle {number}"
+        assert part.prompt.startswith("a blue circle")
+        assert len(session._pipe.embeddings.cache._memory) <= 2
+    assert set(os.listdir(tmp_path / "cache")) == files and len(own.embeddings.cache._memory) == 1
 
 
 # ---- Events ----
