@@ -6,7 +6,7 @@ import io
 import warnings
 from pathlib import Path
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from live.protocol import MAX_IMAGE, MAX_IMAGE_SIDE
 from utils.errors import UserError
@@ -36,5 +36,6 @@ def save_image(content: str, path: Path) -> None:
                 ImageOps.exif_transpose(image).convert("RGB").save(path, "PNG")
     except UserError:
         raise
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError, MemoryError):
+    except Exception:  # Pillow also raises struct.error or TypeError for broken metadata
+        path.unlink(missing_ok=True)
         raise UserError("the image cannot be read: send a PNG, JPEG or WebP file") from None

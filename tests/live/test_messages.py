@@ -4,6 +4,7 @@ import asyncio
 import base64
 import io
 import json
+import struct
 import threading
 
 import numpy as np
@@ -222,6 +223,15 @@ def picture(kind: str, size: tuple[int, int] = (8, 6)) -> bytes:
     return file.getvalue()
 
 
+def picture_with_broken_exif() -> bytes:
+    """Return a JPEG file that is to be rotated, with text in the place of its width."""
+    entries = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0) + struct.pack("<HHI4s", 0x0100, 2, 1, b"ab")
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + bytes(4)
+    file = io.BytesIO()
+    Image.new("RGB", (8, 6)).save(file, "JPEG", exif=exif)
+    return file.getvalue()
+
+
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 def test_a_start_image_becomes_a_png_file(tmp_path, kind):
     save_image(base64.b64encode(picture(kind)).decode(), tmp_path / "a.png")
@@ -238,6 +248,7 @@ def test_a_start_image_becomes_a_png_file(tmp_path, kind):
         (picture("TIFF"), "cannot be read"),
         (picture("PNG")[:50], "cannot be read"),
         (picture("JPEG")[:80], "cannot be read"),
+        (picture_with_broken_exif(), "cannot be read"),
         (picture("PNG", (5000, 2)), "pixels"),
         (bytes(MAX_IMAGE + 1), "bytes"),
     ],
