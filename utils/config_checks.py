@@ -143,6 +143,8 @@ def _check_rollout(rollout: "RolloutConfig") -> None:
         raise UserError(f"rollout.leading_steps must be at most {num_steps} steps, not {rollout.leading_steps}")
     if not 0 < rollout.strength <= 1:  # NaN included
         raise UserError(f"rollout.strength must be above 0 and at most 1, not {rollout.strength}")
+    if rollout.moving_sink and not rollout.sink:
+        raise UserError("rollout.moving_sink needs a sink: set rollout.sink to its latent frames")
     causal = rollout.schedule != "bidirectional"
     if causal and rollout.window and rollout.window < rollout.block_frames + rollout.sink:
         raise UserError(

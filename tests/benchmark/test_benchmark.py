@@ -168,7 +168,7 @@ def test_the_baseline_has_the_same_weights_and_first_block(make_benchmark):
 
 
 def test_the_baseline_runs_the_whole_window_in_every_pass(make_benchmark):
-    reference = make_benchmark("rollout.write_window=2", "rollout.moving_sink=true", baseline=True)
+    reference = make_benchmark("rollout.write_window=2", "rollout.moving_sink=true", "rollout.sink=1", baseline=True)
     frames = []
     reference.baseline.register_forward_pre_hook(lambda _, arguments: frames.append(arguments[0].shape[2]))
     blocks = list(reference.prepare().run(reference.ops, reference.caches))
