@@ -16,7 +16,7 @@ from live.queue import DeviceQueue
 from live.recordings import Recordings
 from utils.errors import UserError
 
-STALL_SECONDS = 5.0  # without a read, nobody watches
+STALL_SECONDS = 5.0  # without a read; then the session pauses
 TICK_SECONDS = 0.25
 IDLE_SHARE = 0.1  # of the session's time limit: a session that is paused this long ends if others wait
 
@@ -40,7 +40,7 @@ class Client:
     generation: Generation | None = None
     request: Request | None = None  # waits for the device
     paused: bool = False  # by the user
-    hidden: bool = False  # nobody sees the page
+    hidden: bool = False  # the page is not visible
     connected: bool = True
 
 
@@ -115,7 +115,7 @@ class Hub:
             raise UserError(f"this server's rules at a new prompt: {', '.join(info.rules)}")
         if start.image:
             if "image" not in info.features:
-                raise UserError("this model takes no start image")
+                raise UserError("this model has no start images; leave out image")
             image = self.recordings.path(name, ".png")
             await asyncio.to_thread(save_image, start.image, image)
         if not client.connected:
@@ -210,7 +210,7 @@ class Hub:
     # ---- The clock ----
 
     async def watch(self) -> None:
-        """Pause sessions that nobody watches and end those that last too long, until the task is cancelled."""
+        """Pause sessions without a viewer and end those that last too long, until the task is cancelled."""
         while True:
             await asyncio.sleep(TICK_SECONDS)
             client = self.queue.holder

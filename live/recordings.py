@@ -22,7 +22,7 @@ class Recordings:
         """
         Args:
             folder: an existing folder.
-            kept: sessions whose files are kept.
+            kept: number of sessions that keep their files.
         """
         self._folder, self._kept = folder, kept
         self._sessions: OrderedDict[str, Any] = OrderedDict()  # None: ended, its files are complete

@@ -38,7 +38,7 @@ class Settings:
         if not self.is_local and len(self.token) < 8:
             raise UserError(f"--host {self.host} opens the server to other machines: add --token with 8 characters")
         if not re.fullmatch(r"[A-Za-z0-9_-]*", self.token):
-            raise UserError("--token takes letters, digits, - and _")
+            raise UserError("--token may hold letters, digits, - and _ only")
         if not 0 <= self.port < 65536:
             raise UserError(f"--port must be from 0 to 65535, not {self.port}")
         if not self.session_seconds > 0:

@@ -74,7 +74,7 @@ class LivePrompts(PromptTrack):
         """
         self._prompt = checked_prompt(prompt)
         self._lock = threading.Lock()
-        self._num_fixed = 0  # blocks whose prompts no longer change
+        self._num_fixed = 0  # the prompts of earlier blocks no longer change
         super().__init__([(0, self._prompt)])
 
     @property
@@ -92,11 +92,6 @@ class LivePrompts(PromptTrack):
             if prompt != self._prompt and len(self._entries) >= MAX_ENTRIES:  # a saved track could not be read again
                 raise UserError(f"this video has had {MAX_ENTRIES} prompts, which is the limit; start another video")
             self._prompt = prompt
-
-    @property
-    def num_fixed(self) -> int:
-        """Number of blocks whose prompts are fixed."""
-        return self._num_fixed
 
     def prompts_at(self, block: int, first_prompts: Sequence[str]) -> list[str]:
         """Return the prompt of a block for each of several videos; `first_prompts` may have been replaced."""

@@ -122,7 +122,7 @@ def test_a_prompt_is_fixed_when_its_block_is_first_read():
     live.prompt = "e"
     live.prompt = "d"
     assert not live.is_switch(2) and live.prompt_at(1) == "d"
-    assert live.to_metadata() == [[0, "b"], [1, "d"]] and live.num_fixed == 3
+    assert live.to_metadata() == [[0, "b"], [1, "d"]]
     with pytest.raises(UserError, match="prompt is empty"):
         live.prompt = " "
 
