@@ -263,17 +263,28 @@ class LiveServer:
 
 
 class _Process(uvicorn.Server):
-    """A server that ends its process soon after Ctrl-C, whatever its threads do."""
+    """A server that ends its process soon after Ctrl-C, whatever its threads do.
+
+    A signal handler runs between two instructions of the main thread, which may hold a lock. So the handler only writes
+    to a pipe, and a waiting thread does the rest.
+    """
 
     on_exit: Callable[[], None]
 
+    def __init__(self, config: uvicorn.Config):
+        super().__init__(config)
+        self._reader, self._writer = os.pipe()
+        threading.Thread(target=self._end_process, name="end of the process", daemon=True).start()
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Called at Ctrl-C and SIGTERM."""
-        timer = threading.Timer(EXIT_SECONDS, os._exit, (0,))
-        timer.daemon = True
-        timer.start()
-        self.on_exit()
+        os.write(self._writer, b"!")
         super().handle_exit(sig, frame)
+
+    def _end_process(self) -> None:
+        os.read(self._reader, 1)
+        threading.Timer(EXIT_SECONDS, os._exit, (0,)).start()
+        self.on_exit()
 
 
 def serve(engine: Engine, settings: Settings) -> None:
