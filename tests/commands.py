@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -41,10 +42,13 @@ def run_main(main: Callable[[], None], *words: object, name: str = "command") ->
     """Run a command's `main` with these words; `name` is its file name in sys.argv."""
     out, err = io.StringIO(), io.StringIO()
     argv = [name, *map(str, words)]
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [])
     with mock.patch.object(sys, "argv", argv), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = 0
         try:
             main()
         except SystemExit as end:
             code = int(end.code or 0)
+        finally:  # pipeline ranks block Ctrl-C in the main thread; later tests and their processes need it
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
     return Result(code, out.getvalue(), err.getvalue())
