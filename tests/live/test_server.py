@@ -385,4 +385,4 @@ def test_a_server_is_killed_starts_again_and_ends_with_ctrl_c(start_process):
         begin = time.monotonic()
         process.send_signal(signal.SIGINT)  # during a pass of 30 seconds
         _, errors = process.communicate(timeout=20)
-    assert time.monotonic() - begin < 2 and process.returncode == 0 and not errors
+    assert time.monotonic() - begin < 4 and process.returncode == 0 and not errors  # 2 s without other work
