@@ -213,7 +213,7 @@ def encode_jpeg(frame: np.ndarray) -> bytes:
 
 
 def _fit(picture: np.ndarray, side: int) -> np.ndarray:
-    """Return a picture [h, w, 3] whose longer side has at most `side` pixels."""
+    """Shrink a picture [h, w, 3] to at most `side` pixels per side."""
     height, width = picture.shape[:2]
     scale = side / max(height, width)
     if scale >= 1:

@@ -1,4 +1,4 @@
-"""The web server: routes, the WebSocket, and the rules about who may connect."""
+"""The web server: routes, the WebSocket, and the rules for connections."""
 
 import asyncio
 import contextlib
