@@ -153,7 +153,7 @@ def _known_backgrounds() -> np.ndarray:
 
 _COLOR_CURVES = tuple(f"color_of_{channel}" for channel in range(3))
 _BACKGROUND_CURVES = tuple(f"background_of_{half}{channel}" for half in range(2) for channel in range(3))
-SHAPE_METRICS = (
+CAPTION_METRICS = (  # of every style of the world
     Metric("presence", "frames with a shape"),
     Metric("shape", "right shape, in frames with a shape"),
     Metric("color", "right colour, in frames with a shape"),
@@ -163,6 +163,9 @@ SHAPE_METRICS = (
     Metric("background", "frames with the right background"),
     Metric("grading", "frames with the right kind of background, graded or plain"),
     Metric("overlap", "overlap with the best template"),
+)
+SHAPE_METRICS = (
+    *CAPTION_METRICS,
     Metric("color_error", "error of the shape's colour", "of 255", 1.0, 1),
     Metric("background_error", "error of the background's colour", "of 255", 1.0, 1),
     Metric("moving", f"frames in which the shape moves faster than {STILL} pixels"),

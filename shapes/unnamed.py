@@ -12,22 +12,14 @@ from shapes import detection, drawing, look, world
 from shapes.detection import FrameAttributes, detect_attributes
 from shapes.drift import DRIFT_METRICS, SIZE, UNNAMED, drift_curves, hue
 from shapes.look import BRIGHTNESS, HUE, STYLES, TONE, shift_color
-from shapes.metrics import STILL, ShapesWorld, motion_curves, seam_curves
+from shapes.metrics import CAPTION_METRICS, STILL, ShapesWorld, motion_curves, seam_curves
 from shapes.world import BLACK, Scene
 from utils.clips import read_video
 
 GRADED = 0.2  # minimum gradient of a graded background, relative to its brightness; clips have 0.35 or more
 
 NAMED_METRICS = (
-    Metric("presence", "frames with a shape"),
-    Metric("shape", "right shape, in frames with a shape"),
-    Metric("color", "right colour, in frames with a shape"),
-    Metric("direction", "right direction of motion, in frames with a shape"),
-    Metric("speed", "right speed, in frames with a shape"),
-    Metric("speed_ratio", "speed along the right direction over the caption's speed", "x", 1.0, 2),
-    Metric("background", "frames with the right background"),
-    Metric("grading", "frames with the right kind of background, graded or plain"),
-    Metric("overlap", "overlap with the best template"),
+    *CAPTION_METRICS,
     Metric("color_error", "distance from the nearest shade of the named colour", "of 255", 1.0, 1),
     Metric("background_error", "distance from the nearest tone of the named background", "of 255", 1.0, 1),
     Metric("presence_drift", "presence, last quarter minus first", inputs=("presence",), reduce=quarter_change),
