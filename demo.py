@@ -9,7 +9,7 @@ import argparse
 import sys
 
 from live.settings import Settings, check_packages
-from utils.config import load_config
+from utils.config_loading import load_config
 from utils.errors import UserError, command
 
 

@@ -9,8 +9,9 @@ in --logdir. docs/config.md lists all configuration keys, docs/training.md expla
 import argparse
 from pathlib import Path
 
-from utils.config import DIT_OBJECTIVES, Config, config_flags, load_config
+from utils.config import DIT_OBJECTIVES, Config
 from utils.config_checks import num_micro_batches
+from utils.config_loading import config_flags, load_config
 from utils.distributed import world_size
 from utils.errors import UserError, command
 

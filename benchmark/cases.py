@@ -5,7 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from benchmark.baseline import baseline_config
-from utils.config import Config, load_config
+from utils.config import Config
+from utils.config_loading import load_config
 from utils.device import DTYPES
 from utils.errors import UserError
 

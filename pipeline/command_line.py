@@ -11,8 +11,9 @@ from dataclasses import replace
 from typing import Any
 
 from pipeline.prompt_track import first_prompt, read_track, track_entries
-from utils.config import Config, config_flags, load_config
+from utils.config import Config
 from utils.config_checks import MAX_FRAMES, MAX_VIDEOS
+from utils.config_loading import config_flags, load_config
 from utils.errors import UserError
 from utils.image_prompts import read_image_prompts
 from utils.prompts import Prompt, read_prompts, unique_stems

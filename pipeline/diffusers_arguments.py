@@ -17,7 +17,8 @@ from torch import Tensor
 from model.vae import WanVAE
 from pipeline.build import TEMPORAL_STRIDE, describe_blocks, nearest_lengths, num_pixel_frames, rollout_sigmas
 from pipeline.prefix import check_prefix_exists, encode_prefix, is_image, read_prefix
-from utils.config import Config, override_config
+from utils.config import Config
+from utils.config_loading import override_config
 
 OUTPUT_TYPES = ("np", "pil", "pt", "latent")
 SEEDS = 2**63 - 1

@@ -40,8 +40,9 @@ from pipeline.schedule import Op, Schedule
 from pipeline.session import Session
 from pipeline.source import fit_to_source, source_frames
 from pipeline.video import Video
-from utils.config import Config, load_config, override_config
+from utils.config import Config
 from utils.config_checks import MAX_FRAMES
+from utils.config_loading import load_config, override_config
 from utils.device import pick_device
 from utils.errors import UserError
 from utils.prompts import Prompt

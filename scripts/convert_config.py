@@ -15,8 +15,8 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.config import all_keys, load_config
 from utils.config_files import read_yaml_layers
+from utils.config_loading import all_keys, load_config
 from utils.errors import UserError, command
 from utils.files import write_text
 from utils.foreign_config import translate_file

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tqdm import tqdm
 
 from trainer.datasets.captions import load_caption_cache
-from utils.config import load_config
+from utils.config_loading import load_config
 from utils.device import DTYPES, pick_device
 from utils.distributed import rank, world_size
 from utils.errors import UserError, command

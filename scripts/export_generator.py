@@ -19,7 +19,8 @@ from model.weight_files import save_transformer, save_weights
 from model.weight_names import export_state
 from trainer.checkpoints import CONFIG_FILE, find_checkpoint, read_tensors
 from trainer.planner import trained_dit_config
-from utils.config import DIT_OBJECTIVES, load_config
+from utils.config import DIT_OBJECTIVES
+from utils.config_loading import load_config
 from utils.errors import UserError, command
 from utils.files import output_file, writable_folder
 

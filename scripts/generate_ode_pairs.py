@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from pipeline.build import pixel_size
 from pipeline.command_line import whole_numbers
 from trainer.datasets.generate_pairs import generate_ode_pairs
-from utils.config import load_config
+from utils.config_loading import load_config
 from utils.errors import UserError, command
 from utils.files import writable_folder
 from utils.foreign_keys import model_folder

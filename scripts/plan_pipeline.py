@@ -20,7 +20,7 @@ from pipeline.parallel.profile import RankProfile
 from pipeline.parallel.runner import check_pipeline_keys
 from pipeline.parallel.simulation import OpTimes, median_times, prediction_table, simulate
 from utils.arguments import MAX_COUNT, require_range
-from utils.config import load_config
+from utils.config_loading import load_config
 from utils.errors import UserError, command
 
 

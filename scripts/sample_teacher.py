@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from pipeline.output import VideoFiles, VideoJob
 from pipeline.teacher import write_teacher_videos
 from utils.arguments import MAX_COUNT, require_range
-from utils.config import load_config
+from utils.config_loading import load_config
 from utils.distributed import rank, world_size
 from utils.errors import command
 from utils.files import writable_folder

@@ -13,9 +13,10 @@ from typing import Any, get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.config import NEGATIVE_PROMPT, Config
+from utils.config import Config
 from utils.errors import command
 from utils.files import write_text
+from utils.prompts import NEGATIVE_PROMPT
 
 ROOT = Path(__file__).resolve().parents[1]
 HEADER = """\

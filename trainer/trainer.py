@@ -29,8 +29,9 @@ from trainer.sharding import (
     sum_gradients,
 )
 from trainer.stop_signal import StopSignal
-from utils.config import Config, load_config
+from utils.config import Config
 from utils.config_checks import num_micro_batches
+from utils.config_loading import load_config
 from utils.distributed import rank, world_size
 from utils.errors import UserError
 from utils.files import writable_folder, write_text

@@ -8,8 +8,9 @@ from dataclasses import fields
 
 import pytest
 
-from utils.config import Config, load_config, override_config
+from utils.config import Config
 from utils.config_checks import _LIMITS
+from utils.config_loading import load_config, override_config
 from utils.errors import UserError
 from utils.files import write_text
 

@@ -8,7 +8,8 @@ import pytest
 import inference
 import train
 from pipeline.output import video_metadata
-from utils.config import Config, load_config, override_config
+from utils.config import Config
+from utils.config_loading import load_config, override_config
 from utils.errors import UserError
 from utils.prompts import Prompt
 

@@ -32,7 +32,7 @@ from model.denoiser import Denoiser
 from pipeline.build import choose_attention_backend
 from pipeline.text_to_video import TextToVideo
 from scripts import benchmark as script
-from utils.config import load_config
+from utils.config_loading import load_config
 from utils.errors import UserError
 from utils.files import read_json
 

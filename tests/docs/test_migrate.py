@@ -28,10 +28,10 @@ from PIL import Image
 from tiny_model import write_model
 from video_files import moving_square, write_video
 
-import utils.config
+import utils.config_loading
 from model.conversion import convert_checkpoint
 from trainer.datasets.mixkit import REPO
-from utils.config import all_keys
+from utils.config_loading import all_keys
 from utils.foreign_keys import NO_EFFECT, TABLE
 
 PAGE = ROOT / "docs/migrate.md"
@@ -153,13 +153,15 @@ def outcomes(tmp_path_factory) -> dict[str, tuple[Result, list[str]]]:
     """Run all commands of the page; return for each its result and the outputs that it left empty."""
     folder = tmp_path_factory.mktemp("user")
     write_user_files(folder)
-    hub, merge = Hub(REPO, "dataset"), utils.config._merge
+    hub, merge = Hub(REPO, "dataset"), utils.config_loading._merge
     hub.commit(all_mixkit__1_tar=mixkit_archive(folder))
     result = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.delenv("WANDB_API_KEY", raising=False)
-        patch.setattr(utils.config, "_merge", lambda layers, words, source: merge(layers, [*SMALL, *words], source))
+        patch.setattr(
+            utils.config_loading, "_merge", lambda layers, words, source: merge(layers, [*SMALL, *words], source)
+        )
         hub.redirect_huggingface(patch)
         for line in lines_of(PAGE):
             result[line] = run(line), empty_outputs(line)

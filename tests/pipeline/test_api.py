@@ -18,7 +18,7 @@ from tiny_model import ROOT
 from pipeline import TextToVideo
 from pipeline.text_to_video import find_file
 from pipeline.video import Video
-from utils.config import load_config
+from utils.config_loading import load_config
 from utils.errors import UserError
 from utils.video import VideoWriter
 

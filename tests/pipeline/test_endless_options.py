@@ -155,7 +155,7 @@ def test_the_newest_frames_of_a_cache_can_be_read():
 def test_the_keys_of_the_configuration_reach_caches_and_ops(world):
     from pipeline.build import build_rollout, build_schedule
     from pipeline.text_to_video import TextToVideo
-    from utils.config import load_config
+    from utils.config_loading import load_config
 
     keys = "rollout.write_window=2", "rollout.moving_sink=true", "rollout.sink=1", "rollout.window=6"
     pipe = TextToVideo.load(load_config(str(world.config)), *keys, device="cpu")

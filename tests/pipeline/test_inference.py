@@ -34,7 +34,7 @@ from model.weights import ModelDirectory
 from pipeline import generate, output
 from pipeline.text_to_video import TextToVideo
 from utils.clips import read_video, resize_and_crop
-from utils.config import load_config
+from utils.config_loading import load_config
 from utils.prompts import Prompt
 from utils.video import VideoWriter
 

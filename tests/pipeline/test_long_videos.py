@@ -13,7 +13,7 @@ from pipeline import TextToVideo
 from pipeline.build import overlap_pixel_frames, rollout_sigmas
 from pipeline.overlap import Overlap
 from utils.clips import read_video
-from utils.config import override_config
+from utils.config_loading import override_config
 from utils.errors import UserError
 from utils.rng import keyed_noise
 

@@ -16,7 +16,7 @@ import train
 from pipeline.output import read_latents
 from scripts import generate_ode_pairs, pipeline_parallel_inference
 from trainer.datasets.ode_pairs import load_pair, open_ode_pairs, write_ode_pair
-from utils.config import load_config
+from utils.config_loading import load_config
 from utils.errors import UserError
 from utils.image_prompts import read_image_prompts
 

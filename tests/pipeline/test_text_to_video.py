@@ -14,7 +14,7 @@ from pipeline.parallel.rank import PipelineRank
 from pipeline.parallel.stages import plan_pipelines
 from pipeline.prompt_embeddings import PromptEmbeddings
 from pipeline.schedule import Schedule
-from utils.config import load_config
+from utils.config_loading import load_config
 
 HOME = torch.device("meta")
 

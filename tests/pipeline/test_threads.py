@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_model import ROOT, write_config
 
-from utils.config import load_config
+from utils.config_loading import load_config
 from utils.errors import UserError
 
 CIRCLE = "a red circle-0"

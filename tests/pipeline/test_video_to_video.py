@@ -24,7 +24,7 @@ from pipeline.build import build_rollout, context_frames
 from pipeline.prefix import read_prefix
 from pipeline.source import fit_to_source, source_frames
 from utils.clips import read_video
-from utils.config import override_config
+from utils.config_loading import override_config
 from utils.errors import UserError
 from utils.rng import keyed_noise
 

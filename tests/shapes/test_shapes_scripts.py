@@ -25,7 +25,7 @@ from shapes import world
 from shapes.objectives import VAEReconstruction
 from trainer.datasets.generate_pairs import loss_sigmas, nearest_indices
 from utils.clips import read_video
-from utils.config import load_config
+from utils.config_loading import load_config
 from utils.contact_sheet import read_strip, save_contact_sheet
 from utils.rng import keyed_noise
 from utils.video import VideoWriter

@@ -29,8 +29,9 @@ from shapes.metrics import ShapesWorld, torus_difference
 from shapes.objectives import TextAttributes, VAEReconstruction
 from shapes.unnamed import UnnamedShapesWorld, attribute_curves, attribute_errors, world_of_video
 from shapes.world import OMITTABLE, Clip, Scene, parse_caption, render, sample_clip
-from utils.config import Config, override_config
+from utils.config import Config
 from utils.config_checks import FRAME_SIZES
+from utils.config_loading import override_config
 from utils.video import VideoWriter
 
 STYLE = STYLES[SIZE]

@@ -22,8 +22,9 @@ from trainer.datasets.pack import pack_lmdb
 from trainer.objectives.ode_regression import ODERegression
 from trainer.objectives.score_distillation import ScoreDistillation
 from trainer.trainer import Trainer
-from utils.config import Config, load_config, override_config
+from utils.config import Config
 from utils.config_checks import check_training
+from utils.config_loading import load_config, override_config
 from utils.errors import UserError
 
 CPU = torch.device("cpu")

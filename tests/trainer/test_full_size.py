@@ -17,7 +17,7 @@ from trainer.objectives.score_distillation import ScoreDistillation
 from trainer.planner import dit_sizes
 from trainer.sharding import full_tensor
 from trainer.trainer import Trainer
-from utils.config import load_config
+from utils.config_loading import load_config
 
 ROOT = Path(train.__file__).parent
 

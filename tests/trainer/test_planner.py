@@ -25,7 +25,8 @@ from trainer.planner import (
     memory_rows,
     rollout_rows,
 )
-from utils.config import Config, load_config
+from utils.config import Config
+from utils.config_loading import load_config
 from utils.errors import UserError
 
 ROOT = Path(train.__file__).parent

@@ -27,7 +27,8 @@ from trainer.objectives import build_objective
 from trainer.objectives.flow_matching import FlowMatching
 from trainer.planner import memory_plan
 from trainer.trainer import Trainer
-from utils.config import Config, load_config
+from utils.config import Config
+from utils.config_loading import load_config
 from utils.process_group import process_group
 
 CPU = torch.device("cpu")

@@ -1,4 +1,4 @@
-"""utils/config.py and utils/config_checks.py: `load_config` returns exactly the given values, and rejects mistakes.
+"""utils/config_loading.py and utils/config_checks.py: `load_config` returns the given values and rejects mistakes.
 
 Every YAML file of the repository loads. Overrides win over files, and files over defaults. Every mistake gives one line
 that names the key. A printed configuration loads as the same configuration, and so does the metadata of a video.
@@ -14,8 +14,9 @@ import yaml
 
 import train
 from scripts import write_config_docs
-from utils.config import Config, RolloutConfig, load_config
+from utils.config import Config, RolloutConfig
 from utils.config_checks import check_config
+from utils.config_loading import load_config
 from utils.errors import UserError
 
 ROOT = Path(__file__).parent.parent.parent

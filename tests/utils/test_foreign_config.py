@@ -36,7 +36,8 @@ from foreign_files import (
 import inference
 import train
 from scripts import convert_config
-from utils.config import Config, all_keys, config_flags, load_config
+from utils.config import Config
+from utils.config_loading import all_keys, config_flags, load_config
 from utils.errors import UserError
 from utils.foreign_keys import NO_EFFECT, TABLE, flatten
 
