@@ -52,7 +52,9 @@ for folder in "$model" "$short"; do
 done
 
 train text_encoder "$model" "$@"
-train vae "$short" "$@"
+vae=() # the larger frames have patterns and need a longer training
+((size == 64)) || vae=(train.max_iterations=5000)
+train vae "$short" "${vae[@]}" "$@"
 train vae_long "$model" train.init="$short" "$@"
 
 echo "== clips"
