@@ -33,6 +33,7 @@ from model.attention import (
 )
 from model.compilation import FallbackCompiler
 from model.kv_cache import KVCache
+from model.quantized_cache import new_kv_cache
 from model.rotary import Rope, rotary_table
 from model.wan_layer import CausalWanLayer, modulate
 from model.weights import align_weights_
@@ -363,14 +364,13 @@ class CausalWanModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
         dtype: torch.dtype | None = None,
         moving_sink: bool = False,
     ) -> KVCache:
-        """Return an empty cache for latents of height x width, on this network's device.
+        """Return an empty cache for latents of height x width, on this network's device; see `KVCache`.
 
         Args:
-            context_frames, block_frames, sink_frames, history_frames, moving_sink: see `KVCache`.
-            dtype: default: the network's.
+            dtype: default: the network's. 8-bit types: see `QuantizedKVCache`.
         """
         _, patch_h, patch_w = self.config.patch_size
-        return KVCache(
+        return new_kv_cache(
             num_layers=len(self.layers),
             batch_size=batch_size,
             num_heads=self.config.num_attention_heads,

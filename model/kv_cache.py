@@ -55,7 +55,9 @@ class KVCache:
         self.oldest = 0  # frames before this one are dropped, except for the sink
         self.frozen = False
         tokens = (context_frames + history_frames + block_frames) * tokens_per_frame
-        shape = (num_layers, batch_size, tokens, num_heads, head_dim)
+        self._allocate((num_layers, batch_size, tokens, num_heads, head_dim), dtype, device)
+
+    def _allocate(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> None:
         self._k = torch.empty(shape, dtype=dtype, device=device)
         self._v = torch.empty(shape, dtype=dtype, device=device)
 
@@ -123,8 +125,11 @@ class KVCache:
         for slot, frame, count in self._placement(k.shape[1] // self.tokens_per_frame):
             target = slice(slot * self.tokens_per_frame, (slot + count) * self.tokens_per_frame)
             source = slice(frame * self.tokens_per_frame, (frame + count) * self.tokens_per_frame)
-            self._k[layer, :, target] = k[:, source]
-            self._v[layer, :, target] = v[:, source]
+            self._store(layer, target, k[:, source], v[:, source])
+
+    def _store(self, layer: int, slots: slice, k: Tensor, v: Tensor) -> None:
+        self._k[layer, :, slots] = k
+        self._v[layer, :, slots] = v
 
     def commit(self, num_frames: int) -> None:
         """Add `num_frames` frames to the context, after every layer has appended them."""
@@ -156,18 +161,26 @@ class KVCache:
         return self.oldest > max(min(self.sink_frames, newest), newest - self.ring_frames)
 
     def _read(self, layer: int, end: int, newest: int, frames: int | None = None) -> tuple[Tensor, Tensor]:
-        runs = self._slots(end, newest, frames)
-        pieces = [slice(a * self.tokens_per_frame, b * self.tokens_per_frame) for a, b in runs]
+        pieces = self._pieces(end, newest, frames)
         if len(pieces) == 1:
             k, v = self._k[layer, :, pieces[0]], self._v[layer, :, pieces[0]]
         else:
             k = torch.cat([self._k[layer, :, piece] for piece in pieces], dim=1)
             v = torch.cat([self._v[layer, :, piece] for piece in pieces], dim=1)
-        if (shift := self._sink_shift(end)) and frames is None:
-            sink_tokens = min(self.sink_frames, end) * self.tokens_per_frame
-            cos, sin = rotary_table(k.shape[-1], shift, (1, 1, 1), k.device)
-            k = torch.cat([rotate(k[:, :sink_tokens], cos, sin), k[:, sink_tokens:]], dim=1)
-        return k, v
+        return (k if frames is not None else self._move_sink(k, end)), v
+
+    def _pieces(self, end: int, newest: int, frames: int | None = None) -> list[slice]:
+        """Return the slices of tokens that hold the context before frame `end`; see `_slots`."""
+        runs = self._slots(end, newest, frames)
+        return [slice(a * self.tokens_per_frame, b * self.tokens_per_frame) for a, b in runs]
+
+    def _move_sink(self, k: Tensor, end: int) -> Tensor:
+        """Return the keys of a context with its sink, which comes first, rotated to its moved position."""
+        if not (shift := self._sink_shift(end)):
+            return k
+        sink_tokens = min(self.sink_frames, end) * self.tokens_per_frame
+        cos, sin = rotary_table(k.shape[-1], shift, (1, 1, 1), k.device)
+        return torch.cat([rotate(k[:, :sink_tokens], cos, sin), k[:, sink_tokens:]], dim=1)
 
     def _sink_shift(self, end: int) -> int:
         """Return the frames by which a moving sink is moved for a block that starts at `end`."""

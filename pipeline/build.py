@@ -22,7 +22,7 @@ from model.weights import ModelDirectory
 from pipeline.rollout import BlockLayout, Rollout
 from pipeline.schedule import Schedule
 from utils.config import Config, RolloutConfig, VideoConfig
-from utils.device import DTYPES
+from utils.device import CACHE_DTYPES, DTYPES
 from utils.errors import UserError
 from utils.rng import keyed_noise
 
@@ -289,7 +289,7 @@ def build_rollout(
         source: latents [1, 1, C, h, w] of each frame of the clip that video-to-video starts from.
         num_frames: latent frames of the video, prefix included; default: `config.video.num_output_frames`.
         size: height and width of the latents; default: those of `config.video`.
-        dtype: dtype of the cached keys and values; default: `config.model.dtype`.
+        dtype: dtype of the cached keys and values; default: that of `config.rollout.cache_dtype`.
         history_frames: evicted frames that a cache keeps for `TrainingRollout.replay`.
         rollout_class: `Rollout`, `TrainingRollout` or `StageRollout`.
         options: further arguments of `rollout_class`. They replace arguments that this function computes.
@@ -303,7 +303,7 @@ def build_rollout(
         layout = replace(layout, num_frames=None)
     height, width = size or latent_size(config.video)
     context, sink = context_frames(rollout, length)
-    cache_dtype = dtype or DTYPES[config.model.dtype]
+    cache_dtype = dtype or CACHE_DTYPES.get(rollout.cache_dtype, DTYPES[config.model.dtype])
 
     def noise(block: int, step: int) -> Tensor:
         shape = (layout.frames(block), net.config.in_channels, height, width)

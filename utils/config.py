@@ -99,6 +99,9 @@ class RolloutConfig:
     """Newest frames of context that context writes attend to, without the sink (Commit Forcing). 0: all."""
     moving_sink: bool = False
     """Move the sink with the window: rotate its keys so that it directly precedes the window (Deep Forcing)."""
+    cache_dtype: Literal["auto", "float8_e4m3fn", "int8"] = "auto"
+    """Type of cached keys and values. auto: `model.dtype`. float8_e4m3fn and int8 need half the memory of bfloat16,
+    with one scale per token and head, and change the video (docs/memory.md)."""
     prompt_switch: Literal["keep", "recache", "flush"] = "keep"
     """Context when a prompt track changes the prompt. keep leaves it; recache writes the window's blocks again under
     the new prompt (LongLive); flush keeps the sink and the newest two frames (Infinity-RoPE)."""

@@ -214,7 +214,7 @@ def check_training(config: "Config") -> None:
     distill = config.distill
     if config.video.source:
         raise UserError("video.source and rollout.strength are for video-to-video, not for training: leave them out")
-    for key, off in ("write_window", 0), ("moving_sink", False), ("prompt_switch", "keep"):
+    for key, off in ("write_window", 0), ("moving_sink", False), ("prompt_switch", "keep"), ("cache_dtype", "auto"):
         if getattr(config.rollout, key) != off:
             raise UserError(f"rollout.{key} is for inference, not for training: leave it out")
     if config.train.objective != "score_distillation":

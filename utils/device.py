@@ -6,6 +6,7 @@ from utils.distributed import local_rank, local_world_size
 from utils.errors import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CACHE_DTYPES = {"float8_e4m3fn": torch.float8_e4m3fn, "int8": torch.int8}
 
 
 def pick_device(name: str, threads: int = 0) -> torch.device:
