@@ -5,7 +5,8 @@ import gc
 import resource
 import statistics
 import sys
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,16 +33,26 @@ class Measurement:
         return cls(statistics.median(values), values[0], values[-1])
 
 
+def ratios(slow: Sequence[float], fast: Sequence[float]) -> Measurement:
+    """Summarize how many times as long the first of two interleaved series of runs took."""
+    return Measurement.of(a / b for a, b in zip(slow, fast, strict=True))
+
+
 Results = dict[str, Measurement | float | None]
 """Results of one benchmark by name. None: not measured in this case."""
 
 
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+"""Clocks of a CPU. On a machine with other work, CPU seconds vary less than the wall clock."""
+
+
 @dataclass(frozen=True)
 class Repeats:
-    """Number of runs before timing starts, and number of timed runs."""
+    """Number of runs before timing starts, number of timed runs, and the clock of a CPU."""
 
     warmup: int = 1
     timed: int = 3
+    clock: Callable[[], float] = time.perf_counter
 
     @property
     def total(self) -> int:
@@ -51,11 +62,23 @@ class Repeats:
 
 def durations(work: Callable[[], object], device: torch.device, repeats: Repeats) -> list[float]:
     """Run `work` repeatedly and return the seconds of each timed run on the device."""
-    recorder = Recorder(device)
+    return interleaved_durations([work], device, repeats)[0]
+
+
+def interleaved_durations(
+    works: Sequence[Callable[[], object]], device: torch.device, repeats: Repeats
+) -> list[list[float]]:
+    """Run all works one after the other, repeatedly; return the seconds of the timed runs of each.
+
+    A slow phase of the machine thus affects all works alike.
+    """
+    recorder = Recorder(device, clock=repeats.clock)
     for _ in range(repeats.total):
-        with recorder("work"):
-            work()
-    return [span.seconds for span in recorder.spans()[repeats.warmup :]]
+        for number, work in enumerate(works):
+            with recorder("work", number):
+                work()
+    timed = recorder.spans()[repeats.warmup * len(works) :]
+    return [[span.seconds for span in timed if span.block == number] for number in range(len(works))]
 
 
 @torch.no_grad()

@@ -8,8 +8,10 @@ from pathlib import Path
 from benchmark.baseline import BaselineDenoiser, CleanBlocks, baseline_network
 from benchmark.flops import PassFlops
 from benchmark.host_syncs import host_syncs
-from benchmark.measure import Measurement, Repeats, Results, peak_memory, reset_peak_memory
+from benchmark.measure import Measurement, Repeats, Results, peak_memory, ratios, reset_peak_memory
 from benchmark.networks import PROMPT
+from benchmark.plain_loop import plain_config, use_plain_network
+from benchmark.plain_network import PlainNetwork
 from pipeline.build import block_layout, context_frames, latent_size
 from pipeline.output import VideoFiles, VideoJob, VideoOutput
 from pipeline.parallel.profile import WORK, RecordedDenoiser, Recorder, Span
@@ -22,17 +24,31 @@ from utils.prompts import Prompt
 class RolloutBenchmark:
     """Runs rollouts of one pipeline and times their passes."""
 
-    def __init__(self, pipeline: TextToVideo, on_op: Callable[[Op], None] | None, baseline: bool = False):
+    def __init__(
+        self,
+        pipeline: TextToVideo,
+        on_op: Callable[[Op], None] | None,
+        baseline: bool = False,
+        plain: PlainNetwork | None = None,
+    ):
         """
         Args:
             on_op: called after each op.
             baseline: run diffusers' network without a cache instead; see benchmark/baseline.py.
+            plain: run this network instead; see benchmark/plain_loop.py.
         """
         self.pipeline, self.on_op = pipeline, on_op
         self.config, self.device = pipeline.config, pipeline.net.device
         self.ops = list(pipeline.ops(pipeline.schedule()))
         self.caches = pipeline.schedule().caches
         self.baseline = baseline_network(pipeline) if baseline else None
+        self.plain = plain
+
+    def with_plain_network(self) -> "RolloutBenchmark":
+        """Return a benchmark of the same rollout by the plain network with the same weights."""
+        shared = self.pipeline
+        pipeline = TextToVideo(plain_config(self.config), shared.net, shared.embeddings.cache, shared.vae)
+        return RolloutBenchmark(pipeline, self.on_op, plain=PlainNetwork.sharing(shared.net))
 
     def prepare(self) -> Rollout:
         """Return a new rollout, built as in inference; for the baseline, with its denoiser and its cache."""
@@ -42,6 +58,8 @@ class RolloutBenchmark:
             context, _ = context_frames(self.config.rollout, self.config.video.num_output_frames)
             rollout.denoiser = BaselineDenoiser(self.baseline, embeddings, context)
             rollout.new_cache = CleanBlocks
+        if self.plain is not None:
+            use_plain_network(rollout, self.plain, self.pipeline, [PROMPT])
         return rollout
 
     def run(self, rollout: Rollout) -> None:
@@ -49,9 +67,9 @@ class RolloutBenchmark:
         for _ in rollout.run(self.ops, self.caches):
             pass
 
-    def record(self) -> list[Span]:
+    def record(self, clock: Callable[[], float] = time.perf_counter) -> list[Span]:
         """Run a rollout and return the spans of its passes, followed by the span of the whole rollout."""
-        rollout, recorder = self.prepare(), Recorder(self.device)
+        rollout, recorder = self.prepare(), Recorder(self.device, clock=clock)
         rollout.denoiser = RecordedDenoiser(rollout.denoiser, rollout.layout, recorder)
         with recorder("rollout"):
             self.run(rollout)
@@ -88,11 +106,14 @@ class RolloutBenchmark:
         return sum(op_flops(op.denoise if isinstance(op, DenoiseAndWrite) else op) for op in self.ops)
 
 
-def measure_rollout(benchmark: RolloutBenchmark, repeats: Repeats, peak_flops: float) -> Results:
+def measure_rollout(
+    benchmark: RolloutBenchmark, repeats: Repeats, peak_flops: float, plain: RolloutBenchmark | None = None
+) -> Results:
     """Measure passes and rollouts and, unless the benchmark is the baseline, whole videos.
 
     Args:
         peak_flops: FLOP/s of a large matrix product.
+        plain: from `with_plain_network`; runs after each rollout, for comparison.
     """
     pipeline, device = benchmark.pipeline, benchmark.device
     pipeline.embeddings.encode([PROMPT])
@@ -102,10 +123,11 @@ def measure_rollout(benchmark: RolloutBenchmark, repeats: Repeats, peak_flops: f
         if number == repeats.warmup:
             reset_peak_memory(device)
             rollouts, videos = [], []
-        rollouts.append(benchmark.record())
+        rollouts.append(benchmark.record(repeats.clock))
         if benchmark.baseline is None:
             videos.append(benchmark.generate_video())
     memory = peak_memory(device)
+    comparison = {} if plain is None else _compare(benchmark, plain, repeats)
     rollout = benchmark.prepare()
     with host_syncs(device) as syncs:
         benchmark.run(rollout)
@@ -121,7 +143,16 @@ def measure_rollout(benchmark: RolloutBenchmark, repeats: Repeats, peak_flops: f
         "flops": flops,
         "share_of_peak": flops / seconds.median / peak_flops,
         "host_syncs": len(syncs),
+        **comparison,
     }
+
+
+def _compare(benchmark: RolloutBenchmark, plain: RolloutBenchmark, repeats: Repeats) -> Results:
+    """Return the seconds per block of the plain rollout, and its ratio to the benchmark's; runs are interleaved."""
+    runs = [(benchmark.record(repeats.clock)[-1], plain.record(repeats.clock)[-1]) for _ in range(repeats.total)]
+    own, other = zip(*((a.seconds, b.seconds) for a, b in runs[repeats.warmup :]), strict=True)
+    num_blocks = block_layout(benchmark.config.rollout, benchmark.config.video.num_output_frames).num_blocks
+    return {"plain_block": Measurement.of(s / num_blocks for s in other), "times_plain": ratios(other, own)}
 
 
 def _num_pixel_frames(benchmark: RolloutBenchmark) -> int:

@@ -19,7 +19,13 @@ from model.compilation import compile_failure
 
 
 def run_case(
-    case: Case, networks: BenchmarkNetworks, repeats: Repeats, peak_flops: float, passes: Sequence[str], iterations: int
+    case: Case,
+    networks: BenchmarkNetworks,
+    repeats: Repeats,
+    peak_flops: float,
+    passes: Sequence[str],
+    iterations: int,
+    plain: bool = True,
 ) -> Results:
     """Return the results of a case. If memory runs out or compilation fails, print a note and return no results.
 
@@ -27,13 +33,14 @@ def run_case(
         peak_flops: FLOP/s of a large matrix product.
         passes: from PASSES; only for a case of kind `pass`.
         iterations: timed iterations; only for a case of kind `training`.
+        plain: compare passes and rollouts with those of the plain loop.
     """
     torch.compiler.reset()  # torch stops compiling a function after a few variants
     try:
         if case.kind in ("rollout", "baseline"):
-            return _run_rollouts(case, networks, repeats, peak_flops)
+            return _run_rollouts(case, networks, repeats, peak_flops, plain)
         if case.kind == "pass":
-            return measure_passes(networks, passes, repeats, peak_flops)
+            return measure_passes(networks, passes, repeats, peak_flops, plain)
         if case.kind == "training":
             return measure_training(case.config, iterations, peak_flops)
         measure = measure_decoder if case.kind == "decoder" else measure_text_encoder
@@ -46,11 +53,14 @@ def run_case(
     return {}
 
 
-def _run_rollouts(case: Case, networks: BenchmarkNetworks, repeats: Repeats, peak_flops: float) -> Results:
+def _run_rollouts(case: Case, networks: BenchmarkNetworks, repeats: Repeats, peak_flops: float, plain: bool) -> Results:
     pipeline = networks.pipeline()
     is_baseline = case.kind == "baseline"
-    runs = repeats.total * (1 if is_baseline else 2) + 1  # rollouts, videos, and one rollout that counts host syncs
+    plain = plain and not is_baseline
+    kinds = 1 if is_baseline else 4 if plain else 2  # rollouts, videos, and interleaved pairs of rollouts
     label = " ".join(case.settings.values())
-    with tqdm(total=runs * pipeline.num_ops(), desc=label, unit="op", leave=False, disable=None) as bar:
+    # One more rollout counts host syncs. The plain loop has more ops if others are fused: the bar may pass its end.
+    total = (repeats.total * kinds + 1) * pipeline.num_ops()
+    with tqdm(total=total, desc=label, unit="op", leave=False, disable=None) as bar:
         benchmark = RolloutBenchmark(pipeline, lambda op: bar.update(), is_baseline)
-        return measure_rollout(benchmark, repeats, peak_flops)
+        return measure_rollout(benchmark, repeats, peak_flops, benchmark.with_plain_network() if plain else None)

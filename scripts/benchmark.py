@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tqdm import tqdm
 
 from benchmark.cases import DEFAULT_KINDS, KINDS, OPTIONS, PRESETS, Preset, make_cases
-from benchmark.measure import Repeats, matmul_peak
+from benchmark.measure import CLOCKS, Repeats, matmul_peak
 from benchmark.networks import BenchmarkNetworks
 from benchmark.passes import PASSES
 from benchmark.report import add_speedups, comparison_table, describe_machine, markdown_report, read_rows, to_json
@@ -42,8 +42,15 @@ def parse_arguments() -> argparse.Namespace:
         metavar = None if option.choices else "X"
         parser.add_argument(f"--{name}", nargs="+", choices=option.choices, metavar=metavar, help=option.key)
     parser.add_argument("--passes", nargs="+", choices=PASSES, default=PASSES, help="for --what pass")
+    parser.add_argument(
+        "--plain",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="compare passes and rollouts with a plain loop; doubles their time",
+    )
     parser.add_argument("--warmup", type=int, default=1, help="runs of each row before timing starts")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each row")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: CPU seconds of passes and rollouts")
     parser.add_argument("--iterations", type=int, default=10, help="timed iterations, for --what training")
     parser.add_argument("--device", help="default: the device of the configuration")
     parser.add_argument("--output", type=Path, default=Path("outputs/benchmark.json"), help="JSON file of the results")
@@ -79,8 +86,8 @@ def main() -> None:
         dtype = (case.config.train if case.kind == "training" else case.config.model).dtype
         document["matmul_peak"][dtype] = peak(dtype)
         networks = BenchmarkNetworks(case.config, device, preset.random)
-        repeats = Repeats(args.warmup, args.repeats)
-        results = run_case(case, networks, repeats, peak(dtype), args.passes, args.iterations)
+        repeats = Repeats(args.warmup, args.repeats, CLOCKS[args.clock])
+        results = run_case(case, networks, repeats, peak(dtype), args.passes, args.iterations, args.plain)
         rows.append({"what": case.kind, "settings": case.settings, "figures": to_json(results)})
         add_speedups(rows)
         write_json(args.output, document, indent=1)

@@ -4,7 +4,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -39,9 +39,14 @@ class Span:
 class Recorder:
     """Records the spans of this process. On a GPU it records CUDA events, so the host does not wait for the device."""
 
-    def __init__(self, device: torch.device, enabled: bool = True):
+    def __init__(self, device: torch.device, enabled: bool = True, clock: Callable[[], float] = time.perf_counter):
+        """
+        Args:
+            clock: returns seconds; not used on a GPU.
+        """
         self.device = device
         self.enabled = enabled
+        self.clock = clock
         self._marks: list[tuple[str, int, object, object]] = []
         self._origin = self._mark()
 
@@ -70,7 +75,7 @@ class Recorder:
 
     def _mark(self) -> object:
         if self.device.type != "cuda":
-            return time.perf_counter()
+            return self.clock()
         event = torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(self.device))
         return event

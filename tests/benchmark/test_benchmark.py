@@ -23,7 +23,7 @@ from benchmark.baseline import baseline_config
 from benchmark.cases import Case, Preset, make_cases
 from benchmark.measure import Measurement, Repeats, counted_flops
 from benchmark.networks import PROMPT, BenchmarkNetworks
-from benchmark.passes import measure_passes
+from benchmark.passes import full_window, measure_passes, plain_full_window
 from benchmark.process import run_in_process
 from benchmark.report import to_json
 from benchmark.rollout import RolloutBenchmark, measure_rollout
@@ -176,6 +176,52 @@ def test_the_baseline_runs_the_whole_window_in_every_pass(make_benchmark):
     assert [block for block, _ in blocks] == [0, 1, 2, 3, 4]
 
 
+# ---- The plain loop ----
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["rollout.schedule=block_first", "rollout.sink=1"],
+        ["rollout.context=input", "rollout.independent_first_frame=true", "video.num_output_frames=16"],
+    ],
+)
+def test_the_plain_loop_gives_the_same_latents(make_benchmark, words):
+    own = make_benchmark(*words, TWO_STEPS)
+    plain = own.with_plain_network()
+    shared = {tensor.data_ptr() for tensor in own.pipeline.net.state_dict().values()}
+    assert plain.plain is not None and {t.data_ptr() for t in plain.plain.state_dict().values()} == shared
+    latents, expected = ([x for _, x in b.prepare().run(b.ops, b.caches)] for b in (plain, own))
+    torch.testing.assert_close(latents, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_passes_of_the_plain_loop_give_the_same_x0(config_file):
+    """A measured pass reads as many keys as in a rollout with a full window."""
+    pipeline = BenchmarkNetworks(load_config(str(config_file)), CPU).pipeline()
+    (own, cache), plain = full_window(pipeline), plain_full_window(pipeline)
+    for number, layer in enumerate(plain.rollout.new_cache().layers):
+        for name, context in zip(("k", "v"), cache.read(number), strict=True):
+            layer[name][:, : context.shape[1]] = context
+    for name in ("denoise", "context+denoise"):
+        for passes in (own, plain):
+            passes.execute(name)
+        (block, expected), (other, state) = (max(p.rollout.blocks.items()) for p in (own, plain))
+        assert block == other
+        torch.testing.assert_close(state.x0, expected.x0, rtol=1e-4, atol=1e-4)
+
+
+def test_ratios_to_the_plain_loop_are_printed(run_script, fast_peak):
+    words = ["--what", "rollout", "pass", "--passes", "denoise", "--clock", "cpu", TWO_STEPS, "--frames", "6"]
+    out, document = run_script(*words, "--repeats", "2", "--warmup", "0")
+    rollout, single = (row["figures"] for row in document["results"])
+    assert rollout["plain_block"]["median"] > 0 < rollout["times_plain"]["median"]
+    highest = single["plain_denoise_pass"]["high"] / single["denoise_pass"]["low"]
+    assert 0 < single["times_plain_denoise"]["high"] <= highest * 1.001
+    assert "x plain, denoise" in out and "plain block, ms" in out
+    _, document = run_script("--what", "pass", "--no-plain", "--passes", "denoise", "--repeats", "1")
+    assert "times_plain_denoise" not in document["results"][0]["figures"]
+
+
 # ---- The command ----
 
 
@@ -187,7 +233,7 @@ def test_the_default_run(run_script):
     assert rows["rollout"]["figures"]["times_baseline"] == speed / reference
     assert document["matmul_peak"]["float32"] > 1e9 and document["machine"]["torch"] == torch.__version__
     tables = [line for line in out.splitlines() if line.startswith("|")]
-    assert "x baseline" in out and {"rollout", "decoder"} <= {line.split("|")[1].strip() for line in tables}
+    assert "x no cache" in out and {"rollout", "decoder"} <= {line.split("|")[1].strip() for line in tables}
     assert all(line.endswith("|") for line in tables)
     for kind in ("decoder", "text_encoder"):
         assert rows[kind]["figures"]["flops"] > 0 and rows[kind]["figures"]["peak_memory"] > 1e8
