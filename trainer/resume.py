@@ -6,7 +6,14 @@ from utils.config import Config
 
 _FREE_KEYS = {
     *("train.output", "train.save", "train.checkpoint_every", "train.keep_checkpoints"),
-    *("train.sample_every", "train.sample_prompts", "train.log_every", "train.wandb", "train.wandb_dir"),
+    *(
+        "train.snapshot_every",
+        "train.sample_every",
+        "train.sample_prompts",
+        "train.log_every",
+        "train.wandb",
+        "train.wandb_dir",
+    ),
     *("train.project", "train.stop_grad_norm", "train.stop_loss_growth", "model.text_cache", "runtime.device"),
 }
 """Keys that may change when a run resumes: they do not affect its weights."""

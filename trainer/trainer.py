@@ -38,6 +38,9 @@ from utils.files import writable_folder, write_text
 from utils.locks import lock_folder
 from utils.process_group import max_over_ranks
 
+SNAPSHOTS = "snapshots"
+"""Subfolder of a log folder: EMA weights of several iterations, each a folder that inference.py loads."""
+
 
 class Trainer:
     """Train an objective for `config.train.max_iterations`. The same call resumes from the last checkpoint."""
@@ -97,6 +100,9 @@ class Trainer:
                     log.write(self.iteration, metrics)
                     self.checkpoints.poll()
                     is_last = self.stopping or self.iteration == config.max_iterations
+                    if config.snapshot_every and self.iteration % config.snapshot_every == 0:
+                        # Before the checkpoint: a run that is killed in between then writes the snapshot again.
+                        self.export(self.logdir / SNAPSHOTS / f"{self.iteration:08d}")
                     if self.iteration % config.checkpoint_every == 0 or is_last:
                         self.save()
                     if config.sample_every and self.iteration % config.sample_every == 0:

@@ -242,6 +242,9 @@ class TrainConfig:
     """File of prompts for the sample videos. Empty: the first training prompts."""
     keep_checkpoints: int = 2
     """Number of latest checkpoints to keep."""
+    snapshot_every: int = 0
+    """Iterations between snapshots: the EMA weights in bfloat16, in LOGDIR/snapshots/ITERATION. They are never deleted,
+    and model.generator reads them. 0: none."""
     log_every: int = 20
     """Iterations between log lines."""
     checkpoint_every: int = 200

@@ -23,7 +23,13 @@ _NOT_NEGATIVE = (
     *("rollout.num_steps", "rollout.write_window"),
     *("train.learning_rate", "train.muon_learning_rate", "train.weight_decay", "train.grad_clip", "train.warmup"),
     *("train.ema_start", "train.total_batch_size", "train.first_frame_weight", "train.kl_weight"),
-    *("runtime.threads", "train.sample_every", "distill.critic_learning_rate", "distill.forward_kl_weight"),
+    *(
+        "runtime.threads",
+        "train.sample_every",
+        "train.snapshot_every",
+        "distill.critic_learning_rate",
+        "distill.forward_kl_weight",
+    ),
 )
 MAX_VIDEOS = 1_000_000
 """Largest number of videos of a run."""

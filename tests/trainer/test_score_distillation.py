@@ -13,6 +13,7 @@ import pytest
 import torch
 from toy import Killed, assert_same_bits, gradients, state_of
 
+from model.causal_wan import CausalWanModel
 from model.flow import flow_to_x0
 from trainer.datasets.ode_pairs import write_ode_pair, write_sigmas
 from trainer.objectives.score_distillation import ScoreDistillation
@@ -463,7 +464,8 @@ def test_interrupted_and_sampled_runs_end_with_the_weights_of_a_plain_run(make_t
         assert f'"{key}"' in lines
 
     (tmp_path / "prompts.txt").write_text("a red circle\na blue square\n")
-    sampled = make_trainer("sampled", save=False, sample_every=2, sample_prompts=str(tmp_path / "prompts.txt"))
+    prompts = str(tmp_path / "prompts.txt")
+    sampled = make_trainer("sampled", save=False, snapshot_every=2, sample_every=2, sample_prompts=prompts)
     seen = []
     sample = sampled.objective.sample
     next_folder = tmp_path / "sampled/samples/00000004"
@@ -480,6 +482,13 @@ def test_interrupted_and_sampled_runs_end_with_the_weights_of_a_plain_run(make_t
     written = sorted(str(path) for path in videos if (tmp_path / "sampled/samples" / path).is_file())
     assert written == ["00000002/a blue square-0.mp4", "00000002/a red circle-0.mp4", "00000004/a blue square-0.mp4"]
     assert_same_bits(state_of(sampled), state_of(plain))
+
+    snapshots = sorted((tmp_path / "sampled/snapshots").iterdir())
+    assert [folder.name for folder in snapshots] == ["00000002", "00000004"]
+    early, late = (CausalWanModel.from_pretrained(folder).state_dict() for folder in snapshots)
+    ema = {name: value.bfloat16().float() for name, value in sampled.ema.weights.items()}
+    assert_same_bits({name: value.float() for name, value in late.items()}, ema)
+    assert not torch.equal(early["proj_out.weight"], late["proj_out.weight"])
 
 
 def test_values_that_are_not_finite_stop_the_run_and_are_named(make_trainer):
