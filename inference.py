@@ -42,7 +42,7 @@ def parse_arguments() -> argparse.Namespace:
 
 @command(
     lowers_memory="--batch_size, --order diagonal, --window, --height and --width, model.dtype=bfloat16 or "
-    "model.offload=true, or split the steps over GPUs with scripts/pipeline_parallel_inference.py"
+    "model.offload=all, or split the steps over GPUs with scripts/pipeline_parallel_inference.py"
 )
 def main() -> None:
     args = parse_arguments()

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from model.offload import num_bytes, stream_weights_
 from model.weights import ModelDirectory
 from utils.prompts import clean_prompt
 
@@ -28,6 +29,7 @@ class TextEncoder:
         self._load: Callable[[], tuple[Any, Any]] = lambda: (encoder, tokenizer)
         self._networks: tuple[nn.Module, Any] | None = None
         self._device: torch.device | None = None
+        self.streamed = False  # whether the weights stay on the CPU
 
     @classmethod
     def load(
@@ -63,18 +65,36 @@ class TextEncoder:
     def to(self, device: torch.device | str) -> "TextEncoder":
         """Move the weights, now or when they are loaded."""
         self._device = torch.device(device)
-        if self._networks is not None:
-            self._networks[0].to(device)
+        self._place()
         return self
+
+    def stream(self, device: torch.device) -> None:
+        """Encode on a device from now on, with the weights on the CPU; see `stream_weights_`."""
+        self._device, self.streamed = device, True
+        self._place()
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the weights; loads them if necessary."""
+        return num_bytes(self.networks()[0])
+
+    def _place(self) -> None:
+        """Move the weights, if they are loaded, to where they belong."""
+        if self._networks is None or self._device is None:
+            return
+        encoder = self._networks[0]
+        if self.streamed:
+            stream_weights_(encoder, encoder.encoder.block, self._device)
+        else:
+            encoder.to(self._device)
 
     def networks(self) -> tuple[nn.Module, Any]:
         """Return the encoder and its tokenizer; load them if necessary."""
         if self._networks is None:
             encoder, tokenizer = self._load()
             encoder.eval().requires_grad_(False)
-            if self._device is not None:
-                encoder.to(self._device)
             self._networks = encoder, tokenizer
+            self._place()
         return self._networks
 
     def _encode(self, prompt: str) -> Tensor:
@@ -82,7 +102,7 @@ class TextEncoder:
         encoder, tokenizer = self.networks()
         tokens = tokenizer(
             [prompt], padding="max_length", truncation=True, max_length=self.length, return_tensors="pt"
-        ).to(next(encoder.parameters()).device)
+        ).to(self._device or next(encoder.parameters()).device)
         if len(tokenizer(prompt).input_ids) > self.length:
             print(f"note: a prompt is cut to its first {self.length} tokens: {prompt[:60]}...", file=sys.stderr)
         hidden = encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state

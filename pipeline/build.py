@@ -17,6 +17,7 @@ from model.embeddings import EmbeddingCache
 from model.flow import solver_sigmas, step_sigmas
 from model.kv_cache import KVCache
 from model.lora import fuse_lora
+from model.offload import stream_weights_
 from model.vae import WanVAE
 from model.weights import ModelDirectory
 from pipeline.rollout import BlockLayout, Rollout
@@ -107,10 +108,12 @@ def check_size(config: Config, transformer: Mapping[str, Any]) -> None:
 
 
 def load_network(config: Config, device: torch.device, fall_back: bool = True) -> CausalWanModel:
-    """Load the causal generator that `config.model` names.
+    """Load the causal generator that `config.model` names, and prepare it; see `prepare_network`."""
+    return prepare_network(load_weights(config), config, device, fall_back)
 
-    Args:
-        fall_back: see `CausalWanModel.compile_layers`.
+
+def load_weights(config: Config) -> CausalWanModel:
+    """Load the causal generator that `config.model` names to the CPU, with its LoRA merged.
 
     Raises:
         UserError: for missing or broken files.
@@ -121,7 +124,7 @@ def load_network(config: Config, device: torch.device, fall_back: bool = True) -
     net = directory.load_transformer(CausalWanModel, dtype, weights=weights, use_ema=model.use_ema)
     if model.lora:
         fuse_lora(net, model.lora, model.lora_scale)
-    return prepare_network(net, config, device, fall_back)
+    return net
 
 
 def prepare_network(
@@ -129,15 +132,22 @@ def prepare_network(
 ) -> CausalWanModel:
     """Move a generator to its device, freeze it, and apply the attention backend and compilation of `config.model`.
 
+    With `model.offload=all`, the weights of the layers stay on the CPU, and the layers are not compiled.
+
     Args:
         fall_back: see `CausalWanModel.compile_layers`.
 
     Raises:
         UserError: for an attention backend that is not available.
     """
-    net.to(device).eval().requires_grad_(False)
+    net.eval().requires_grad_(False)
+    streamed = config.model.offload == "all" and device.type != "cpu"
+    if streamed:
+        stream_weights_(net, net.layers, device)
+    else:
+        net.to(device)
     choose_attention_backend(net, config.model.attention_backend)
-    if config.model.compile:
+    if config.model.compile and not streamed:
         net.compile_layers(fall_back)
     return net
 

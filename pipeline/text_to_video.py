@@ -24,9 +24,10 @@ from pipeline.build import (
     build_schedule,
     check_size,
     load_embeddings,
-    load_network,
     load_vae,
+    load_weights,
     overlap_pixel_frames,
+    prepare_network,
     rollout_sigmas,
 )
 from pipeline.build_track import build_switch_ops, build_track
@@ -74,16 +75,19 @@ class TextToVideo:
         *overrides: str,
         device: str | torch.device | None = None,
         seed: int | None = None,
+        prompts: Sequence[str] = (),
     ) -> "TextToVideo":
         """Load the networks that `config.model` names.
 
-        Relative paths are looked up in the current directory, then in this repository.
+        Relative paths are looked up in the current directory, then in this repository. With `model.offload`, the text
+        encoder encodes `prompts` before the other networks move to the device, so that they never share its memory.
 
         Args:
             config: path of a YAML file, or of the JSON file beside a video; or a configuration.
             overrides: changes such as `"rollout.order=diagonal"`, see docs/config.md.
             device: cuda, cuda:1, mps or cpu; default: `runtime.device`.
             seed: default: `runtime.seed`.
+            prompts: prompts to encode now, and with guidance the negative one; others are encoded when they are used.
 
         Raises:
             UserError: for a wrong configuration, or missing or broken files.
@@ -98,7 +102,14 @@ class TextToVideo:
         if not isinstance(device, torch.device):
             device = pick_device(device or config.runtime.device, config.runtime.threads)
         cls.check(config, prefix_frames=None)
-        return cls(config, load_network(config, device), load_embeddings(config, device), load_vae(config, device))
+        net = load_weights(config)
+        offload = config.model.offload
+        cache = load_embeddings(config, device if offload == "none" else torch.device("cpu"))
+        if prompts:
+            guided = config.rollout.guidance_scale != 1
+            texts = [*prompts, *[config.teacher.negative_prompt] * guided]
+            PromptEmbeddings(cache, device, offload).encode(texts)
+        return cls(config, prepare_network(net, config, device), cache, load_vae(config, device))
 
     @staticmethod
     def check(config: Config, prefix_frames: int | None = 0, track: TrackEntries = ()) -> None:

@@ -49,7 +49,7 @@ class VideoSampler:
         self.config.video.num_output_frames = config.data.num_frames
         self.config.rollout.num_rollouts = 1
         self.config.model.dtype = config.train.dtype
-        self.config.model.offload = False
+        self.config.model.offload = "none"
 
     @cached_property
     def vae(self) -> WanVAE:

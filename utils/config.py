@@ -15,6 +15,7 @@ DType = Literal["float32", "bfloat16", "float16"]
 ObjectiveName = Literal[
     "", "text_attributes", "vae_reconstruction", "flow_matching", "ode_regression", "score_distillation"
 ]
+Offload = Literal["none", "text", "all"]
 DIT_OBJECTIVES = ("flow_matching", "ode_regression", "score_distillation")
 """Objectives that train a DiT. The others train the miniature's text encoder and VAE."""
 
@@ -44,8 +45,9 @@ class ModelConfig:
     """Factor on the LoRA's weights."""
     compile: bool = False
     """Compile the generator's layers with torch.compile."""
-    offload: bool = True
-    """Move the text encoder to the CPU after it has encoded the prompts, to free GPU memory."""
+    offload: Offload = "text"
+    """Weights that stay in CPU memory to free the GPU's. text: those of the text encoder, except while it encodes. all:
+    also those of the DiT's layers; every pass copies them. Older files may have true (text) or false (none)."""
 
 
 @dataclass

@@ -115,11 +115,14 @@ def parse_overrides(overrides: Sequence[str]) -> DictConfig:
     return changes
 
 
-def restore_off(values: Any) -> Any:
-    """Set `train.wandb` back to "off", because YAML reads an unquoted off as false."""
+def restore_words(values: Any) -> Any:
+    """Replace booleans by the words they stand for: an unquoted off of `train.wandb`, and older `model.offload`."""
     train = OmegaConf.select(values, "train")
     if isinstance(train, DictConfig) and train.get("wandb") is False:
         train.wandb = "off"
+    model = OmegaConf.select(values, "model")
+    if isinstance(model, DictConfig) and isinstance(offload := model.get("offload"), bool):
+        model.offload = "text" if offload else "none"
     return values
 
 

@@ -16,7 +16,7 @@ from utils.config_files import (
     read_metadata,
     read_yaml_layers,
     refuse_functions,
-    restore_off,
+    restore_words,
 )
 from utils.errors import UserError
 from utils.foreign_config import translate_file
@@ -78,7 +78,7 @@ def _merge(layers: list[Any], overrides: Sequence[str], source: str) -> Config:
     for layer in layers:
         refuse_functions(layer, source)
     try:
-        merged = OmegaConf.merge(layers[0], *map(restore_off, [*layers[1:], changes]))
+        merged = OmegaConf.merge(layers[0], *map(restore_words, [*layers[1:], changes]))
         config = OmegaConf.to_object(merged)
     except (OmegaConfBaseException, TypeError) as error:
         name = getattr(error, "full_key", "")

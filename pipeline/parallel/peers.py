@@ -21,7 +21,7 @@ import torch.distributed as dist
 from utils.distributed import check_launcher
 from utils.errors import expected_failure, report_to_torchrun
 
-LOWERS_MEMORY = "--window, --height and --width, model.dtype=bfloat16 or model.offload=true, or use more ranks"
+LOWERS_MEMORY = "--window, --height and --width, model.dtype=bfloat16 or model.offload=all, or use more ranks"
 STARTUP_TIMEOUT = 45.0  # seconds until every rank must have started
 HEARTBEAT_TIMEOUT = 20.0  # seconds without a heartbeat after which a rank on another machine counts as dead
 _POLL_INTERVAL = 0.5

@@ -88,13 +88,14 @@ class PipelineRank:
         self.embeddings = None
         if rank == self.pipeline.text_rank:
             # Offloading makes room for other networks, so a rank without any keeps its text encoder on the device.
-            offload = config.model.offload and not (self.net is None and self.vae is None)
-            self.embeddings = PromptEmbeddings(load_embeddings(config, device), device, offload)
+            offload = "none" if self.net is None and self.vae is None else config.model.offload
+            home = device if offload == "none" else torch.device("cpu")
+            self.embeddings = PromptEmbeddings(load_embeddings(config, home), device, offload)
 
     def make_videos(self, jobs: Sequence[VideoJob]) -> None:
         """Do the work of this rank for the videos of its pipeline. `jobs` are those of all pipelines."""
         prefixes = self._share_prefixes(jobs)
-        if self.embeddings is not None and self.embeddings.offload:
+        if self.embeddings is not None and self.embeddings.offload != "none":
             with self.recorder("text"):  # all prompts at once: the jobs of this pipeline are not assigned yet
                 self.embeddings.encode([text for job in jobs for text in job.prompt.texts])
         texts, blocks = MessageChannel(self.device), MessageChannel(self.device, self._handoff_groups)

@@ -45,34 +45,34 @@ def encoder() -> RecordingEncoder:
 
 
 def test_encoding_prompts_ahead_moves_the_text_encoder_once(encoder):
-    embeddings = PromptEmbeddings(EmbeddingCache(encoder), HOME, offload=True)
+    embeddings = PromptEmbeddings(EmbeddingCache(encoder), HOME, offload="text")
     embeddings.encode(["a", "b", "a"])
     assert embeddings.of(["b"]).shape == embeddings.of(["a"]).shape == (1, 4, 2)
     assert encoder.done == ["a", "b"] and encoder.place.type == "cpu" and encoder.moves == ["meta", "cpu"]
 
 
 def test_a_later_prompt_moves_the_text_encoder_again(encoder):
-    embeddings = PromptEmbeddings(EmbeddingCache(encoder), HOME, offload=True)
+    embeddings = PromptEmbeddings(EmbeddingCache(encoder), HOME, offload="text")
     for prompt in ("a", "b", "a"):
         embeddings.of([prompt])  # the encoder asserts its device
     assert encoder.done == ["a", "b"] and encoder.moves == ["meta", "cpu"] * 2
 
 
 def test_without_offload_the_text_encoder_is_never_moved(encoder):
-    embeddings = PromptEmbeddings(EmbeddingCache(encoder), HOME, offload=False)
+    embeddings = PromptEmbeddings(EmbeddingCache(encoder), HOME, offload="none")
     embeddings.of(["a"])
     embeddings.of(["b"])
     assert encoder.done == ["a", "b"] and encoder.moves == []
 
 
-@pytest.mark.parametrize(("num_ranks", "offloads"), [(1, True), (4, True), (5, True), (6, False)])
+@pytest.mark.parametrize(("num_ranks", "offloads"), [(1, "text"), (4, "text"), (5, "text"), (6, "none")])
 def test_a_rank_with_only_the_text_encoder_does_not_offload_it(monkeypatch, tmp_path, encoder, num_ranks, offloads):
     config = load_config(str(write_config(tmp_path / "tiny.yaml", tmp_path)))
     for name, network in (("network", "net"), ("vae", "vae"), ("embeddings", EmbeddingCache(encoder))):
         monkeypatch.setattr(parallel, f"load_{name}", lambda config, device, network=network: network)
     monkeypatch.setattr(parallel, "handoff_groups", list)
     [pipeline] = pipelines = plan_pipelines(num_ranks, Schedule(num_steps=4, num_blocks=3))
-    for changes, expected in (({}, offloads), ({"offload": False}, False)):
+    for changes, expected in (({}, offloads), ({"offload": "none"}, "none")):
         own = replace(config, model=replace(config.model, **changes))
         rank = PipelineRank(own, pipelines, pipeline.text_rank, None, HOME)  # type: ignore[arg-type]
         assert rank.embeddings is not None and rank.embeddings.offload == expected
