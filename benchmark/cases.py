@@ -36,6 +36,12 @@ PRESETS = {
         ["video.num_output_frames=42", "runtime.device=cuda"],
         random="wan-1.3b",
     ),
+    "wide": Preset(
+        "configs/hiar.yaml",
+        "configs/hiar.yaml",
+        ["runtime.device=cpu", "model.dtype=float32", "model.text_length=64", "video.height=96", "video.width=160"],
+        random="wan-1.3b-4-layers",
+    ),
 }
 KINDS = ("rollout", "baseline", "pass", "decoder", "text_encoder", "training")
 DEFAULT_KINDS = ("rollout", "baseline", "decoder", "text_encoder")

@@ -3,12 +3,13 @@
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import torch
+
 from benchmark.flops import PassFlops
 from benchmark.measure import (
     Measurement,
     Repeats,
     Results,
-    durations,
     interleaved_durations,
     peak_memory,
     ratios,
@@ -66,17 +67,13 @@ def measure_passes(
     net = networks.transformer()
     pipeline = TextToVideo(config, net, networks.random_embeddings(net), None)  # type: ignore[arg-type]
     passes, cache = full_window(pipeline)
-    results: Results = {}
-    for name in names:
-        results[f"{name}_pass"] = Measurement.of(durations(partial(passes.execute, name), device, repeats))
+    if plain:
+        for name in names:
+            passes.execute(name)  # for the measurement of memory
+    results = {} if plain else _durations([passes], names, device, repeats)
     memory = peak_memory(device)
     if plain:
-        plain_passes = plain_full_window(pipeline)
-        for name in names:
-            works = [partial(p.execute, name) for p in (passes, plain_passes)]
-            own, other = interleaved_durations(works, device, repeats)
-            results |= {f"{name}_pass": Measurement.of(own), f"plain_{name}_pass": Measurement.of(other)}
-            results[f"times_plain_{name}"] = ratios(other, own)
+        results = _durations([passes, plain_full_window(pipeline)], names, device, repeats)
     full = cache.context_frames
     count = PassFlops(
         net.config, latent_size(config.video), config.rollout.block_frames, full, config.model.text_length
@@ -95,6 +92,17 @@ def measure_passes(
         "parameters": sum(p.numel() for p in net.parameters()),
         "cache": cache.num_bytes,
     }
+
+
+def _durations(passes: Sequence[Passes], names: Sequence[str], device: torch.device, repeats: Repeats) -> Results:
+    """Return the durations of the first passes, and the comparison with the second ones if there are any."""
+    results: Results = {}
+    for name in names:
+        own, *others = interleaved_durations([partial(p.execute, name) for p in passes], device, repeats)
+        results[f"{name}_pass"] = Measurement.of(own)
+        for other in others:
+            results |= {f"plain_{name}_pass": Measurement.of(other), f"times_plain_{name}": ratios(other, own)}
+    return results
 
 
 def full_window(pipeline: TextToVideo) -> tuple[Passes, KVCache]:

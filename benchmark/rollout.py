@@ -123,11 +123,16 @@ def measure_rollout(
         if number == repeats.warmup:
             reset_peak_memory(device)
             rollouts, videos = [], []
-        rollouts.append(benchmark.record(repeats.clock))
+        if plain is None:
+            rollouts.append(benchmark.record(repeats.clock))
         if benchmark.baseline is None:
             videos.append(benchmark.generate_video())
     memory = peak_memory(device)
-    comparison = {} if plain is None else _compare(benchmark, plain, repeats)
+    comparison: Results = {}
+    if plain is not None:  # after the measurement of memory
+        pairs = [(benchmark.record(repeats.clock), plain.record(repeats.clock)) for _ in range(repeats.total)]
+        rollouts = [own for own, _ in pairs[repeats.warmup :]]
+        comparison = _compare(benchmark, rollouts, [other for _, other in pairs[repeats.warmup :]])
     rollout = benchmark.prepare()
     with host_syncs(device) as syncs:
         benchmark.run(rollout)
@@ -147,10 +152,9 @@ def measure_rollout(
     }
 
 
-def _compare(benchmark: RolloutBenchmark, plain: RolloutBenchmark, repeats: Repeats) -> Results:
-    """Return the seconds per block of the plain rollout, and its ratio to the benchmark's; runs are interleaved."""
-    runs = [(benchmark.record(repeats.clock)[-1], plain.record(repeats.clock)[-1]) for _ in range(repeats.total)]
-    own, other = zip(*((a.seconds, b.seconds) for a, b in runs[repeats.warmup :]), strict=True)
+def _compare(benchmark: RolloutBenchmark, rollouts: Sequence[list[Span]], plain: Sequence[list[Span]]) -> Results:
+    """Return the seconds per block of plain rollouts, and their ratio to the rollouts that they alternated with."""
+    own, other = ([spans[-1].seconds for spans in series] for series in (rollouts, plain))
     num_blocks = block_layout(benchmark.config.rollout, benchmark.config.video.num_output_frames).num_blocks
     return {"plain_block": Measurement.of(s / num_blocks for s in other), "times_plain": ratios(other, own)}
 

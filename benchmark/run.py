@@ -57,7 +57,7 @@ def _run_rollouts(case: Case, networks: BenchmarkNetworks, repeats: Repeats, pea
     pipeline = networks.pipeline()
     is_baseline = case.kind == "baseline"
     plain = plain and not is_baseline
-    kinds = 1 if is_baseline else 4 if plain else 2  # rollouts, videos, and interleaved pairs of rollouts
+    kinds = 1 if is_baseline else 3 if plain else 2  # rollouts, videos, and rollouts by the plain loop
     label = " ".join(case.settings.values())
     # One more rollout counts host syncs. The plain loop has more ops if others are fused: the bar may pass its end.
     total = (repeats.total * kinds + 1) * pipeline.num_ops()

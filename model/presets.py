@@ -8,6 +8,10 @@ from torch import nn
 
 TRANSFORMERS: dict[str, dict[str, Any]] = {
     "wan-1.3b": dict(num_attention_heads=12, attention_head_dim=128, ffn_dim=8960, num_layers=30, text_dim=4096),
+    # Four of its layers, for measurements on a CPU.
+    "wan-1.3b-4-layers": dict(
+        num_attention_heads=12, attention_head_dim=128, ffn_dim=8960, num_layers=4, text_dim=4096
+    ),
     "wan-14b": dict(num_attention_heads=40, attention_head_dim=128, ffn_dim=13824, num_layers=40, text_dim=4096),
     "shapes": dict(num_attention_heads=6, attention_head_dim=32, ffn_dim=768, num_layers=6, text_dim=64),
     # 12x12 latents in patches of 3x3: as many tokens as "shapes" has for 8x8 latents.
