@@ -20,7 +20,7 @@ class StreamedWeights(ModelHook):
         """Move the weights to the CPU, for a GPU in pinned memory, which is copied faster."""
         for name, weight in module.named_parameters(recurse=False):
             tensor = weight.detach().to("cpu")
-            if self.device.type == "cuda" and torch.cuda.is_available():
+            if self.device.type == "cuda" and type(tensor) is Tensor:  # not a quantized weight
                 tensor = tensor.pin_memory()
             self.weights[name] = nn.Parameter(tensor, requires_grad=False)
         return self.post_forward(module, module)

@@ -18,6 +18,7 @@ from model.flow import solver_sigmas, step_sigmas
 from model.kv_cache import KVCache
 from model.lora import fuse_lora
 from model.offload import stream_weights_
+from model.quantization import check_quantization, quantize_layers_
 from model.vae import WanVAE
 from model.weights import ModelDirectory
 from pipeline.rollout import BlockLayout, Rollout
@@ -109,7 +110,19 @@ def check_size(config: Config, transformer: Mapping[str, Any]) -> None:
 
 def load_network(config: Config, device: torch.device, fall_back: bool = True) -> CausalWanModel:
     """Load the causal generator that `config.model` names, and prepare it; see `prepare_network`."""
+    check_precision(config, device)
     return prepare_network(load_weights(config), config, device, fall_back)
+
+
+def check_precision(config: Config, device: torch.device) -> None:
+    """Check that a device supports the 8-bit types of a configuration. No weights are loaded.
+
+    Raises:
+        UserError: naming the types that work.
+    """
+    check_quantization(config.model.quantization, device)
+    if config.rollout.cache_dtype == "float8_e4m3fn" and device.type == "mps":
+        raise UserError("rollout.cache_dtype=float8_e4m3fn does not run on mps; use int8")
 
 
 def load_weights(config: Config) -> CausalWanModel:
@@ -130,7 +143,7 @@ def load_weights(config: Config) -> CausalWanModel:
 def prepare_network(
     net: CausalWanModel, config: Config, device: torch.device, fall_back: bool = True
 ) -> CausalWanModel:
-    """Move a generator to its device, freeze it, and apply the attention backend and compilation of `config.model`.
+    """Move a generator to its device, freeze it, and apply quantization, attention backend and compilation.
 
     With `model.offload=all`, the weights of the layers stay on the CPU, and the layers are not compiled.
 
@@ -141,6 +154,8 @@ def prepare_network(
         UserError: for an attention backend that is not available.
     """
     net.eval().requires_grad_(False)
+    if config.model.quantization != "none":
+        quantize_layers_(net, net.layers, config.model.quantization, device)
     streamed = config.model.offload == "all" and device.type != "cpu"
     if streamed:
         stream_weights_(net, net.layers, device)

@@ -22,6 +22,7 @@ from pipeline.arguments import TrackSource, as_prompt, prefix_of
 from pipeline.build import (
     build_rollout,
     build_schedule,
+    check_precision,
     check_size,
     load_embeddings,
     load_vae,
@@ -102,13 +103,13 @@ class TextToVideo:
         if not isinstance(device, torch.device):
             device = pick_device(device or config.runtime.device, config.runtime.threads)
         cls.check(config, prefix_frames=None)
+        check_precision(config, device)
         net = load_weights(config)
         offload = config.model.offload
         cache = load_embeddings(config, device if offload == "none" else torch.device("cpu"))
         if prompts:
-            guided = config.rollout.guidance_scale != 1
-            texts = [*prompts, *[config.teacher.negative_prompt] * guided]
-            PromptEmbeddings(cache, device, offload).encode(texts)
+            negative = [config.teacher.negative_prompt] * (config.rollout.guidance_scale != 1)
+            PromptEmbeddings(cache, device, offload).encode([*prompts, *negative])
         return cls(config, prepare_network(net, config, device), cache, load_vae(config, device))
 
     @staticmethod

@@ -43,6 +43,9 @@ class ModelConfig:
     writes. Empty: no LoRA."""
     lora_scale: float = 1.0
     """Factor on the LoRA's weights."""
+    quantization: Literal["none", "int8", "int8_dynamic", "fp8"] = "none"
+    """8-bit weights of the generator's layers, by torchao (docs/memory.md). int8 quantizes the weights only;
+    int8_dynamic and fp8 also quantize each token's activations. fp8 needs a GPU with FP8."""
     compile: bool = False
     """Compile the generator's layers with torch.compile."""
     offload: Offload = "text"

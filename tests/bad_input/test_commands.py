@@ -245,6 +245,7 @@ def test_bad_outputs(world, tmp_path, refuse, module, good, flag, suffix, place)
         (inference.main, f"{INFER} --prompt_track {{prompts}}", "is not `block: prompt`"),
         (inference.main, f"{INFER} rollout.prompt_switch=nope", "prompt_switch"),
         (inference.main, f"{INFER} model.offload=gpu", "model.offload"),
+        (inference.main, f"{INFER} model.quantization=int4", "model.quantization"),
         (inference.main, f"{INFER} rollout.cache_dtype=int4", "cache_dtype"),
         (inference.main, f"{INFER} rollout.moving_sink=true rollout.sink=0", "rollout.moving_sink needs a sink"),
         (inference.main, f"{INFER} --inference_method nope", "invalid choice"),
