@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from benchmark.baseline import baseline_config
+from benchmark.passes import PASSES
 from utils.config import Config
 from utils.config_loading import load_config
 from utils.device import DTYPES
@@ -43,7 +44,8 @@ PRESETS = {
         random="wan-1.3b-4-layers",
     ),
 }
-KINDS = ("rollout", "baseline", "pass", "decoder", "text_encoder", "training")
+KINDS = ("rollout", "baseline", "pass", "decoder", "text_encoder", "training", "kernels")
+KERNEL_ROWS = (*PASSES, "decoder")
 DEFAULT_KINDS = ("rollout", "baseline", "decoder", "text_encoder")
 
 
@@ -62,12 +64,12 @@ OPTIONS = {
     "schedule": Option("rollout.schedule", ("timestep_first", "block_first"), ("rollout",)),
     "order": Option("rollout.order", ("step_major", "diagonal"), ("rollout",)),
     "fuse": Option("rollout.fuse_context", _ON_OFF, ("rollout",)),
-    "window": Option("rollout.window", None, (*_ROLLOUTS, "pass")),
+    "window": Option("rollout.window", None, (*_ROLLOUTS, "pass", "kernels")),
     "frames": Option("video.num_output_frames", None, _ROLLOUTS),
-    "size": Option("video.height", None, (*_ROLLOUTS, "pass", "decoder", "training")),
-    "dtype": Option("model.dtype", tuple(DTYPES), (*_ROLLOUTS, "pass", "decoder", "text_encoder")),
+    "size": Option("video.height", None, (*_ROLLOUTS, "pass", "decoder", "training", "kernels")),
+    "dtype": Option("model.dtype", tuple(DTYPES), (*_ROLLOUTS, "pass", "decoder", "text_encoder", "kernels")),
     "attention": Option("model.attention_backend", None, (*_ROLLOUTS, "pass")),
-    "compile": Option("model.compile", _ON_OFF, (*_ROLLOUTS, "pass")),
+    "compile": Option("model.compile", _ON_OFF, (*_ROLLOUTS, "pass", "kernels")),
     "block_backward": Option("distill.block_backward", _ON_OFF, ("training",)),
     "checkpointing": Option("train.activation_checkpointing", _ON_OFF, ("training",)),
 }
@@ -80,6 +82,11 @@ class Case(NamedTuple):
     config: Config
     settings: dict[str, str]
     """Values of the options, as on the command line."""
+
+    @property
+    def dtype(self) -> str:
+        """Name of the dtype of the network."""
+        return (self.config.train if self.kind == "training" else self.config.model).dtype
 
     def __str__(self) -> str:
         return " ".join([self.kind, *self.settings.values()])
@@ -96,7 +103,7 @@ def make_cases(
 
     Args:
         kinds: from KINDS.
-        values: values of each option in OPTIONS. None: the preset's values.
+        values: values of each option in OPTIONS, None for the preset's values; and `passes`, from KERNEL_ROWS.
         overrides: `section.key=value` arguments for all cases.
         iterations: timed training iterations.
 
@@ -123,7 +130,11 @@ def make_cases(
             settings = describe_settings(config, names)
             if str(settings) not in seen:
                 seen.add(str(settings))
-                yield Case(kind, config, settings)
+                if kind == "kernels":  # one row per pass
+                    works = values.get("passes") or KERNEL_ROWS
+                    yield from (Case(kind, config, settings | {"work": work}) for work in works)
+                else:
+                    yield Case(kind, config, settings)
 
 
 def _check_training(config: Config, path: str, iterations: int) -> None:

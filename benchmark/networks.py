@@ -1,6 +1,7 @@
 """Networks to measure: networks of a configuration, or networks of published sizes with random weights."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan
@@ -13,6 +14,7 @@ from model.embeddings import EmbeddingCache
 from model.presets import random_network
 from model.text_encoder import TextEncoder
 from model.vae import WanVAE
+from model.weights import ModelDirectory
 from pipeline.build import (
     build_schedule,
     check_size,
@@ -41,6 +43,15 @@ class BenchmarkNetworks:
         """
         self.config, self.device, self.random = config, device, random
         self.dtype = DTYPES[config.model.dtype]
+
+    def sizes(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the arguments of the transformer and of the VAE."""
+        if self.random:
+            return presets.TRANSFORMERS[self.random], presets.VAES["wan"]
+        directory = ModelDirectory.open(self.config.model.base)
+        configs = directory.transformer_config(), directory.load_vae().config
+        transformer, vae = ({k: v for k, v in config.items() if not k.startswith("_")} for config in configs)
+        return transformer, vae
 
     def transformer(self) -> CausalWanModel:
         """Return the generator.
@@ -77,8 +88,11 @@ class BenchmarkNetworks:
         """Return a cache that gives every prompt a random embedding, without a text encoder."""
         return EmbeddingCache(RandomTextEncoder(self.config.model.text_length, net.config.text_dim))
 
-    def check(self) -> None:
+    def check(self, backend: bool = True) -> None:
         """Check before any measurement that the configuration can run.
+
+        Args:
+            backend: also check that the attention backend runs on the device.
 
         Raises:
             UserError: for an impossible size or length, an attention backend that does not run on the device, or keys
@@ -92,6 +106,8 @@ class BenchmarkNetworks:
         else:
             TextToVideo.check(self.config)
             sizes = {}
+        if not backend:
+            return
         small = dict(num_layers=1, num_attention_heads=1, ffn_dim=8, text_dim=8)
         net = random_network(CausalWanModel, sizes | small, self.dtype, self.device)
         name = self.config.model.attention_backend

@@ -57,7 +57,12 @@ COLUMNS = {
     "cache": Column("cache, GB", 1e-9, ".3g"),
     "flops": Column("TFLOP", 1e-12, ".3g"),
     "share_of_peak": Column("of peak", 1, ".0%"),
+    "kernels": Column("kernels", 1, ".0f"),
+    "elementwise_kernels": Column("elementwise kernels", 1, ".0f"),
+    "bytes": Column("traffic, GB", 1e-9, ".3g"),
+    "elementwise_bytes": Column("elementwise traffic, GB", 1e-9, ".3g"),
     "host_syncs": Column("host syncs", 1, ".0f"),
+    "device_mismatches": Column("device mismatches", 1, ".0f"),
 }
 Row = dict[str, Any]
 """A case in JSON, with the keys `what` (its kind), `settings` and `figures` (its results by name)."""
@@ -98,7 +103,7 @@ def markdown_report(document: Mapping[str, Any]) -> str:
     machine = document["machine"]
     peaks = ", ".join(f"{peak / 1e12:.3g} TFLOP/s in {dtype}" for dtype, peak in document["matmul_peak"].items())
     lines = [f"    {machine['command']}", "", f"{machine['device']}, torch {machine['torch']}, {machine['date']}."]
-    lines += [f"Matrix products: {peaks}. Cells: median (smallest-largest)."]
+    lines += [f"Matrix products: {peaks}. Cells: median (smallest-largest)."] if peaks else []
     for kinds in (KINDS[:2], *((kind,) for kind in KINDS[2:])):
         rows = [row for row in document["results"] if row["what"] in kinds]
         if rows:

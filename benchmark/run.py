@@ -9,13 +9,32 @@ from tqdm import tqdm
 
 from benchmark.cases import Case
 from benchmark.decoder import measure_decoder
+from benchmark.full_size import count_kernels
 from benchmark.measure import Repeats, Results
 from benchmark.networks import BenchmarkNetworks
-from benchmark.passes import measure_passes
+from benchmark.passes import PASSES, measure_passes
 from benchmark.rollout import RolloutBenchmark, measure_rollout
 from benchmark.text_encoder import measure_text_encoder
 from benchmark.training import measure_training
 from model.compilation import compile_failure
+from utils.device import pick_device
+
+
+def check_cases(cases: Sequence[Case], random: str) -> torch.device:
+    """Check that all cases can run, and return their device. Counts of kernels alone need no device but the CPU.
+
+    Args:
+        random: see `BenchmarkNetworks`.
+
+    Raises:
+        UserError: see `BenchmarkNetworks.check` and `pick_device`.
+    """
+    runtime, kernels_only = cases[0].config.runtime, all(case.kind == "kernels" for case in cases)
+    device = pick_device("cpu" if kernels_only else runtime.device, runtime.threads)
+    checked = {repr(case.config): case for case in cases if case.kind != "training"}
+    for case in checked.values():
+        BenchmarkNetworks(case.config, device, random).check(backend=not kernels_only)
+    return device
 
 
 def run_case(
@@ -23,7 +42,7 @@ def run_case(
     networks: BenchmarkNetworks,
     repeats: Repeats,
     peak_flops: float,
-    passes: Sequence[str],
+    passes: Sequence[str] | None,
     iterations: int,
     plain: bool = True,
 ) -> Results:
@@ -31,7 +50,7 @@ def run_case(
 
     Args:
         peak_flops: FLOP/s of a large matrix product.
-        passes: from PASSES; only for a case of kind `pass`.
+        passes: from PASSES; only for a case of kind `pass`. None: all.
         iterations: timed iterations; only for a case of kind `training`.
         plain: compare passes and rollouts with those of the plain loop.
     """
@@ -40,7 +59,9 @@ def run_case(
         if case.kind in ("rollout", "baseline"):
             return _run_rollouts(case, networks, repeats, peak_flops, plain)
         if case.kind == "pass":
-            return measure_passes(networks, passes, repeats, peak_flops, plain)
+            return measure_passes(networks, passes or PASSES, repeats, peak_flops, plain)
+        if case.kind == "kernels":
+            return count_kernels(networks, case.settings["work"])
         if case.kind == "training":
             return measure_training(case.config, iterations, peak_flops)
         measure = measure_decoder if case.kind == "decoder" else measure_text_encoder

@@ -2,6 +2,7 @@
 
 python scripts/benchmark.py                                # the shipped miniature on a CPU, a minute or two
 python scripts/benchmark.py --preset h100 --attention native _native_cudnn --compile on off
+python scripts/benchmark.py --what kernels --preset h100 --compile on off                   # no GPU needed
 python scripts/benchmark.py --what training --iterations 100 --block_backward on off
 python scripts/benchmark.py --output new.json --against old.json
 
@@ -19,13 +20,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tqdm import tqdm
 
-from benchmark.cases import DEFAULT_KINDS, KINDS, OPTIONS, PRESETS, Preset, make_cases
+from benchmark.cases import DEFAULT_KINDS, KERNEL_ROWS, KINDS, OPTIONS, PRESETS, Preset, make_cases
 from benchmark.measure import CLOCKS, Repeats, matmul_peak
 from benchmark.networks import BenchmarkNetworks
-from benchmark.passes import PASSES
 from benchmark.report import add_speedups, comparison_table, describe_machine, markdown_report, read_rows, to_json
-from benchmark.run import run_case
-from utils.device import DTYPES, pick_device
+from benchmark.run import check_cases, run_case
+from utils.device import DTYPES
 from utils.errors import UserError, command
 from utils.files import output_file, write_json
 
@@ -36,12 +36,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--preset", choices=PRESETS, default="shapes", help="model and video size")
     parser.add_argument("--config_path", help="YAML file to measure instead of a preset")
     parser.add_argument(
-        "--what", nargs="+", choices=KINDS, default=DEFAULT_KINDS, help="default: all but pass and training"
+        "--what", nargs="+", choices=KINDS, default=DEFAULT_KINDS, help="default: all but pass, training and kernels"
     )
     for name, option in OPTIONS.items():
         metavar = None if option.choices else "X"
         parser.add_argument(f"--{name}", nargs="+", choices=option.choices, metavar=metavar, help=option.key)
-    parser.add_argument("--passes", nargs="+", choices=PASSES, default=PASSES, help="for --what pass")
+    parser.add_argument("--passes", nargs="+", choices=KERNEL_ROWS, help="for --what pass and kernels; default: all")
     parser.add_argument(
         "--plain",
         action=argparse.BooleanOptionalAction,
@@ -73,21 +73,19 @@ def main() -> None:
     preset = Preset(args.config_path, args.config_path, []) if args.config_path else PRESETS[args.preset]
     earlier = read_rows(args.against) if args.against else None
     cases = list(make_cases(preset, args.what, vars(args), args.overrides, args.iterations))
-    runtime = cases[0].config.runtime
-    device = pick_device(runtime.device, runtime.threads)
-    for config in {repr(case.config): case.config for case in cases if case.kind != "training"}.values():
-        BenchmarkNetworks(config, device, preset.random).check()
+    device = check_cases(cases, preset.random)
     output_file(args.output)
 
     peak = cache(lambda dtype: matmul_peak(device, DTYPES[dtype]))
+    peaks: dict[str, float] = {}
     rows: list[dict[str, Any]] = []
-    document = {"machine": describe_machine(device), "matmul_peak": {}, "results": rows}
+    document = {"machine": describe_machine(device), "matmul_peak": peaks, "results": rows}
     for case in tqdm(cases, desc="rows", unit="row", mininterval=0.5 if sys.stderr.isatty() else 15):
-        dtype = (case.config.train if case.kind == "training" else case.config.model).dtype
-        document["matmul_peak"][dtype] = peak(dtype)
+        if case.kind != "kernels":
+            peaks[case.dtype] = peak(case.dtype)
         networks = BenchmarkNetworks(case.config, device, preset.random)
         repeats = Repeats(args.warmup, args.repeats, CLOCKS[args.clock])
-        results = run_case(case, networks, repeats, peak(dtype), args.passes, args.iterations, args.plain)
+        results = run_case(case, networks, repeats, peaks.get(case.dtype, 0), args.passes, args.iterations, args.plain)
         rows.append({"what": case.kind, "settings": case.settings, "figures": to_json(results)})
         add_speedups(rows)
         write_json(args.output, document, indent=1)
