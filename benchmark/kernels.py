@@ -91,7 +91,7 @@ class KernelCounter(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is _aten._local_scalar_dense.default and args[0].device.type == self.device_type:
             self._sync(func)
-            return torch.zeros((), dtype=args[0].dtype, device="cpu").item()  # any value
+            return 0.0 if args[0].is_floating_point() else 0  # any value
         args, kwargs = self._on_one_device(func, args, kwargs)
         result = func(*args, **kwargs)
         self._record(func, args, kwargs, result)
