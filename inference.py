@@ -32,7 +32,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output_folder", metavar="FOLDER", help="folder for the videos")
     parser.add_argument("--output_path", metavar="FILE.mp4", help="file of a single video, instead of --output_folder")
     parser.add_argument("--batch_size", type=int, default=1, help="videos generated at once; equal up to rounding")
-    parser.add_argument("--order", choices=["step_major", "diagonal"], help="same videos; diagonal writes blocks early")
+    order = "same videos; diagonal writes blocks early; batched runs a diagonal in one pass"
+    parser.add_argument("--order", choices=["step_major", "diagonal", "batched"], help=order)
     args = parser.parse_intermixed_args()
     if args.output_path and args.output_folder:
         raise UserError("give --output_folder or --output_path, not both")

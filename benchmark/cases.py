@@ -62,7 +62,7 @@ _ROLLOUTS = ("rollout", "baseline")
 _ON_OFF = ("on", "off")
 OPTIONS = {
     "schedule": Option("rollout.schedule", ("timestep_first", "block_first"), ("rollout",)),
-    "order": Option("rollout.order", ("step_major", "diagonal"), ("rollout",)),
+    "order": Option("rollout.order", ("step_major", "diagonal", "batched"), ("rollout",)),
     "fuse": Option("rollout.fuse_context", _ON_OFF, ("rollout",)),
     "window": Option("rollout.window", None, (*_ROLLOUTS, "pass", "kernels")),
     "frames": Option("video.num_output_frames", None, _ROLLOUTS),
@@ -126,7 +126,7 @@ def make_cases(
             if kind == "baseline":
                 config = baseline_config(config)
             if config.rollout.schedule == "block_first":
-                config.rollout.order = "step_major"  # with one cache, both orders are the same
+                config.rollout.order = "step_major"  # with one cache, all orders are the same
             settings = describe_settings(config, names)
             if str(settings) not in seen:
                 seen.add(str(settings))

@@ -12,6 +12,7 @@ from benchmark.measure import Measurement, Repeats, Results, peak_memory, ratios
 from benchmark.networks import PROMPT
 from benchmark.plain_loop import plain_config, use_plain_network
 from benchmark.plain_network import PlainNetwork
+from pipeline.batching import unbatched
 from pipeline.build import block_layout, context_frames, latent_size
 from pipeline.output import VideoFiles, VideoJob, VideoOutput
 from pipeline.parallel.profile import WORK, RecordedDenoiser, Recorder, Span
@@ -103,7 +104,8 @@ class RolloutBenchmark:
                 return 0 if isinstance(op, WriteContext) else count.bidirectional(context + block_frames)
             return count.write(context) if isinstance(op, WriteContext) else count.denoise(context)
 
-        return sum(op_flops(op.denoise if isinstance(op, DenoiseAndWrite) else op) for op in self.ops)
+        ops = [op for item in self.ops for op in unbatched(item)]
+        return sum(op_flops(op.denoise if isinstance(op, DenoiseAndWrite) else op) for op in ops)
 
 
 def measure_rollout(

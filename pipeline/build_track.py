@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 
+from pipeline.batching import Batch, streaming_order
 from pipeline.build import block_layout, context_frames, num_pixel_frames
 from pipeline.lag import Lag, prompt_lag
 from pipeline.prompt_switch import add_switch_ops
@@ -48,7 +49,9 @@ def first_context_blocks(config: Config, prefix_frames: int = 0) -> Callable[[in
     return first_context_block
 
 
-def build_switch_ops(config: Config, ops: Iterable[Op], track: PromptTrack, prefix_frames: int = 0) -> Iterator[Op]:
+def build_switch_ops(
+    config: Config, ops: Iterable[Op | Batch], track: PromptTrack, prefix_frames: int = 0
+) -> Iterator[Op | Batch]:
     """Yield `ops` with those of `rollout.prompt_switch` where a track changes the prompt; see `add_switch_ops`."""
     return add_switch_ops(ops, track, config.rollout.prompt_switch, first_context_blocks(config, prefix_frames))
 
@@ -56,4 +59,5 @@ def build_switch_ops(config: Config, ops: Iterable[Op], track: PromptTrack, pref
 def build_lag(config: Config, schedule: Schedule) -> Lag:
     """Return the passes until the first block of a live video, and from a new prompt to its first block."""
     rollout = config.rollout
-    return prompt_lag(schedule, rollout.fuse_context, rollout.prompt_switch, first_context_blocks(config))
+    options = rollout.fuse_context, rollout.prompt_switch, first_context_blocks(config)
+    return prompt_lag(schedule, *options, streaming_order(rollout.order))

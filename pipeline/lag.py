@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+from pipeline.batching import Batch, Order, arrange, unbatched
 from pipeline.prompt_switch import PromptSwitch, add_switch_ops
 from pipeline.prompt_track import LivePrompts
 from pipeline.schedule import Denoise, ForgetContext, Op, RewindContext, Schedule
@@ -10,7 +11,7 @@ from pipeline.schedule import Denoise, ForgetContext, Op, RewindContext, Schedul
 
 @dataclass(frozen=True)
 class Lag:
-    """Forward passes until blocks are finished, in diagonal order."""
+    """Forward passes until blocks are finished, in diagonal or batched order."""
 
     first_block: int
     """From the start to the end of the first block."""
@@ -25,21 +26,26 @@ class Lag:
 
 
 def prompt_lag(
-    schedule: Schedule, fuse_context: bool, rule: PromptSwitch, first_context_block: Callable[[int], int]
+    schedule: Schedule,
+    fuse_context: bool,
+    rule: PromptSwitch,
+    first_context_block: Callable[[int], int],
+    order: Order = "diagonal",
 ) -> Lag:
-    """Count the passes of a live video with this schedule.
+    """Count the passes of a live video with this schedule. A batch is one pass.
 
     Args:
         fuse_context: see `Schedule.ops`.
         rule, first_context_block: see `add_switch_ops`.
+        order: see `arrange`.
     """
     endless = replace(schedule, num_blocks=None)
     steady = 0
     while first_context_block(steady) <= schedule.prefix_blocks + schedule.leading_blocks + 2 * schedule.num_steps:
         steady += 1
 
-    def ops(live: LivePrompts) -> Iterator[Op]:
-        return add_switch_ops(endless.ops("diagonal", fuse_context), live, rule, first_context_block)
+    def ops(live: LivePrompts) -> Iterator[Op | Batch]:
+        return add_switch_ops(arrange(endless, order, fuse_context), live, rule, first_context_block)
 
     lags: list[int] = []
     first_block = passes_before = 0
@@ -54,7 +60,7 @@ def prompt_lag(
     return Lag(first_block, min(lags), max(lags))
 
 
-def _lag_after(ops: Callable[[LivePrompts], Iterator[Op]], typed: int, num_steps: int) -> int:
+def _lag_after(ops: Callable[[LivePrompts], Iterator[Op | Batch]], typed: int, num_steps: int) -> int:
     """Return the passes from pass `typed`, after which the prompt changes, to the end of the first changed block."""
     live, passes = LivePrompts("old"), 0
     for op in ops(live):
@@ -68,16 +74,21 @@ def _lag_after(ops: Callable[[LivePrompts], Iterator[Op]], typed: int, num_steps
     raise AssertionError("an endless video has another block")
 
 
-def _is_pass(op: Op) -> bool:
+def _is_pass(op: Op | Batch) -> bool:
     return not isinstance(op, ForgetContext | RewindContext)
 
 
-def _starts(op: Op) -> bool:
-    denoise = op if isinstance(op, Denoise) else getattr(op, "denoise", None)
-    return denoise is not None and denoise.step == 0
+def _denoises(item: Op | Batch) -> Iterator[Denoise]:
+    for op in unbatched(item):
+        denoise = op if isinstance(op, Denoise) else getattr(op, "denoise", None)
+        if denoise is not None:
+            yield denoise
 
 
-def _finishes(op: Op, num_steps: int) -> int | None:
+def _starts(op: Op | Batch) -> bool:
+    return any(denoise.step == 0 for denoise in _denoises(op))
+
+
+def _finishes(op: Op | Batch, num_steps: int) -> int | None:
     """Return the block that an op finishes, if it does."""
-    denoise = op if isinstance(op, Denoise) else getattr(op, "denoise", None)
-    return denoise.block if denoise is not None and denoise.step == num_steps - 1 else None
+    return next((denoise.block for denoise in _denoises(op) if denoise.step == num_steps - 1), None)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Literal
 
+from pipeline.batching import Batch, as_batch, unbatched
 from pipeline.prompt_track import PromptTrack
 from pipeline.schedule import DenoiseAndWrite, ForgetContext, Op, RewindContext, WriteContext, WriteThenDenoise
 
@@ -21,12 +22,12 @@ FLUSH_FRAMES = 2
 
 
 def add_switch_ops(
-    ops: Iterable[Op], track: PromptTrack, rule: PromptSwitch, first_context_block: Callable[[int], int]
-) -> Iterator[Op]:
+    ops: Iterable[Op | Batch], track: PromptTrack, rule: PromptSwitch, first_context_block: Callable[[int], int]
+) -> Iterator[Op | Batch]:
     """Yield `ops` with the ops of `rule` where the prompt changes; split fused passes over two prompts.
 
     The prompt of a block is read when its first op is requested, and no op is read ahead. So a live prompt holds from
-    the next block that has not started.
+    the next block that has not started. The ops that precede an op of a batch precede the batch.
 
     Args:
         ops: of one rank or of all, in any order.
@@ -54,7 +55,8 @@ def add_switch_ops(
             yield RewindContext(block, cache, min(writes))
             yield from (replace(writes[b], prompt_block=block) for b in sorted(writes))
 
-    for op in ops:
+    def with_switch(op: Op) -> Iterator[Op]:
+        """Yield the ops of a switch that precede `op`, then `op`; of a fused pass over two prompts, its parts."""
         if isinstance(op, WriteThenDenoise):
             yield from before_block(op.write.block, op.cache)
             record(op.write)
@@ -63,8 +65,16 @@ def add_switch_ops(
                     yield op.write
                 yield from before_block(op.block, op.cache)
                 yield op.denoise
-                continue
+                return
         yield from before_block(op.block, op.cache)
         if isinstance(op, WriteContext | DenoiseAndWrite):
             record(op if isinstance(op, WriteContext) else op.write)
         yield op
+
+    for item in ops:
+        last_ops = []
+        for op in unbatched(item):
+            *before, last = with_switch(op)
+            yield from before
+            last_ops.append(last)
+        yield as_batch(last_ops)

@@ -8,12 +8,14 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from model.block_pass import BlockPass
 from model.flow import add_noise
+from pipeline.batching import Batch, unbatched
 from pipeline.schedule import (
     Denoise,
     DenoiseAndWrite,
@@ -52,6 +54,15 @@ class BlockDenoiser(Protocol):
         read_frames: int | None = None,
     ) -> Tensor:
         """Write a block that starts at `first_frame`, then denoise the next block, in one pass."""
+        ...
+
+
+@runtime_checkable
+class BatchDenoiser(Protocol):
+    """Interface of a network that serves several caches in one pass. The other networks run batches op by op."""
+
+    def run_batch(self, passes: Sequence[BlockPass]) -> list[Tensor]:
+        """Run all passes in one; return the x0 of the blocks that are denoised, in their order."""
         ...
 
 
@@ -177,7 +188,7 @@ class Rollout:
         self._last_block: dict[int, int] = {}  # of each cache: the block of its last op
         self._written: dict[int, dict[int, tuple[Tensor, float]]] = {}  # of each cache: latents and sigma by block
 
-    def run(self, ops: Iterable[Op], caches: Iterable[int]) -> Iterator[tuple[int, Tensor]]:
+    def run(self, ops: Iterable[Op | Batch], caches: Iterable[int]) -> Iterator[tuple[int, Tensor]]:
         """Execute ops in order; yield (block, latents [B, F, C, h, w]) as blocks finish.
 
         Args:
@@ -185,35 +196,34 @@ class Rollout:
             caches: all caches that the ops use.
         """
         self._last_block = dict.fromkeys(caches, -1)
-        last_use = {op.cache: index for index, op in enumerate(ops)} if isinstance(ops, Sequence) else {}
-        for index, op in enumerate(ops):
-            self.execute(op)
-            self.on_op(op)
+        known = enumerate(ops) if isinstance(ops, Sequence) else ()
+        last_use = {op.cache: index for index, item in known for op in unbatched(item)}
+        for index, item in enumerate(ops):
+            self.execute(item)
+            for op in unbatched(item):
+                self.on_op(op)
             yield from self._finished
             if self._finished:
                 self._next_block = self._finished[-1][0] + 1
             self._finished.clear()
-            if last_use.get(op.cache) == index:
-                self._release_cache(op.cache)
+            for op in unbatched(item):
+                if last_use.get(op.cache) == index:
+                    self._release_cache(op.cache)
 
     @torch.no_grad()
-    def execute(self, op: Op) -> None:
-        """Execute one op."""
-        cache = self._cache(op.cache)
+    def execute(self, op: Op | Batch) -> None:
+        """Execute one op, or the ops of a batch."""
         match op:
-            case Denoise():
-                self._denoise(op, cache)
-            case WriteContext():
-                self._write_context(op, cache)
-            case DenoiseAndWrite():
-                self._denoise(op.denoise, cache, write=True)
-            case WriteThenDenoise():
-                self._write_then_denoise(op, cache)
+            case Batch():
+                self._run_batch(op)
             case ForgetContext():
-                cache.forget(op.frames)
+                self._cache(op.cache).forget(op.frames)
             case RewindContext():
-                cache.rewind(self.layout.start(op.first_block))
-        self._drop_passed_blocks(op)
+                self._cache(op.cache).rewind(self.layout.start(op.first_block))
+            case _:
+                self._run_op(op)
+        for member in unbatched(op):
+            self._drop_passed_blocks(member)
 
     def replace_latents(self, block: int, latents: Tensor) -> None:
         """Replace the latents of a block that `on_op` reports as just denoised, at the block's noise index.
@@ -233,32 +243,57 @@ class Rollout:
 
     # ---- Ops ----
 
-    def _denoise(self, op: Denoise, cache: Cache, write: bool = False) -> None:
-        x, sigma = self._input(op)
-        x0 = self._denoiser_of(op.block).denoise(x, sigma, self.layout.start(op.block), cache, write)
-        if write:
+    def _run_op(self, op: Op) -> None:
+        """Run the forward pass of one op."""
+        denoiser, (first, *second) = self._denoiser_of(op), self._passes(op)
+        level, place = (first.x, first.sigma), (first.first_frame, first.cache)
+        options: Any = {} if first.read_frames is None else {"read_frames": first.read_frames}
+        if isinstance(op, WriteContext):
+            denoiser.write_context(*level, *place, **options)
+        elif second:
+            x0 = denoiser.write_then_denoise(*level, second[0].x, second[0].sigma, *place, **options)
+            self._finish_step(_denoise_of(op), x0)
+        else:
+            self._finish_step(_denoise_of(op), denoiser.denoise(*level, *place, first.write))
+
+    def _run_batch(self, batch: Batch) -> None:
+        """Run one forward pass per denoiser. All blocks are read before one of them changes."""
+        denoisers = [self._denoiser_of(op) for op in batch.ops]
+        if not all(isinstance(denoiser, BatchDenoiser) for denoiser in denoisers):
+            for op in batch.ops:
+                self._run_op(op)
+            return
+        passes = [self._passes(op) for op in batch.ops]
+        groups: dict[int, list[int]] = {}  # the ops of each denoiser
+        for index, denoiser in enumerate(denoisers):
+            groups.setdefault(id(denoiser), []).append(index)
+        for group in groups.values():
+            batch_denoiser = cast(BatchDenoiser, denoisers[group[0]])
+            moved = [batch.ops[index] for index in group if not isinstance(batch.ops[index], WriteContext)]
+            results = batch_denoiser.run_batch([block_pass for index in group for block_pass in passes[index]])
+            for op, x0 in zip(moved, results, strict=True):
+                self._finish_step(_denoise_of(op), x0)
+
+    def _passes(self, op: Op) -> list[BlockPass]:
+        """Return the inputs of an op's forward pass: one block, or two for `WriteThenDenoise`."""
+        if isinstance(op, WriteThenDenoise):  # the write first: ranks receive the earlier block first
+            return [*self._passes(op.write), *self._passes(op.denoise)]
+        cache, start = self._cache(op.cache), self.layout.start(op.block)
+        if isinstance(op, WriteContext):
+            retained = self._written.get(op.cache, {}).get(op.block) if op.prompt_block is not None else None
+            x, sigma = retained or self._context(op)
             self._retain(op.block, op.cache, x, sigma)
-        self._finish_step(op, x0)
+            return [BlockPass(x, sigma, start, cache, denoise=False, write=True, read_frames=op.read_frames)]
+        x, sigma = self._input(_denoise_of(op))
+        if isinstance(op, DenoiseAndWrite):
+            self._retain(op.block, op.cache, x, sigma)
+        return [BlockPass(x, sigma, start, cache, denoise=True, write=isinstance(op, DenoiseAndWrite))]
 
-    def _write_context(self, op: WriteContext, cache: Cache) -> None:
-        retained = self._written.get(op.cache, {}).get(op.block) if op.prompt_block is not None else None
-        x, sigma = retained or self._context(op)
-        self._retain(op.block, op.cache, x, sigma)
-        denoiser = self._denoiser_of(op.block if op.prompt_block is None else op.prompt_block)
-        denoiser.write_context(x, sigma, self.layout.start(op.block), cache, **_read_options(op))
-
-    def _write_then_denoise(self, op: WriteThenDenoise, cache: Cache) -> None:
-        context, context_sigma = self._context(op.write)  # first: ranks receive the earlier block first
-        x, sigma = self._input(op.denoise)
-        start = self.layout.start(op.write.block)
-        self._retain(op.write.block, op.cache, context, context_sigma)
-        denoiser = self._denoiser_of(op.block)
-        options = _read_options(op.write)
-        x0 = denoiser.write_then_denoise(context, context_sigma, x, sigma, start, cache, **options)
-        self._finish_step(op.denoise, x0)
-
-    def _denoiser_of(self, block: int) -> BlockDenoiser:
-        return self.denoiser if self.denoiser_at is None else self.denoiser_at(block)
+    def _denoiser_of(self, op: Op) -> BlockDenoiser:
+        if self.denoiser_at is None:
+            return self.denoiser
+        prompt_block = op.prompt_block if isinstance(op, WriteContext) else None
+        return self.denoiser_at(op.block if prompt_block is None else prompt_block)
 
     def _retain(self, block: int, cache: int, x: Tensor, sigma: float) -> None:
         """Keep the latents that a cache is written with, as long as the context of a later block holds them."""
@@ -352,5 +387,9 @@ class Rollout:
         self._free_caches.append(cache)
 
 
-def _read_options(op: WriteContext) -> dict[str, Any]:
-    return {} if op.read_frames is None else {"read_frames": op.read_frames}
+def _denoise_of(op: Op) -> Denoise:
+    """Return the Denoise of a fused pair, or the op itself."""
+    if isinstance(op, DenoiseAndWrite | WriteThenDenoise):
+        return op.denoise
+    assert isinstance(op, Denoise)
+    return op

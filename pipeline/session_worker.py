@@ -17,6 +17,7 @@ from torch import Tensor
 
 from model.preview import LatentPreview
 from model.vae import StreamingDecoder, WanVAE
+from pipeline.batching import Batch, unbatched
 from pipeline.output import decode_frames, frame_range
 from pipeline.rollout import Rollout
 from pipeline.schedule import Denoise, DenoiseAndWrite, ForgetContext, Op, RewindContext, WriteContext, WriteThenDenoise
@@ -53,7 +54,7 @@ class OpEvent:
     sigma: float
     """Noise level of the op's input."""
     seconds: float
-    """Time of the pass. Each op of a fused pair counts half of it."""
+    """Time of the pass. It is divided among its ops."""
     thumbnail: np.ndarray | None
     """Of a Denoise: a small picture of the predicted x0, uint8 [h, w, 3]; the middle frame of the block."""
 
@@ -130,7 +131,7 @@ class SessionWorker:
         self,
         vae: WanVAE,
         rollout: Callable[[Callable[[Op], None]], Rollout],
-        ops: Iterator[Op],
+        ops: Iterator[Op | Batch],
         caches: list[int],
         prompt_at: Callable[[int], str],
         prompt_set_at: Callable[[int], float | None],
@@ -154,6 +155,8 @@ class SessionWorker:
         self._running.set()
         self._control_lock = threading.Lock()
         self._op_started = self._seconds = 0.0
+        self._num_ops = 1  # of the pass under way
+        self._op_seconds: float | None = None  # each of its ops, once they have run
         self._newest_block = -1
         self._cache_index: dict[int, int] = {}  # of each cache: the noise index of its latest write
         self._set_at: dict[int, float] = {}  # of blocks in progress: when their new prompts were set
@@ -227,7 +230,7 @@ class SessionWorker:
         finally:
             self._ops, self._prefix = iter(()), None  # free memory even if the session lives on
 
-    def _paced_ops(self) -> Iterator[Op]:
+    def _paced_ops(self) -> Iterator[Op | Batch]:
         """Yield the ops; wait while the session is paused. An op is requested after the pause: it fixes a prompt."""
         while True:
             self._running.wait()
@@ -237,6 +240,7 @@ class SessionWorker:
             op = next(self._ops, None)
             if op is None:
                 return
+            self._num_ops, self._op_seconds = len(unbatched(op)), None
             if op.block > self._newest_block:  # the request has fixed the block's prompt
                 self._newest_block = op.block
                 if (set_at := self._prompt_set_at(op.block)) is not None:
@@ -254,10 +258,12 @@ class SessionWorker:
                 self._preview = LatentPreview(self._vae, (x0.shape[-2], x0.shape[-1]))
                 self._op_started = time.perf_counter()  # fitting is not a part of the op
             thumbnail = self._preview(x0[len(x0) // 2])  # waits for the GPU, so `seconds` holds the whole pass
-        seconds = time.perf_counter() - self._op_started
-        self._seconds += seconds
+        if self._op_seconds is None:
+            self._op_seconds = (time.perf_counter() - self._op_started) / self._num_ops
+        self._seconds += self._op_seconds
         if callback is not None:
-            for event in op_events(op, rollout.sigmas, seconds, thumbnail, self._cache_index.get(op.cache, 0)):
+            cache_index = self._cache_index.get(op.cache, 0)
+            for event in op_events(op, rollout.sigmas, self._op_seconds, thumbnail, cache_index):
                 callback(event)
 
     def _finish(self, block: int, latents: Tensor) -> None:

@@ -19,6 +19,7 @@ from model.vae import StreamingDecoder, WanVAE
 from model.weight_checks import is_finite
 from model.weights import ModelDirectory
 from pipeline.arguments import TrackSource, as_prompt, prefix_of
+from pipeline.batching import Batch, arrange, count_ops, streaming_order
 from pipeline.build import (
     build_rollout,
     build_schedule,
@@ -200,7 +201,7 @@ class TextToVideo:
         of a prefix come first.
         """
         pipe, prefix_path = self._with(seed, num_frames, image, video, strength)
-        pipe.config.rollout.order = "diagonal"  # finishes blocks early
+        pipe.config.rollout.order = streaming_order(pipe.config.rollout.order)
         decoder = self.vae.stream(overlap_pixel_frames(pipe.config.rollout))
         live = prompt_track if isinstance(prompt_track, LivePrompts) else None
         for part, latents in pipe._blocks_of(as_prompt(prompt, prompt_track), sample, prefix_path, decoder, live):
@@ -228,7 +229,8 @@ class TextToVideo:
             UserError: as `generate`, and for settings that allow no live video.
         """
         pipe, prefix_path = self._with(seed, num_frames, image, None, None)
-        values = {"order": "diagonal", "schedule": schedule, "prompt_switch": prompt_switch}
+        pipe.config.rollout.order = streaming_order(pipe.config.rollout.order)
+        values = {"schedule": schedule, "prompt_switch": prompt_switch}
         pipe.config = override_config(pipe.config, [f"rollout.{k}={v}" for k, v in values.items() if v is not None])
         return Session(pipe, LivePrompts(prompt), sample, prefix_path, endless=num_frames is None)
 
@@ -381,17 +383,16 @@ class TextToVideo:
         video = self.config.video
         return build_schedule(self.config.rollout, video.num_output_frames, prefix_frames, bool(video.source))
 
-    def ops(self, schedule: Schedule, track: PromptTrack | None = None, prefix_frames: int = 0) -> Iterator[Op]:
+    def ops(self, schedule: Schedule, track: PromptTrack | None = None, prefix_frames: int = 0) -> Iterator[Op | Batch]:
         """Return a schedule's ops in the configured order, with those of prompt switches."""
-        ops = schedule.ops(self.config.rollout.order, self.config.rollout.fuse_context)
+        ops = arrange(schedule, self.config.rollout.order, self.config.rollout.fuse_context)
         return ops if track is None else build_switch_ops(self.config, ops, track, prefix_frames)
 
     def num_ops(self, prefix_frames: int = 0) -> int:
         """Return the number of ops of one video without prompt switches, for progress bars."""
         later, overlap = self.config.rollout.num_rollouts - 1, self.config.rollout.overlap_frames
         lengths = [prefix_frames, *[overlap] * later]
-        counts = {frames: sum(1 for _ in self.ops(self.schedule(frames))) for frames in set(lengths)}
-        return sum(counts[frames] for frames in lengths)
+        return sum(count_ops(self.ops(self.schedule(frames))) for frames in lengths)
 
 
 def find_file(path: str) -> str:

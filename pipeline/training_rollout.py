@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.batching import Batch
 from pipeline.rollout import Cache, Rollout
 from pipeline.schedule import Denoise, DenoiseAndWrite, Op
 
@@ -54,7 +55,7 @@ class TrainingRollout(Rollout):
         with torch.enable_grad():
             return self.denoiser.denoise(inputs.x, inputs.sigma, inputs.first_frame, inputs.cache)
 
-    def execute(self, op: Op) -> None:
+    def execute(self, op: Op | Batch) -> None:
         """Execute one op. A fused pair with a graph runs as two passes, because contexts carry no graph."""
         if isinstance(op, DenoiseAndWrite) and op.denoise.step == self.final_step and self.with_grad(op.block):
             super().execute(op.denoise)
@@ -62,14 +63,15 @@ class TrainingRollout(Rollout):
         else:
             super().execute(op)
 
-    def _denoise(self, op: Denoise, cache: Cache, write: bool = False) -> None:
-        if op.step < self.final_step:
-            super()._denoise(op, cache, write)
+    def _run_op(self, op: Op) -> None:
+        denoise = op.denoise if isinstance(op, DenoiseAndWrite) else op
+        if not isinstance(denoise, Denoise) or denoise.step < self.final_step:
+            super()._run_op(op)
             return
-        x, sigma = self._input(op)
-        self.exit_inputs[op.block] = ExitInput(x, sigma, self.layout.start(op.block), cache)
+        x, sigma = self._input(denoise)
+        self.exit_inputs[op.block] = ExitInput(x, sigma, self.layout.start(op.block), self._cache(op.cache))
         with torch.set_grad_enabled(self.with_grad(op.block)):
-            super()._denoise(op, cache, write)
+            super()._run_op(op)
 
     def _release_cache(self, number: int) -> None:
         """Keep the caches that `replay` reads."""

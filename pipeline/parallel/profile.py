@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model.block_pass import BlockPass
 from pipeline.rollout import BlockDenoiser, BlockLayout, Cache
 from utils.errors import UserError
 from utils.files import read_json, write_json
 from utils.tables import markdown_table
 
-WORK = ("text", "denoise", "context", "context+denoise", "add-noise", "decode")
+WORK = ("text", "denoise", "context", "context+denoise", "batch", "add-noise", "decode")
 """Names of the spans that count as work. Sends and waits do not count."""
 
 
@@ -118,6 +119,11 @@ class RecordedDenoiser:
         block = self.layout.block_at(first_frame) + 1
         with self.recorder("context+denoise", block):
             return self.denoiser.write_then_denoise(context, context_sigma, x, sigma, first_frame, cache, **options)
+
+    def run_batch(self, passes: Sequence[BlockPass]) -> list[Tensor]:
+        """See `Denoiser.run_batch`."""
+        with self.recorder("batch", self.layout.block_at(max(item.first_frame for item in passes))):
+            return self.denoiser.run_batch(passes)  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
