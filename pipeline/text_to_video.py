@@ -391,8 +391,7 @@ class TextToVideo:
     def num_ops(self, prefix_frames: int = 0) -> int:
         """Return the number of ops of one video without prompt switches, for progress bars."""
         later, overlap = self.config.rollout.num_rollouts - 1, self.config.rollout.overlap_frames
-        lengths = [prefix_frames, *[overlap] * later]
-        return sum(count_ops(self.ops(self.schedule(frames))) for frames in lengths)
+        return sum(count_ops(self.ops(self.schedule(frames))) for frames in [prefix_frames, *[overlap] * later])
 
 
 def find_file(path: str) -> str:
