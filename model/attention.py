@@ -3,6 +3,7 @@
 Queries, keys and values are [B, N, heads, head_dim] in every function here.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -29,9 +30,9 @@ class BlockCausalMask:
     teacher_forcing: bool = False
 
     @property
-    def copies(self) -> int:
-        """Number of copies of the clip in the input."""
-        return 2 if self.teacher_forcing else 1
+    def positions(self) -> tuple[tuple[int, int], ...]:
+        """Frames of the input as runs (first frame of the video, frames): the clip once or twice."""
+        return ((0, sum(self.blocks)),) * (2 if self.teacher_forcing else 1)
 
     def visible(self) -> list[tuple[int, int, list[tuple[int, int]]]]:
         """Return (first frame, end frame, visible frame ranges) of every block; the end of each range is exclusive."""
@@ -48,6 +49,30 @@ class BlockCausalMask:
                 past = [(a, min(b, first)) for a, b in ranges if a < first]
                 result.append((start + first, start + end, [*past, (start + first, start + end)]))
         return result
+
+
+@dataclass(frozen=True)
+class SegmentMask:
+    """Mask over an input of several segments; each is a block of the video at some noise level."""
+
+    positions: tuple[tuple[int, int], ...]  # of each segment: first frame of the video, frames
+    segments: tuple[tuple[int, int, tuple[tuple[int, int], ...]], ...]  # see `BlockCausalMask.visible`
+    gradient_sources: tuple[tuple[int, int, int | None], ...] = ()
+    """Runs (first frame, end frame, source) of the input's frames: their keys and values have the gradient of those
+    from frame `source` on, or none. Empty: every key and value has its own."""
+
+    def visible(self) -> Sequence[tuple[int, int, Sequence[tuple[int, int]]]]:
+        """Return (first frame, end frame, visible frame ranges) of every segment, in frames of the input."""
+        return self.segments
+
+
+class FrameMask(Protocol):
+    """The frames of an input that each of its blocks attends to; see `BlockCausalMask`."""
+
+    @property
+    def positions(self) -> tuple[tuple[int, int], ...]: ...
+
+    def visible(self) -> Sequence[tuple[int, int, Sequence[tuple[int, int]]]]: ...
 
 
 class SelfAttention(Protocol):
@@ -72,27 +97,44 @@ class FullAttention:
 
 
 class BlockCausalAttention:
-    """Every block of a clip attends to the frames that a `BlockCausalMask` makes visible.
+    """Every block of a clip attends to the frames that a mask makes visible.
 
     Each block attends to slices of the keys and values instead of using a mask. So every backend works, and masked
     pairs of tokens are not computed.
     """
 
-    def __init__(self, backend: Any, mask: BlockCausalMask, tokens_per_frame: int):
+    def __init__(self, backend: Any, mask: FrameMask, tokens_per_frame: int):
         self.backend = backend
         self.blocks = [
             (slice(start * tokens_per_frame, end * tokens_per_frame),
              [slice(a * tokens_per_frame, b * tokens_per_frame) for a, b in ranges])
             for start, end, ranges in mask.visible()
         ]  # fmt: skip
+        self.gradient_sources = [
+            tuple(None if frame is None else frame * tokens_per_frame for frame in run)
+            for run in getattr(mask, "gradient_sources", ())
+        ]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.gradient_sources:
+            k, v = self._with_gradient_of_sources(k), self._with_gradient_of_sources(v)
         outputs = []
         for block, ranges in self.blocks:
             keys = torch.cat([k[:, r] for r in ranges], dim=1) if len(ranges) > 1 else k[:, ranges[0]]
             values = torch.cat([v[:, r] for r in ranges], dim=1) if len(ranges) > 1 else v[:, ranges[0]]
             outputs.append(attend(q[:, block], keys, values, self.backend))
         return torch.cat(outputs, dim=1)
+
+    def _with_gradient_of_sources(self, x: Tensor) -> Tensor:
+        """Return x with unchanged values; see `SegmentMask.gradient_sources`."""
+        constant, pieces = x.detach(), []
+        for start, end, source in self.gradient_sources:
+            piece = constant[:, start:end]
+            if source is not None:
+                same = slice(source, source + end - start)
+                piece = piece + (x[:, same] - constant[:, same])
+            pieces.append(piece)
+        return torch.cat(pieces, dim=1)
 
 
 class CachedAttention:

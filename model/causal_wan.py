@@ -7,6 +7,7 @@ block-causal and cached attention.
 Shapes: B batch, C channels, F frames, h and w latent size, N tokens, D width, L text tokens.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, cast
@@ -25,8 +26,8 @@ from torch.utils.checkpoint import checkpoint
 
 from model.attention import (
     BlockCausalAttention,
-    BlockCausalMask,
     CachedAttention,
+    FrameMask,
     FullAttention,
     SelfAttention,
     WriteThenDenoiseAttention,
@@ -34,7 +35,7 @@ from model.attention import (
 from model.compilation import FallbackCompiler
 from model.kv_cache import KVCache
 from model.quantized_cache import new_kv_cache
-from model.rotary import Rope, rotary_table
+from model.rotary import Rope, rotary_table_of_runs
 from model.wan_layer import CausalWanLayer, modulate
 from model.weights import align_weights_
 
@@ -148,13 +149,13 @@ class CausalWanModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
         text: Tensor | TextContext,
         *,
         first_frame: int = 0,
-        causal: BlockCausalMask | None = None,
+        causal: FrameMask | None = None,
     ) -> Tensor:
         """Predict the flow of a whole clip. The class describes the common arguments.
 
         Args:
-            causal: mask for block-causal attention. With teacher forcing, x is the clean clip followed by the noisy
-                clip along F. None: every token attends to all tokens.
+            causal: mask for block-causal attention; its `positions` are the frames of x. With teacher forcing, x is the
+                clean clip followed by the noisy clip along F. None: every token attends to all tokens.
 
         Returns:
             The flow [B, C, F, h, w] in the network's dtype.
@@ -163,7 +164,7 @@ class CausalWanModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
             ValueError: if h or w is not a multiple of the patch size. All passes raise it.
         """
         text = self._text_context(text)
-        tokens = self._embed(x, timestep, first_frame, 1 if causal is None else causal.copies)
+        tokens = self._embed(x, timestep, first_frame, None if causal is None else causal.positions)
         attention: SelfAttention = FullAttention(self._attention_backend)
         if causal is not None:
             attention = BlockCausalAttention(self._attention_backend, causal, tokens.grid[1] * tokens.grid[2])
@@ -287,22 +288,21 @@ class CausalWanModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
     def _text_context(self, text: Tensor | TextContext) -> TextContext:
         return self.encode_text(text) if isinstance(text, Tensor) else text
 
-    def _embed(self, x: Tensor, timestep: Tensor, first_frame: int, copies: int = 1) -> Tokens:
-        """Embed x as tokens; x is `copies` clips in a row, which all get the same positions."""
+    def _embed(
+        self, x: Tensor, timestep: Tensor, first_frame: int, positions: Sequence[tuple[int, int]] | None = None
+    ) -> Tokens:
+        """Embed x as tokens. `positions`: runs (frame relative to `first_frame`, frames) if x is not one run."""
         frames, height, width = x.shape[2:]
         _, patch_h, patch_w = self.config.patch_size
         if height % patch_h or width % patch_w:
-            raise ValueError(
-                f"latents of {height}x{width} do not divide into patches of {patch_h}x{patch_w}; change the size"
-            )
+            size, patch = f"{height}x{width}", f"{patch_h}x{patch_w}"
+            raise ValueError(f"latents of {size} do not divide into patches of {patch}; change the size")
         grid = (frames, height // patch_h, width // patch_w)
         hidden = self.patch_embedding(x.to(self.dtype)).flatten(2).transpose(1, 2).contiguous()
         time, modulation = self.embed_timestep(timestep)
-        clip = (frames // copies, *grid[1:])
-        cos, sin = rotary_table(self.config.attention_head_dim, first_frame, clip, hidden.device)
-        if copies > 1:
-            cos, sin = cos.repeat(copies, 1, 1), sin.repeat(copies, 1, 1)
-        return Tokens(hidden, time, modulation, (cos, sin), grid)
+        runs = [(first_frame + start, count) for start, count in positions or [(0, frames)]]
+        rope = rotary_table_of_runs(self.config.attention_head_dim, runs, grid[1:], hidden.device)
+        return Tokens(hidden, time, modulation, rope, grid)
 
     def _run_layers(
         self, tokens: Tokens, text: TextContext, attention: SelfAttention, start: int = 0, end: int | None = None

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model.attention import BlockCausalMask
+from model.attention import FrameMask
 from model.causal_wan import CausalWanModel, TextContext
 from model.flow import flow_to_x0, guide
 from model.kv_cache import KVCache
@@ -155,7 +155,7 @@ def clip_flow(
     x: Tensor,
     sigma: float | Tensor,
     text: Tensor | TextContext,
-    causal: BlockCausalMask | None = None,
+    causal: FrameMask | None = None,
 ) -> Tensor:
     """Return the flow of whole clips, [B, F, C, h, w], from one pass without a cache.
 

@@ -1,5 +1,7 @@
 """Rotary position embedding over time, height and width, without an upper limit on the frame index."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -30,6 +32,15 @@ def rotary_table(
         angles.append(torch.outer(position, frequency).view(shape).expand(*grid, dim // 2))
     table = torch.cat(angles, dim=-1).flatten(0, 2).unsqueeze(1)
     return table.cos().float().to(device), table.sin().float().to(device)
+
+
+def rotary_table_of_runs(
+    head_dim: int, runs: Sequence[tuple[int, int]], frame_grid: tuple[int, int], device: torch.device
+) -> Rope:
+    """Return the cosines and sines of several runs of frames, (first frame, frames) each, in one table."""
+    tables = [rotary_table(head_dim, first, (count, *frame_grid), device) for first, count in runs]
+    cos, sin = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*tables, strict=True))
+    return cos, sin
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -13,8 +13,8 @@ from transformers import UMT5Config, UMT5EncoderModel
 from model import presets
 from model.causal_wan import CausalWanModel
 from model.weights import ModelDirectory
-from pipeline.build import block_layout, context_frames, tokens_per_frame
-from trainer.objectives.self_rollout import replay_history, trained_blocks
+from pipeline.build import block_layout, context_frames, rollout_sigmas, tokens_per_frame
+from trainer.objectives.self_rollout import history_plan, replay_history, trained_blocks
 from utils.config import Config
 from utils.device import DTYPES
 from utils.errors import UserError
@@ -106,7 +106,7 @@ def accumulating_nets(config: Config, nets: list[NetworkSize], world_size: int) 
     train, distill = config.train, config.distill
     several_micro_batches = train.total_batch_size > train.batch_size * world_size
     blocks = config.data.num_frames > config.rollout.block_frames and has_blockwise_rollouts(config)
-    block_by_block = distill.block_backward and blocks
+    block_by_block = backward_by_blocks(config) and blocks
     several_losses = train.objective == "score_distillation" and (block_by_block or distill.forward_kl_weight > 0)
     return [net for net in nets if net.trained and (several_micro_batches or (several_losses and net is nets[0]))]
 
@@ -127,13 +127,15 @@ def rollout_rows(config: Config, trained_dit: dict) -> Rows:
     frame_bytes = 2 * tokens * width(trained_dit) * DTYPES[train.dtype].itemsize  # 2: keys and values
 
     context, _ = context_frames(config.rollout, longest)
-    cached = context + (replay_history(config, longest) if distill.block_backward else 0)
+    cached = context + (replay_history(config, longest) if backward_by_blocks(config) else 0)
     rows: Rows = [(f"KV cache of a rollout, {cached} frames", num_layers * (cached + block_frames) * frame_bytes)]
     if forward_kl_has_rollout(config):
         cached, _ = context_frames(config.rollout, clip_frames)
         label = f"KV cache of the forward KL's rollout, {cached} frames"
         rows.append((label, num_layers * (cached + block_frames) * frame_bytes))
 
+    if distill.history_gradient != "none":
+        return [*rows, *replay_rows(config, trained_dit, frame_bytes)]
     contexts = block_contexts(config)
     if train.activation_checkpointing:
         # A cache that is still appended to is copied in every layer, because the graph needs its old content.
@@ -150,6 +152,32 @@ def rollout_rows(config: Config, trained_dit: dict) -> Rows:
     label = f"activations of {in_graph} frames of the generator"
     rows.append((label, activation_bytes(config, trained_dit, in_graph)))
     return rows
+
+
+def backward_by_blocks(config: Config) -> bool:
+    """Return whether a rollout's backward pass runs block by block."""
+    return config.distill.block_backward and config.distill.history_gradient == "none"
+
+
+def replay_rows(config: Config, trained_dit: dict, frame_bytes: float) -> Rows:
+    """Return the rows of the pass that gives the gradient of `distill.history_gradient`, for the longest rollout.
+
+    Args:
+        frame_bytes: keys and values of one frame in one layer.
+    """
+    longest, layers = config.distill.max_rollout_frames, trained_dit["num_layers"]
+    steps = range(config.distill.min_exit_step, len(rollout_sigmas(config.rollout)) - 1)
+    masks = [history_plan(config, longest, step).mask for step in steps]
+    frames = max(sum(count for _, count in mask.positions) for mask in masks)
+    # Attention to several runs of frames concatenates them.
+    copied = max(
+        sum(end - start for *_, runs in mask.visible() if len(runs) > 1 for start, end in runs) for mask in masks
+    )
+    copies = 1 if config.train.activation_checkpointing else layers
+    return [
+        (f"keys and values of the replay's contexts, {copied} frames", copies * copied * frame_bytes),
+        (f"activations of {frames} frames of the replay", activation_bytes(config, trained_dit, frames)),
+    ]
 
 
 def block_contexts(config: Config) -> list[int]:

@@ -269,6 +269,8 @@ class DistillConfig:
 
     generator_every: int = 5
     """Iterations between updates of the generator. The critic is updated in every iteration."""
+    critic_warmup: int = 0
+    """Iterations at the start that update the critic only."""
     critic_learning_rate: float = 3e-7
     """Peak learning rate of the critic."""
     guidance_scale: float = 4.0
@@ -287,6 +289,9 @@ class DistillConfig:
     max_rollout_frames: int = 21
     """Longest rollout in latent frames. The length is drawn uniformly from data.num_frames to this number. The losses
     use the last data.num_frames frames."""
+    history_gradient: Literal["none", "context", "released"] = "none"
+    """Gradient through the context of later blocks: none (Self-Forcing's paper), context (all of it; SGF), or released
+    (that of the released code of Self-Forcing and HiAR: context keys have the gradient of the exit step's keys)."""
     block_backward: bool = True
     """Run the backward pass block by block, with the activations of one block in memory. false: all blocks at once."""
     forward_kl_weight: float = 0.1

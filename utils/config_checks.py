@@ -23,13 +23,8 @@ _NOT_NEGATIVE = (
     *("rollout.num_steps", "rollout.write_window"),
     *("train.learning_rate", "train.muon_learning_rate", "train.weight_decay", "train.grad_clip", "train.warmup"),
     *("train.ema_start", "train.total_batch_size", "train.first_frame_weight", "train.kl_weight"),
-    *(
-        "runtime.threads",
-        "train.sample_every",
-        "train.snapshot_every",
-        "distill.critic_learning_rate",
-        "distill.forward_kl_weight",
-    ),
+    *("train.sample_every", "train.snapshot_every", "runtime.threads"),
+    *("distill.critic_learning_rate", "distill.critic_warmup", "distill.forward_kl_weight"),
 )
 MAX_VIDEOS = 1_000_000
 """Largest number of videos of a run."""
@@ -234,6 +229,12 @@ def check_training(config: "Config") -> None:
         raise UserError(
             f"distill.max_rollout_frames must be at least data.num_frames={config.data.num_frames}, not "
             f"{distill.max_rollout_frames}"
+        )
+    causal_rollouts = distill.backward_simulation and config.rollout.schedule != "bidirectional"
+    if distill.history_gradient != "none" and not causal_rollouts:
+        raise UserError(
+            f"distill.history_gradient={distill.history_gradient} needs rollouts of a causal schedule: only they have "
+            "context; leave it out"
         )
     _check_data_latents(config)
     _check_bidirectional(config)

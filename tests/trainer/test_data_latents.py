@@ -333,6 +333,7 @@ def test_trajectories_and_missing_clips_are_refused(make: Make, tmp_path, pairs)
         (["rollout.write_window=3"], "rollout.write_window is for inference, not for training"),
         (["rollout.moving_sink=true", "rollout.sink=1"], "rollout.moving_sink is for inference, not for training"),
         (["rollout.prompt_switch=flush"], "rollout.prompt_switch is for inference, not for training"),
+        (["distill.history_gradient=context"], "distill.history_gradient=context needs rollouts of a causal schedule"),
         (
             ["rollout.schedule=bidirectional", "distill.backward_simulation=true", "distill.max_rollout_frames=24"],
             "generates whole clips",

@@ -177,6 +177,20 @@ def test_contexts_whose_graphs_exist_together(words, expected):
     assert block_contexts(published(*words)) == expected
 
 
+def test_a_replay_of_the_history_holds_contexts_and_exit_inputs():
+    """Six contexts and seven exit inputs of three frames; all but the first exit input have two runs of frames."""
+    dit = presets.TRANSFORMERS["wan-1.3b"]
+    frame = 2 * 1560 * 1536 * 2
+    rows = rollout_rows(published("distill.history_gradient=context"), dit)
+    assert size(rows, "KV cache of a rollout, 18 frames") == 30 * 21 * frame
+    assert size(rows, "keys and values of the replay's contexts") == sum(3 * b + 3 for b in range(1, 7)) * frame
+    assert size(rows, "activations of 39 frames of the replay") is not None
+    rows = rollout_rows(published("distill.history_gradient=context", "rollout.context=input"), dit)
+    assert size(rows, "activations of 21 frames of the replay") is not None
+    plain = published("distill.history_gradient=context", "train.activation_checkpointing=false", "rollout.window=6")
+    assert size(rollout_rows(plain, dit), "keys and values of the replay's contexts") > 30 * frame
+
+
 def test_a_rollout_of_the_forward_kl_has_its_own_cache():
     cache = "KV cache of the forward KL"
     assert size(rollout_rows(published(), presets.TRANSFORMERS["wan-1.3b"]), cache) is None

@@ -15,9 +15,10 @@ from toy import Killed, assert_same_bits, gradients, state_of
 
 from model.causal_wan import CausalWanModel
 from model.flow import flow_to_x0
+from pipeline.history_replay import replay_exit_step
 from trainer.datasets.ode_pairs import write_ode_pair, write_sigmas
 from trainer.objectives.score_distillation import ScoreDistillation
-from trainer.objectives.self_rollout import GeneratedClip
+from trainer.objectives.self_rollout import GeneratedClip, history_plan
 from trainer.trainer import Trainer
 from utils.clips import read_video
 from utils.errors import UserError
@@ -80,6 +81,31 @@ def test_block_by_block_gradients_equal_those_of_the_whole_graph(make: Make, sch
     assert max(g.abs().max() for g in whole_graph.values()) > 0
     for name in whole_graph:
         torch.testing.assert_close(by_block[name], whole_graph[name], atol=1e-6, rtol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize("schedule", ["timestep_first", "block_first"])
+def test_the_gradient_of_a_history_reaches_earlier_blocks(make, schedule):
+    """Also in rollouts that are longer than the clip, with a shorter window and a sink; the x0 are the rollout's."""
+    keys = dict(block_frames=1, window=3, sink=1, max_rollout_frames=9)
+    found = {}
+    for mode in ("none", "context", "released"):
+        objective = make(schedule, history_gradient=mode, **keys)
+        objective.clip_source._draw_exit = lambda role, iteration: (2, 9)
+        batch = objective.batch("generator", 0, 0)
+        clip = objective.clip_source.run(batch)
+        assert list(clip.trained_blocks) == [4, 5, 6, 7, 8] and not clip.blocks[8].requires_grad
+        gradient = torch.zeros(2, 6, *clip.blocks[0].shape[2:])
+        gradient[:, -1] = 1.0  # of the last block
+        objective.clip_source.backward(clip, gradient, batch.embeddings, last=True)
+        found[mode] = gradients(objective.generator)["blocks.0.attn1.to_v.weight"]
+        if mode != "none":
+            plan = history_plan(objective.config, 9, 2)
+            denoiser = objective.clip_source._denoiser(batch.embeddings, graph=False)
+            for block, x0 in replay_exit_step(clip.rollout, plan, denoiser).items():
+                torch.testing.assert_close(x0.detach(), clip.blocks[block], atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(found["context"], found["none"], rtol=1e-3)
+    assert not torch.allclose(found["released"], found["none"], rtol=1e-3)
+    assert not torch.allclose(found["released"], found["context"], rtol=1e-3)
 
 
 def test_micro_batches_share_exit_step_and_length_which_cover_their_ranges(make: Make):
@@ -211,6 +237,8 @@ def test_each_step_changes_only_its_own_network(make: Make):
         *[["critic"]] * 4,
         ["generator", "critic"],
     ]
+    objective.config.distill.critic_warmup = 1
+    assert [i for i in range(11) if "generator" in objective.networks_to_update(i)] == [5, 10]
     objective.backward("generator", 0, 0, 1.0, True)
     assert gradients(objective.generator) and not gradients(objective.critic)
     objective.backward("critic", 0, 0, 1.0, True)

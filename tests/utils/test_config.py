@@ -54,12 +54,6 @@ def test_the_config_folder_is_not_empty():
     assert {"hiar.yaml", "self_forcing.yaml", "vae.yaml"} <= {file.name for file in CONFIGS}
 
 
-def test_hiar_and_self_forcing_differ_only_in_schedule_and_forward_kl():
-    hiar, self_forcing = (asdict(load_config(str(ROOT / "configs" / f"{n}.yaml"))) for n in ("hiar", "self_forcing"))
-    different = [(s, k) for s, keys in hiar.items() for k, v in keys.items() if self_forcing[s][k] != v]
-    assert different == [("rollout", "schedule"), ("distill", "forward_kl_weight")]
-
-
 def test_an_empty_file_gives_the_defaults(empty):
     assert load_config(empty) == Config()
 

@@ -90,8 +90,10 @@ class ScoreDistillation(Objective):
         return self.config.train.learning_rate if name == "generator" else self.config.distill.critic_learning_rate
 
     def networks_to_update(self, iteration: int) -> list[str]:
-        """Return the critic in every iteration, and the generator in every `generator_every`-th."""
-        return ["generator", "critic"] if iteration % self.config.distill.generator_every == 0 else ["critic"]
+        """Return the critic in every iteration, and after its warm-up the generator in every `generator_every`-th."""
+        distill = self.config.distill
+        updates_generator = iteration >= distill.critic_warmup and iteration % distill.generator_every == 0
+        return ["generator", "critic"] if updates_generator else ["critic"]
 
     def backward(self, name: str, iteration: int, micro_batch: int, scale: float, last: bool) -> dict[str, float]:
         step = self._generator_step if name == "generator" else self._critic_step

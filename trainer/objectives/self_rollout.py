@@ -11,6 +11,7 @@ from model.denoiser import Denoiser
 from model.vae import WanVAE
 from model.weights import ModelDirectory
 from pipeline.build import block_layout, build_rollout, build_schedule, context_frames, frames_per_block, rollout_sigmas
+from pipeline.history_replay import ReplayPlan, plan_replay, replay_exit_step
 from pipeline.training_rollout import TrainingRollout
 from trainer.networks import mixed_precision
 from trainer.objectives.clip_source import ROLES, ClipBatch, ClipSource
@@ -52,6 +53,24 @@ def replay_history(config: Config, num_frames: int) -> int:
     return written - layout.start(first) if written > context else 0
 
 
+def history_plan(config: Config, num_frames: int, exit_step: int) -> ReplayPlan:
+    """Return the input of the pass that gives the gradient of `distill.history_gradient`.
+
+    Args:
+        num_frames: latent frames of the rollout.
+    """
+    trained, released = trained_blocks(config, num_frames), config.distill.history_gradient == "released"
+    return plan_replay(
+        build_schedule(config.rollout, num_frames).ops_until(exit_step),
+        block_layout(config.rollout, num_frames),
+        exit_step,
+        # The released code also keeps the graph of the masked block before the trained ones.
+        range(max(0, trained.start - released), trained.stop),
+        *context_frames(config.rollout, num_frames),
+        released=released,
+    )
+
+
 class SelfRollout(ClipSource[GeneratedClip]):
     """Rolls the generator out, and propagates gradients at the generated clips back into it."""
 
@@ -67,22 +86,26 @@ class SelfRollout(ClipSource[GeneratedClip]):
         """Roll the generator out by the configured schedule, up to an exit step.
 
         The exit step and the length depend only on (seed, role, iteration), so all micro-batches and ranks agree.
-        With `distill.block_backward` no graph is kept: `backward` denoises the trained blocks again.
+        With `distill.block_backward` or a `history_gradient`, no graph is kept: `backward` denoises the trained blocks
+        again.
         """
         config = self.config
-        keep_graph = trained and not config.distill.block_backward
+        through_history = trained and config.distill.history_gradient != "none"
+        keep_graph = trained and not config.distill.block_backward and not through_history
         exit_step, num_frames = self._draw_exit(batch.role, batch.iteration)
         blocks_in_loss = trained_blocks(config, num_frames) if trained else range(0)
+        replays_blocks = trained and not keep_graph and not through_history
         rollout = build_rollout(
             config,
             self._denoiser(batch.embeddings, keep_graph),
             [len(ROLES) * position + ROLES.index(batch.role) for position in batch.positions],
             num_frames=num_frames,
             dtype=DTYPES[config.train.dtype],
-            history_frames=replay_history(config, num_frames) if blocks_in_loss and not keep_graph else 0,
+            history_frames=replay_history(config, num_frames) if replays_blocks else 0,
             rollout_class=TrainingRollout,
             exit_step=exit_step,
             with_grad=lambda block: keep_graph and block in blocks_in_loss,
+            keep_contexts=through_history,
         )
         with mixed_precision(config, self.device):
             blocks = self._finished_blocks(rollout, num_frames)
@@ -145,8 +168,8 @@ class SelfRollout(ClipSource[GeneratedClip]):
     def backward(self, clip: GeneratedClip, gradient: Tensor, embeddings: Tensor, last: bool) -> None:
         """Propagate the gradient at the training window, [B, F, C, h, w], back into the generator.
 
-        Without a graph the trained blocks are denoised again one by one. No gradient crosses blocks, so the result is
-        that of the whole graph (law 6, docs/method.md).
+        Without a graph the trained blocks are denoised again: one by one, as no gradient crosses blocks, or with a
+        `history_gradient` in one pass (law 6, docs/method.md).
 
         Args:
             last: whether the generator's gradients are complete afterwards, see `Objective.backward`.
@@ -157,6 +180,13 @@ class SelfRollout(ClipSource[GeneratedClip]):
             block: gradient[:, layout.start(block) - window_start :][:, : layout.frames(block)]
             for block in clip.trained_blocks
         }
+        if self.config.distill.history_gradient != "none" and gradients:
+            sync_gradients(self.generator, last)
+            with mixed_precision(self.config, self.device):
+                plan = history_plan(self.config, clip.frames.shape[1], clip.exit_step)
+                replayed = replay_exit_step(clip.rollout, plan, self._denoiser(embeddings, graph=True))
+            torch.autograd.backward([replayed[block] for block in gradients], list(gradients.values()))
+            return
         if not self.config.distill.block_backward:
             sync_gradients(self.generator, last)
             torch.autograd.backward([clip.blocks[block] for block in gradients], list(gradients.values()))
