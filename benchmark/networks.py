@@ -19,6 +19,7 @@ from pipeline.build import (
     build_schedule,
     check_size,
     choose_attention_backend,
+    describe_attention,
     load_embeddings,
     load_network,
     load_vae,
@@ -88,11 +89,11 @@ class BenchmarkNetworks:
         """Return a cache that gives every prompt a random embedding, without a text encoder."""
         return EmbeddingCache(RandomTextEncoder(self.config.model.text_length, net.config.text_dim))
 
-    def check(self, backend: bool = True) -> None:
-        """Check before any measurement that the configuration can run.
+    def check(self, backend: bool = True) -> str:
+        """Check before any measurement that the configuration can run; return the line of `describe_attention`.
 
         Args:
-            backend: also check that the attention backend runs on the device.
+            backend: also check that the attention backend runs on the device. Otherwise, the line is empty.
 
         Raises:
             UserError: for an impossible size or length, an attention backend that does not run on the device, or keys
@@ -105,17 +106,20 @@ class BenchmarkNetworks:
             build_schedule(self.config.rollout, self.config.video.num_output_frames)
         else:
             TextToVideo.check(self.config)
-            sizes = {}
+            sizes = ModelDirectory.open(self.config.model.base).transformer_config()
         if not backend:
-            return
+            return ""
         small = dict(num_layers=1, num_attention_heads=1, ffn_dim=8, text_dim=8)
         net = random_network(CausalWanModel, sizes | small, self.dtype, self.device)
         name = self.config.model.attention_backend
         choose_attention_backend(net, name)
-        x, text = torch.zeros(1, 16, 1, 4, 4, device=self.device), torch.zeros(1, 8, 8, device=self.device)
+        _, *patch = net.config.patch_size
+        x = torch.zeros(1, net.config.in_channels, 1, *patch, device=self.device)
+        text = torch.zeros(1, 8, 8, device=self.device)
         try:
             with torch.no_grad():
                 net(x, torch.zeros(1, device=self.device), text)
+            return describe_attention(net, self.config.model)
         except (RuntimeError, ValueError, ImportError, AssertionError) as error:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             place = f"{self.config.model.dtype} on {self.device}"

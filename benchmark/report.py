@@ -98,12 +98,14 @@ def markdown_report(document: Mapping[str, Any]) -> str:
     """Return the Markdown report: the machine, then one table per kind of case; rollouts and baselines share a table.
 
     Args:
-        document: `machine`, `matmul_peak` (FLOP/s by dtype) and `results` (rows), as in the JSON file.
+        document: `machine`, `attention` (lines), `matmul_peak` (FLOP/s by dtype) and `results` (rows), as in the JSON
+            file.
     """
     machine = document["machine"]
     peaks = ", ".join(f"{peak / 1e12:.3g} TFLOP/s in {dtype}" for dtype, peak in document["matmul_peak"].items())
     lines = [f"    {machine['command']}", "", f"{machine['device']}, torch {machine['torch']}, {machine['date']}."]
     lines += [f"Matrix products: {peaks}. Cells: median (smallest-largest)."] if peaks else []
+    lines += document.get("attention", [])
     for kinds in (KINDS[:2], *((kind,) for kind in KINDS[2:])):
         rows = [row for row in document["results"] if row["what"] in kinds]
         if rows:

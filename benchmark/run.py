@@ -20,8 +20,10 @@ from model.compilation import compile_failure
 from utils.device import pick_device
 
 
-def check_cases(cases: Sequence[Case], random: str) -> torch.device:
-    """Check that all cases can run, and return their device. Counts of kernels alone need no device but the CPU.
+def check_cases(cases: Sequence[Case], random: str) -> tuple[torch.device, list[str]]:
+    """Check that all cases can run; return their device, and lines that name their attention kernels.
+
+    Counts of kernels alone need no device but the CPU.
 
     Args:
         random: see `BenchmarkNetworks`.
@@ -32,9 +34,9 @@ def check_cases(cases: Sequence[Case], random: str) -> torch.device:
     runtime, kernels_only = cases[0].config.runtime, all(case.kind == "kernels" for case in cases)
     device = pick_device("cpu" if kernels_only else runtime.device, runtime.threads)
     checked = {repr(case.config): case for case in cases if case.kind != "training"}
-    for case in checked.values():
-        BenchmarkNetworks(case.config, device, random).check(backend=not kernels_only)
-    return device
+    networks = [BenchmarkNetworks(case.config, device, random) for case in checked.values()]
+    lines = [net.check(backend=not kernels_only) for net in networks]
+    return device, [line for line in dict.fromkeys(lines) if line]
 
 
 def run_case(

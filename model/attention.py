@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor
 
+from model import attention_backends
 from model.kv_cache import KVCache
 
 
@@ -83,7 +83,7 @@ class SelfAttention(Protocol):
 
 def attend(q: Tensor, k: Tensor, v: Tensor, backend: Any) -> Tensor:
     """Return unmasked attention in the dtype of q, computed by one of diffusers' backends (None: the default)."""
-    return dispatch_attention_fn(q, k, v, backend=backend).type_as(q)
+    return attention_backends.attend(q, k, v, backend).type_as(q)
 
 
 class FullAttention:

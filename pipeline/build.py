@@ -11,6 +11,7 @@ from diffusers.models.attention import AttentionMixin
 from diffusers.models.attention_dispatch import attention_backend
 from torch import Tensor
 
+from model.attention_backends import fastest_backend, kernel_name
 from model.causal_wan import CausalWanModel
 from model.denoiser import Denoiser, GuidedCache, GuidedDenoiser
 from model.embeddings import EmbeddingCache
@@ -23,7 +24,7 @@ from model.vae import WanVAE
 from model.weights import ModelDirectory
 from pipeline.rollout import BlockLayout, Rollout
 from pipeline.schedule import Schedule
-from utils.config import Config, RolloutConfig, VideoConfig
+from utils.config import Config, ModelConfig, RolloutConfig, VideoConfig
 from utils.device import CACHE_DTYPES, DTYPES
 from utils.errors import UserError
 from utils.rng import keyed_noise
@@ -161,7 +162,7 @@ def prepare_network(
         stream_weights_(net, net.layers, device)
     else:
         net.to(device)
-    choose_attention_backend(net, config.model.attention_backend)
+    choose_attention_backend(net, config.model.attention_backend, device)
     if config.model.compile and not streamed:
         net.compile_layers(fall_back)
     return net
@@ -190,12 +191,23 @@ def load_vae(config: Config, device: torch.device) -> WanVAE:
     return WanVAE(ModelDirectory.open(config.model.base).load_vae(DTYPES[config.model.dtype]).to(device))
 
 
-def choose_attention_backend(net: AttentionMixin, name: str) -> None:
+def choose_attention_backend(
+    net: AttentionMixin, name: str, device: torch.device | None = None, dtype: torch.dtype | None = None
+) -> None:
     """Select one of diffusers' attention backends for all layers of a network.
+
+    Args:
+        name: `auto` selects the fastest one of the device; see `fastest_backend`.
+        device: where the network will run; default: where it is.
+        dtype: of the computation; default: the network's. For a network in training mode, the backend must have a
+            backward pass.
 
     Raises:
         UserError: for an unknown backend, one that runs downloaded code, or one whose package is not installed.
     """
+    if name == "auto":
+        head_dim = net.config["attention_head_dim"]  # type: ignore[attr-defined]
+        name = fastest_backend(device or net.device, dtype or net.dtype, head_dim, net.training)  # type: ignore
     if name == "native":
         return
     if name.endswith("_hub"):
@@ -205,6 +217,15 @@ def choose_attention_backend(net: AttentionMixin, name: str) -> None:
             net.set_attention_backend(name)
     except (ValueError, RuntimeError, ImportError) as error:
         raise UserError(f"model.attention_backend={name}: {str(error).splitlines()[0]}") from None
+
+
+def describe_attention(net: CausalWanModel, model: ModelConfig) -> str:
+    """Return the attention backend of a network and the kernel that it runs, as one line for the log."""
+    backend = net.layers[0].attn1.processor._attention_backend
+    chosen = getattr(backend, "value", backend) or "native"
+    kernel = kernel_name(backend, net.device, DTYPES[model.dtype], net.config["attention_head_dim"])
+    auto = f" selects {chosen}, which" if model.attention_backend == "auto" else ""
+    return f"attention: {model.attention_backend}{auto} runs {kernel}"
 
 
 # ---- Schedule and rollout ----

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pipeline.build import check_causal, num_pixel_frames
+from pipeline.build import check_causal, describe_attention, num_pixel_frames
 from pipeline.output import VideoFiles, VideoJob, VideoOutput, video_metadata
 from pipeline.prefix import check_one_input, check_prefix_exists, is_image, read_prefix
 from pipeline.prompt_track import TrackEntries
@@ -88,6 +88,8 @@ def generate_videos(
     texts = [text for job in jobs for text in job.prompt.texts]
     device = pick_device(config.runtime.device, config.runtime.threads)
     pipeline = TextToVideo.load(config, device=device, prompts=texts)
+    if rank() == 0:
+        print(describe_attention(pipeline.net, config.model))
     started = time.perf_counter()
     read = functools.lru_cache(maxsize=batch_size)(lambda path: read_prefix(path, config, pipeline.vae))
     first = jobs[0].prompt.image or prefix_path

@@ -73,13 +73,13 @@ def main() -> None:
     preset = Preset(args.config_path, args.config_path, []) if args.config_path else PRESETS[args.preset]
     earlier = read_rows(args.against) if args.against else None
     cases = list(make_cases(preset, args.what, vars(args), args.overrides, args.iterations))
-    device = check_cases(cases, preset.random)
+    device, attention = check_cases(cases, preset.random)
     output_file(args.output)
 
     peak = cache(lambda dtype: matmul_peak(device, DTYPES[dtype]))
     peaks: dict[str, float] = {}
     rows: list[dict[str, Any]] = []
-    document = {"machine": describe_machine(device), "matmul_peak": peaks, "results": rows}
+    document = {"machine": describe_machine(device), "attention": attention, "matmul_peak": peaks, "results": rows}
     for case in tqdm(cases, desc="rows", unit="row", mininterval=0.5 if sys.stderr.isatty() else 15):
         if case.kind != "kernels":
             peaks[case.dtype] = peak(case.dtype)

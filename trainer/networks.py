@@ -41,7 +41,7 @@ def prepare_transformer(net: CausalWanModel, config: Config, device: torch.devic
         net.to(device)
     net.train()
     net.gradient_checkpointing = train.activation_checkpointing
-    choose_attention_backend(net, config.model.attention_backend)
+    choose_attention_backend(net, config.model.attention_backend, device, DTYPES[train.dtype])
     if train.compile:
         net.compile_layers()
     shard_transformer(net, train, device)

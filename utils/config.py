@@ -33,7 +33,8 @@ class ModelConfig:
     dtype: DType = "bfloat16"
     """Type of the weights and of the computation. Latents are always float32."""
     attention_backend: str = "native"
-    """Attention backend of diffusers: native (PyTorch's SDPA, runs on every device), flash, _flash_3, sage, ..."""
+    """Attention backend: native (PyTorch's SDPA, runs on every device), auto (the fastest one of the GPU that does not
+    round to 8 bits), or one of diffusers', such as _native_cudnn, _flash_3 and sage. See docs/benchmarks.md."""
     text_length: int = 512
     """Text tokens in cross-attention. Shorter prompts are padded with zero embeddings."""
     text_cache: str = ""
