@@ -4,8 +4,8 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 # Processes that run tests.
 WORKERS ?= 2
-# Mutants per module in `make mutation`.
-SAMPLE ?= 10
+# Mutants per group of modules in `make mutation`; 0 tests all.
+SAMPLE ?= 30
 # Port of `make live`.
 PORT ?= 7860
 
@@ -40,7 +40,7 @@ kills: $(VENV)/installed-dev  ## kill commands at 30 random moments and compare 
 full-disk: $(VENV)/installed-dev  ## fill a small disk during every kind of write; needs root on Linux
 	$(RUN) tests/kills/full_disk.py
 
-mutation: $(VENV)/installed-dev requirements-mutation.txt  ## change 10 lines per module and count what the tests notice; SAMPLE=0 changes all
+mutation: $(VENV)/installed-dev requirements-mutation.txt  ## change 30 expressions per group of modules and count what the tests notice; SAMPLE=0 changes all
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-mutation.txt
 	$(RUN) tests/mutation/run.py --sample $(SAMPLE)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from trainer.datasets import lmdb as lmdb_module
 from trainer.datasets.clips import open_clips, write_shard
+from trainer.datasets.generate_pairs import pair_settings
 from trainer.datasets.lmdb import write_lmdb
 from trainer.datasets.ode_pairs import (
     check_pair_settings,
@@ -26,6 +27,7 @@ from trainer.datasets.ode_pairs import (
     write_pair_settings,
     write_sigmas,
 )
+from utils.config import Config
 from utils.errors import UserError
 
 POINTS = 3  # saved points of a trajectory
@@ -262,6 +264,27 @@ def test_other_settings_are_refused(tmp_path, changes, message):
     assert json.loads((tmp_path / "pairs.json").read_text()) == SETTINGS
 
 
+def test_the_settings_name_the_teachers_weights(tmp_path):
+    """Other weights in the same file are another teacher; other files beside it are not."""
+
+    def weights(path: Path) -> str:
+        config = Config()
+        config.model.base, config.teacher.path = str(tmp_path / "base"), str(path)
+        return pair_settings(config, [1.0, 0.0], "float16")["weights"]
+
+    file, folder = tmp_path / "teacher[1].pt", tmp_path / "folder"
+    file.write_bytes(b"one")
+    folder.mkdir()
+    (folder / "weights.pt").write_bytes(b"one")
+    before = weights(file), weights(folder)
+    assert before[0] != weights(tmp_path / "none.pt")
+    (tmp_path / "teacher1.pt").write_bytes(b"another")
+    assert (weights(file), weights(folder)) == before
+    file.write_bytes(b"two")
+    (folder / "weights.pt").write_bytes(b"two")
+    assert weights(file) != before[0] and weights(folder) != before[1]
+
+
 def test_a_folder_without_settings_is_checked_by_its_noise_levels(tmp_path: Path):
     write_sigmas(tmp_path, LEVELS)
     with pytest.raises(UserError, match="pairs of sigmas"):
@@ -292,6 +315,14 @@ def test_lmdbs_of_pairs_are_read_back(tmp_path, sharded):
     assert pairs.prompts == prompts and len(pairs) == 5
     assert torch.equal(pairs.read([4, 0, 3]), trajectories[[4, 0, 3]])
     assert torch.equal(pairs.read([2], [-1]), trajectories[2:3, -1:])
+
+
+def test_reading_an_lmdb_writes_nothing(tmp_path):
+    """The folder may be read-only, and many machines may read it at once."""
+    write_lmdb(tmp_path, ["a"], torch.zeros(1, *CLIP), CLIP)
+    (tmp_path / "lock.mdb").unlink(missing_ok=True)
+    all_clips(str(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["data.mdb"]
 
 
 @pytest.mark.parametrize("sharded", [False, True])

@@ -188,7 +188,7 @@ def test_a_run_killed_five_times_ends_with_the_same_bits(config, tmp_path, unint
         assert "Signal 9 (SIGKILL)" in process.errors.read_text()
 
     start = len(logged_lines(logdir))
-    with torchrun(config, logdir, *LONG, fork=False) as process:
+    with torchrun(config, logdir, *LONG) as process:
         wait_for_lines(logdir, start + 2, process.is_running)
         ranks = process.ranks()
         process.kill()
@@ -232,7 +232,7 @@ def test_a_stop_signal_ends_all_ranks_after_the_same_iteration(config, tmp_path,
 
 
 def test_the_error_is_the_last_thing_that_torchrun_prints(config, tmp_path):
-    with torchrun(config, tmp_path / "log", "train.batch_size=3", fork=False) as process:
+    with torchrun(config, tmp_path / "log", "train.batch_size=3") as process:
         assert process.wait(TIMEOUT) not in (0, None)
     *_, error, rule = process.errors.read_text().splitlines()
     assert error.strip().startswith("error: train.total_batch_size=4 must be a multiple of") and set(rule) == {"="}
