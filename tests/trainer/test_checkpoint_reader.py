@@ -49,6 +49,11 @@ def test_a_checkpoint_is_read(checkpoint):
     assert torch.equal(state["a"], torch.arange(6.0).view(2, 3)) and state["b"] == 7
 
 
+def test_a_checkpoint_without_information_on_its_storage_is_read(checkpoint):
+    rewrite(checkpoint, lambda metadata: setattr(metadata, "storage_meta", None))
+    assert read_tensors(checkpoint, "")["b"] == 7
+
+
 def test_code_in_the_metadata_is_not_run(checkpoint, tmp_path):
     target = tmp_path / "executed"
     rewrite(checkpoint, lambda metadata: setattr(metadata, "planner_data", Bomb(target)))

@@ -46,11 +46,12 @@ def clips_in(folder: Path) -> list[str]:
 def videos(tmp_path_factory) -> Path:
     """A folder of good, unsuitable and broken videos."""
     folder = tmp_path_factory.mktemp("videos")
-    (folder / "sub/two").mkdir(parents=True)
+    (folder / "sub").mkdir()
+    (folder / "two/deep").mkdir(parents=True)
     write_video(folder / "deep.mp4", moving_square(20, 64, 96), 16, codec="libx264", pix_fmt="yuv420p10le")
     write_video(folder / "odd.mkv", moving_square(12, 33, 51), 16, codec="ffv1", pix_fmt="bgr0")
     times = [0, 0.1, 0.3, 0.32, 0.5, 0.8]
-    write_video(folder / "sub/two/phone.mp4", grey_levels([20, 60, 100, 140, 180, 220], 32, 48), times=times)
+    write_video(folder / "two/deep/phone.mp4", grey_levels([20, 60, 100, 140, 180, 220], 32, 48), times=times)
     write_video(folder / "sub/Größe 1.webm", moving_square(30, 32, 48), 30, codec="libvpx-vp9")
     write_video(folder / "sound.mp4", moving_square(20, 32, 48), audio=True)
     rotate_file(write_video(folder / "turned.mp4", moving_square(20, 48, 32)), 90)
@@ -65,7 +66,7 @@ def videos(tmp_path_factory) -> Path:
     return folder
 
 
-GOOD = ["deep.mp4", "odd.mkv.mp4", "sound.mp4", "sub/two/phone.mp4", "sub/Größe 1.webm.mp4", "turned.mp4"]
+GOOD = ["deep.mp4", "odd.mkv.mp4", "sound.mp4", "sub/Größe 1.webm.mp4", "turned.mp4", "two/deep/phone.mp4"]
 BROKEN = ["cut.mp4", "empty.mov", "no_index.mp4", "notes.mp4", "song.mp4"]
 
 
@@ -102,7 +103,7 @@ def test_unsuitable_and_broken_videos_are_listed_and_stop_nothing(processed):
 
 def test_frames_are_those_at_their_times(processed):
     """0, 1/8, 2/8, ... s: the frame of the nearest timestamp is shown until the next one."""
-    frames, _ = read_video(processed[0] / "sub/two/phone.mp4")
+    frames, _ = read_video(processed[0] / "two/deep/phone.mp4")
     np.testing.assert_allclose(frames[:, 16, 24, 0], [20, 60, 100, 140, 180], atol=5)
 
 

@@ -264,3 +264,8 @@ def test_the_table_prints_every_row_and_the_total():
     assert "sharding shard (2 shards)" in first
     assert lines == [f"# {size / 1e9:8.2f} GB  {name}" for name, size in rows] and len(rows) == 17
     assert last == f"# {sum(size for _, size in rows) / 1e9:8.2f} GB  in total; fits in 80 GB"
+
+
+def test_the_network_of_an_objective_without_a_critic_is_net():
+    plan = memory_plan(miniature("train.objective=flow_matching"), 1)
+    assert "GB  net: float32 weights, gradients, " in plan and "critic" not in plan

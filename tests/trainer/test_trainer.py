@@ -7,10 +7,25 @@ import torch
 from toy import assert_same_bits, change_loss
 
 from trainer.checkpoints import read_tensors
+from trainer.networks import mixed_precision
 from trainer.sharding import local_micro_batches
 from trainer.trainer import Trainer
 from utils.config import TrainConfig
 from utils.errors import UserError
+
+
+def test_mixed_precision_has_the_configured_type_on_every_device(make_config):
+    """torch's default is float16 on a GPU and bfloat16 on a CPU."""
+    default = torch.get_autocast_dtype("cpu")
+    torch.set_autocast_dtype("cpu", torch.float16)
+    try:
+        with mixed_precision(make_config(dtype="bfloat16"), torch.device("cpu")):
+            assert torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+        with mixed_precision(make_config(dtype="float32"), torch.device("cpu")):
+            assert not torch.is_autocast_enabled("cpu")
+    finally:
+        torch.set_autocast_dtype("cpu", default)
+
 
 # ---- Micro-batches ----
 

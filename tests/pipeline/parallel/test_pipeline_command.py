@@ -127,6 +127,14 @@ def test_the_profile_has_every_op_and_a_timeline(run_ranks, tmp_path):
     assert width > 800 and height > 100
 
 
+def test_the_profile_of_a_prompt_track_names_the_same_blocks(inputs, run_ranks, tmp_path):
+    words = ("--profile", "--profile_output", tmp_path / "p", "--prompt_track", inputs / "track.txt")
+    run_ranks(tmp_path / "out", 1, *words, "rollout.denoising_step_list=[1000]")
+    spans = RankProfile.load(tmp_path / "p_rank0.json").spans
+    denoised = [span.block for span in spans if span.name in ("denoise", "context+denoise")]
+    assert sorted(denoised) == [0, 1, 2, 3]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads memory from Linux's /proc")
 def test_two_hundred_blocks_take_no_more_memory_than_fifty(start, tmp_path):

@@ -1,9 +1,11 @@
 """pipeline/parallel/simulation.py: predictions that can be computed by hand."""
 
+from functools import partial
+
 import pytest
 
 from pipeline.parallel.profile import Span
-from pipeline.parallel.simulation import OpTimes, median_times, simulate
+from pipeline.parallel.simulation import OpTimes, median_times, prediction_table, simulate
 from pipeline.schedule import Schedule
 
 UNIT = OpTimes({0: 1.0}, {0: 1.0}, {0: 0.0})
@@ -43,6 +45,16 @@ def test_fused_passes_use_their_own_time():
     times = OpTimes({0: 1.0}, {0: 1.0}, {0: 0.0}, context_and_denoise={0: 1.2})
     blocks = 100
     assert simulate(Schedule(4, blocks), 4, times, fuse_context=True).total / blocks == pytest.approx(1.2, rel=0.05)
+
+
+def test_the_table_has_a_column_for_each_prediction():
+    times = OpTimes({0: 1.0}, {0: 1.0}, {0: 0.0}, context_and_denoise={0: 1.2})
+    predict = partial(simulate, Schedule(4, 30), times=times)
+    row = [cell.strip() for cell in prediction_table(predict, 3, 900).splitlines()[-1].strip("|").split("|")]
+    totals = [predict(num_ranks=3, **{key: True}).total for key in ("send_after_write", "fuse_context")]
+    total = predict(num_ranks=3).total
+    assert row[0] == "3" and row[2] == f"{900 / total:.2f}"
+    assert row[4:] == [f"{900 / seconds:.2f} frames/s" for seconds in totals] and len({total, *totals}) == 3
 
 
 @pytest.mark.parametrize(
