@@ -5,6 +5,7 @@ uncompiled on fake tensors, and the kernels found are counted in place of its op
 """
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ from torch._inductor import config as inductor_config
 from torch._inductor import ir
 from torch._inductor.graph import GraphLowering
 from torch._inductor.runtime.hints import DeviceProperties
-from torch._inductor.scheduler import BaseSchedulerNode, NopKernelSchedulerNode
+from torch._inductor.scheduler import BaseSchedulerNode, FusedSchedulerNode, NopKernelSchedulerNode
 
 from benchmark.kernels import Kernel, compiled_graph, is_matrix_operation
 
@@ -122,7 +123,22 @@ def _raise_kernels(lowering: GraphLowering) -> None:
     """Fuse the graph's nodes, and stop Inductor there."""
     _update_scheduler(lowering)
     nodes = [node for node in lowering.scheduler.nodes if _launches(node)]
-    raise _Fused([Kernel(node.get_read_write_buffers_sizes(), not _is_matrix(node)) for node in nodes])
+    raise _Fused([Kernel(_traffic(node), not _is_matrix(node)) for node in nodes])
+
+
+def _traffic(node: BaseSchedulerNode) -> int:
+    """Return the bytes that a kernel reads and writes, as Inductor counts them.
+
+    For a fused kernel that writes to a part of a buffer, Inductor counts the whole buffer. The nodes of the kernel
+    count their parts.
+    """
+    accesses = node.get_read_write_buffer_accesses(include_reads=True, include_writes=True)
+    if not isinstance(node, FusedSchedulerNode):
+        return sum(accesses.values())
+    parts: Counter[str] = Counter()
+    for part in node.snodes:
+        parts.update(part.get_read_write_buffer_accesses(include_reads=True, include_writes=True))
+    return sum(min(num_bytes, parts[name]) for name, num_bytes in accesses.items())
 
 
 def _launches(node: BaseSchedulerNode) -> bool:

@@ -187,6 +187,7 @@ class WriteThenDenoiseAttention:
         """
         self.backend, self.cache, self.written_frames = backend, cache, written_frames
         self.read_frames = read_frames
+        self.second_block = SecondBlockAttention(backend, cache, written_frames)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         tokens = self.written_frames * self.cache.tokens_per_frame
@@ -196,7 +197,13 @@ class WriteThenDenoiseAttention:
         self.cache.append(layer, written_k, written_v)
         return torch.cat([written, self.second_block(layer, q[:, tokens:], k[:, tokens:], v[:, tokens:])], dim=1)
 
-    def second_block(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Return the attention of the second block alone; the first block must have been appended in this layer."""
+
+class SecondBlockAttention:
+    """The second block of `WriteThenDenoiseAttention` alone; the first must have been appended in the same layer."""
+
+    def __init__(self, backend: Any, cache: KVCache, written_frames: int):
+        self.backend, self.cache, self.written_frames = backend, cache, written_frames
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values = self.cache.read_with_block(layer, k, v, uncommitted=self.written_frames)
         return attend(q, keys, values, self.backend)

@@ -32,7 +32,7 @@ from model.attention import (
     SelfAttention,
     WriteThenDenoiseAttention,
 )
-from model.compilation import FallbackCompiler
+from model.compilation import compile_layers
 from model.kv_cache import KVCache
 from model.quantized_cache import new_kv_cache
 from model.rotary import Rope, rotary_table_of_runs
@@ -386,15 +386,5 @@ class CausalWanModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
         )
 
     def compile_layers(self, fall_back: bool = True) -> None:
-        """Compile every layer except its self-attention, because the context's length changes from block to block.
-
-        Args:
-            fall_back: true: if compilation fails, print a note once and run uncompiled. false: raise the error.
-
-        Raises:
-            TorchDynamoException: at the first pass, if compilation fails and `fall_back` is false.
-        """
-        compiler = FallbackCompiler() if fall_back else torch.compile
-        for layer in self.layers:
-            layer.qkv = compiler(layer.qkv)  # type: ignore[method-assign]
-            layer.after_attention = compiler(layer.after_attention)  # type: ignore[method-assign]
+        """Compile all layers; see model/compilation.py for the arguments and errors."""
+        compile_layers(self.layers, fall_back)

@@ -1,29 +1,86 @@
-"""torch.compile with a fallback to uncompiled functions."""
+"""torch.compile for the layers of the causal DiT, with a fallback to uncompiled functions."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 
+from model.attention import CachedAttention, SelfAttention
+from model.full_window import full_window
+from model.wan_layer import CausalWanLayer
 
-class FallbackCompiler:
+
+def compile_layers(layers: Sequence[CausalWanLayer], fall_back: bool = True) -> None:
+    """Compile layers in two ways, and let each pass use the one that fits.
+
+    In a pass over one block with a full window, a layer is one graph, self-attention included. Otherwise the context's
+    length changes from block to block, or a pass over two blocks writes to the cache in between. Then the parts before
+    and after the self-attention are compiled. All layers share the compiled code.
+
+    Args:
+        fall_back: true: if compilation fails, print a note once and run uncompiled. false: raise the error.
+
+    Raises:
+        TorchDynamoException: at the first pass, if compilation fails and `fall_back` is false.
+    """
+    compiler = Compiler(fall_back)
+    whole = compiler(CausalWanLayer.forward, fullgraph=True, dynamic=False)
+    for layer in layers:
+        layer.qkv = compiler(layer.qkv)  # type: ignore[method-assign]
+        layer.after_attention = compiler(layer.after_attention)  # type: ignore[method-assign]
+        layer.forward = partial(_forward, layer, whole)  # type: ignore[method-assign]
+
+
+def _forward(
+    layer: CausalWanLayer,
+    whole: Callable[..., Tensor],
+    index: int,
+    hidden: Tensor,
+    modulation: Any,
+    rope: Any,
+    text_k: Tensor,
+    text_v: Tensor,
+    self_attention: SelfAttention,
+) -> Tensor:
+    """Run a compiled layer; `CausalWanLayer.forward` describes the arguments."""
+    arguments = hidden, modulation, rope, text_k, text_v
+    window = full_window(self_attention, index)
+    if window is None:
+        return CausalWanLayer.forward(layer, index, *arguments, self_attention)
+    output = whole(layer, 0, *arguments, window)  # without the index, all layers are one graph
+    if isinstance(self_attention, CachedAttention) and self_attention.append:
+        self_attention.cache.append(index, *window.block(hidden.shape[1]))
+    return output
+
+
+class Compiler:
     """Compiles functions. After the first failure, it prints one note, and all its functions run uncompiled."""
 
-    def __init__(self) -> None:
-        self._failed = False
+    def __init__(self, fall_back: bool):
+        """
+        Args:
+            fall_back: false: raise the failure instead.
+        """
+        self._fall_back, self._failed = fall_back, False
 
-    def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        compiled = torch.compile(function)
+    def __call__(self, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        """Return a function that is compiled at its first call; `options` are those of torch.compile."""
+        compiled = torch.compile(function, **options)
 
         def run(*arguments: Any) -> Any:
-            if not self._failed:
-                try:
-                    return compiled(*arguments)
-                except TorchDynamoException as error:  # raised while compiling, before anything has run
-                    self._failed = True
-                    print(f"note: layers run uncompiled: {compile_failure(error)}", file=sys.stderr, flush=True)
+            if torch.compiler.is_compiling() or self._failed:
+                return function(*arguments)
+            try:
+                return compiled(*arguments)
+            except TorchDynamoException as error:  # raised while compiling, before anything has run
+                if not self._fall_back:
+                    raise
+                self._failed = True
+                print(f"note: layers run uncompiled: {compile_failure(error)}", file=sys.stderr, flush=True)
             return function(*arguments)
 
         return run

@@ -118,6 +118,15 @@ class KVCache:
         self._v[layer, :, start:stop] = v
         return self._k[layer, :, :stop], self._v[layer, :, :stop]
 
+    def is_full_window(self) -> bool:
+        """Return whether the next blocks see the whole ring in one view, followed by scratch slots."""
+        full = self.num_frames >= self.context_frames == self._ring_end and not self._has_gap(self.num_frames)
+        return full and not self.frozen and not (self.moving_sink and self.sink_frames)
+
+    def slots(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Return the keys and values [B, slots, heads, head_dim] of all slots of a layer."""
+        return self._k[layer], self._v[layer]
+
     @torch.no_grad()
     def append(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Store a block's k and v [B, tokens, heads, head_dim] of one layer; call `commit` after the last layer."""

@@ -36,6 +36,10 @@ class QuantizedKVCache(KVCache):
         """Memory of the keys, the values and their scales, in bytes."""
         return super().num_bytes + 2 * self._k_scale.numel() * self._k_scale.element_size()
 
+    def is_full_window(self) -> bool:
+        """Return false: reads are new tensors."""
+        return False
+
     def read_with_block(
         self,
         layer: int,

@@ -87,7 +87,7 @@ def failing(graph, inputs):
 def broken_compiler(monkeypatch):
     """Replace the compiler by one that fails, as Inductor does without a C++ compiler."""
     compile = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function: compile(function, backend=failing))
+    monkeypatch.setattr(torch, "compile", lambda function, **_: compile(function, backend=failing))
     yield
     torch._dynamo.reset()
 
