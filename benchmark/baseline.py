@@ -11,6 +11,7 @@ from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 from torch import Tensor
 
+from model.compilation import compiles
 from model.flow import flow_to_x0
 from pipeline.build import choose_attention_backend
 from pipeline.text_to_video import TextToVideo
@@ -35,7 +36,7 @@ def baseline_network(pipeline: TextToVideo) -> WanTransformer3DModel:
     baseline.rope = WanRotaryPosEmbed(sizes.attention_head_dim, sizes.patch_size, sizes.rope_max_seq_len).to(net.device)
     baseline.eval().requires_grad_(False)
     choose_attention_backend(baseline, config.attention_backend)
-    if config.compile:
+    if compiles(config.compile, net.device):
         baseline.compile_repeated_blocks()
     return baseline
 

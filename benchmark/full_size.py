@@ -8,13 +8,14 @@ from functools import partial
 import torch
 from diffusers import AutoencoderKLWan
 
-from benchmark.fake_cuda import fake_cuda
+from benchmark.fake_cuda import DEVICE, fake_cuda
 from benchmark.inductor_kernels import inductor_counts
 from benchmark.kernels import KernelCounter
 from benchmark.measure import Results
 from benchmark.networks import PROMPT, BenchmarkNetworks, RandomTextEncoder
 from benchmark.passes import full_window
 from model.causal_wan import CausalWanModel
+from model.compilation import compiles
 from model.embeddings import EmbeddingCache
 from model.presets import random_network
 from model.vae import WanVAE
@@ -37,7 +38,10 @@ def count_kernels(networks: BenchmarkNetworks, work: str) -> Results:
     transformer, vae = networks.sizes()
     embeddings = EmbeddingCache(RandomTextEncoder(config.model.text_length, transformer["text_dim"]))
     embeddings.prepare([PROMPT])  # before the tensors are fake, because it checks the values
-    with inductor_counts() if config.model.compile else contextlib.nullcontext(), fake_cuda() as device:
+    with (
+        inductor_counts() if compiles(config.model.compile, DEVICE) else contextlib.nullcontext(),
+        fake_cuda() as device,
+    ):
         if work == "decoder":
             run = _decoder(WanVAE(random_network(AutoencoderKLWan, vae, networks.dtype, device)), config, device)
         else:

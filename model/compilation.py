@@ -1,8 +1,10 @@
 """torch.compile for the layers of the causal DiT, with a fallback to uncompiled functions."""
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +14,20 @@ from torch._dynamo.exc import TorchDynamoException
 from model.attention import CachedAttention, SelfAttention
 from model.full_window import full_window
 from model.wan_layer import CausalWanLayer
+
+
+def compiles(setting: str, device: torch.device) -> bool:
+    """Return whether `model.compile`, which is auto, on or off, means compilation on a device."""
+    return setting == "on" or (setting == "auto" and device.type == "cuda")
+
+
+def keep_compiled_code() -> Path:
+    """Let Inductor keep compiled code in one folder, so that later runs compile faster; return the folder.
+
+    The environment variables TORCHINDUCTOR_CACHE_DIR and XDG_CACHE_HOME, in this order, change the folder.
+    """
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(home / "hiar" / "inductor")))
 
 
 def compile_layers(layers: Sequence[CausalWanLayer], fall_back: bool = True) -> None:

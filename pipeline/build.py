@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from model.attention_backends import fastest_backend, kernel_name
 from model.causal_wan import CausalWanModel
+from model.compilation import compiles, keep_compiled_code
 from model.denoiser import Denoiser, GuidedCache, GuidedDenoiser
 from model.embeddings import EmbeddingCache
 from model.flow import solver_sigmas, step_sigmas
@@ -26,6 +28,7 @@ from pipeline.rollout import BlockLayout, Rollout
 from pipeline.schedule import Schedule
 from utils.config import Config, ModelConfig, RolloutConfig, VideoConfig
 from utils.device import CACHE_DTYPES, DTYPES
+from utils.distributed import rank
 from utils.errors import UserError
 from utils.rng import keyed_noise
 
@@ -163,7 +166,10 @@ def prepare_network(
     else:
         net.to(device)
     choose_attention_backend(net, config.model.attention_backend, device)
-    if config.model.compile and not streamed:
+    if compiles(config.model.compile, device) and not streamed:
+        folder = keep_compiled_code()
+        if rank() == 0:
+            print(f"compiling the layers during their first passes; {folder} keeps the code", file=sys.stderr)
         net.compile_layers(fall_back)
     return net
 

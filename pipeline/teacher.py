@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model.causal_wan import CausalWanModel, TextContext
+from model.compilation import compiles
 from model.denoiser import clip_flow
 from model.embeddings import EmbeddingCache
 from model.flow import guide, solver_sigmas
@@ -45,7 +46,7 @@ class Teacher:
         check_size(config, own.transformer_config())
         net = own.load_transformer(CausalWanModel, dtype, weights=config.teacher.path or None).to(device)
         choose_attention_backend(net, model.attention_backend)
-        if model.compile:
+        if compiles(model.compile, device):
             net.compile_layers()
         return cls(config, net, EmbeddingCache.load(directory, dtype, model.text_length, model.text_cache).to(device))
 

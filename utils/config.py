@@ -16,6 +16,7 @@ ObjectiveName = Literal[
     "", "text_attributes", "vae_reconstruction", "flow_matching", "ode_regression", "score_distillation"
 ]
 Offload = Literal["none", "text", "all"]
+Compile = Literal["auto", "on", "off"]
 DIT_OBJECTIVES = ("flow_matching", "ode_regression", "score_distillation")
 """Objectives that train a DiT. The others train the miniature's text encoder and VAE."""
 
@@ -47,8 +48,8 @@ class ModelConfig:
     quantization: Literal["none", "int8", "int8_dynamic", "fp8"] = "none"
     """8-bit weights of the generator's layers, by torchao (docs/memory.md). int8 quantizes the weights only;
     int8_dynamic and fp8 also quantize each token's activations. fp8 needs a GPU with FP8."""
-    compile: bool = False
-    """Compile the generator's layers with torch.compile."""
+    compile: Compile = "auto"
+    """Compile the generator's layers with torch.compile. auto: on CUDA only. Older files may have true or false."""
     offload: Offload = "text"
     """Weights that stay in CPU memory to free the GPU's. text: those of the text encoder, except while it encodes. all:
     also those of the DiT's layers; every pass copies them. Older files may have true (text) or false (none)."""

@@ -116,13 +116,15 @@ def parse_overrides(overrides: Sequence[str]) -> DictConfig:
 
 
 def restore_words(values: Any) -> Any:
-    """Replace booleans by the words they stand for: an unquoted off of `train.wandb`, and older `model.offload`."""
+    """Replace booleans by the words they stand for, such as an unquoted off of `train.wandb` or `model.compile`."""
     train = OmegaConf.select(values, "train")
     if isinstance(train, DictConfig) and train.get("wandb") is False:
         train.wandb = "off"
     model = OmegaConf.select(values, "model")
     if isinstance(model, DictConfig) and isinstance(offload := model.get("offload"), bool):
         model.offload = "text" if offload else "none"
+    if isinstance(model, DictConfig) and isinstance(compiled := model.get("compile"), bool):
+        model.compile = "on" if compiled else "off"
     return values
 
 

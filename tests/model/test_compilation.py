@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 from wan_samples import CLOSE, PROMPT, clip
 
 from model.causal_wan import CausalWanModel
+from model.compilation import compiles, keep_compiled_code
 from model.denoiser import Denoiser
 
 WINDOW = dict(context_frames=5, block_frames=2, sink_frames=1)  # a block wraps around the end of the ring
@@ -114,3 +116,19 @@ def test_which_windows_are_full(make_net, options):
     assert found == [False, False, False, not options]
     window.cache.forget(2)
     assert not window.cache.is_full_window()
+
+
+def test_auto_compiles_on_cuda_only():
+    choices = [(setting, device) for setting in ("auto", "on", "off") for device in ("cuda", "cpu")]
+    chosen = [choice for choice in choices if compiles(choice[0], torch.device(choice[1]))]
+    assert chosen == [("auto", "cuda"), ("on", "cuda"), ("on", "cpu")]
+
+
+def test_compiled_code_is_kept_in_one_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # restored after the test
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    assert keep_compiled_code() == tmp_path / "hiar" / "inductor"
+    assert cache_dir() == str(tmp_path / "hiar" / "inductor") and torch._inductor.config.fx_graph_cache
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "own"))
+    assert keep_compiled_code() == tmp_path / "own"

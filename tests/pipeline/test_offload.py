@@ -52,7 +52,7 @@ def test_streamed_layers_give_the_same_bits(net, own_net):
 
 def test_one_linear_layer_is_on_the_device_at_a_time(own_net, monkeypatch):
     config, counts = Config(), []
-    config.model.offload, config.model.compile = "all", True  # streamed layers are not compiled
+    config.model.offload, config.model.compile = "all", "on"  # streamed layers are not compiled
     prepare_network(own_net, config, HOME)
     pre_forward = StreamedWeights.pre_forward
 
