@@ -12,7 +12,8 @@ import torch
 from diffusers import WanTransformer3DModel
 
 from benchmark.measure import counted_flops
-from model.causal_wan import CausalWanModel, TextContext
+from model.causal_wan import CausalWanModel
+from model.conditioning import TextContext
 from model.kv_cache import KVCache
 
 _META = torch.device("meta")

@@ -8,7 +8,7 @@ Shapes: B batch, C channels, F frames, h and w latent size, N tokens, D width, L
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import prod
 from typing import Any, cast
 
@@ -20,7 +20,6 @@ from diffusers.models.attention import AttentionMixin
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.normalization import FP32LayerNorm
 from diffusers.models.transformers.transformer_wan import WanTimeTextImageEmbedding
-from einops import rearrange
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -33,38 +32,12 @@ from model.attention import (
     WriteThenDenoiseAttention,
 )
 from model.compilation import compile_layers
+from model.conditioning import Conditioning, TextContext, Tokens, scale_rows
 from model.kv_cache import KVCache
 from model.quantized_cache import new_kv_cache
-from model.rotary import Rope, rotary_table_of_runs
-from model.wan_layer import CausalWanLayer, modulate
+from model.rotary import RotaryTables
+from model.wan_layer import CausalWanLayer, modulated_norm
 from model.weights import align_weights_
-
-
-@dataclass(frozen=True)
-class TextContext:
-    """Cross-attention keys and values of a prompt; computed once and shared by all caches and steps."""
-
-    k: list[Tensor]  # per layer [B, L, heads, head_dim]
-    v: list[Tensor]
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """Tokens of a clip between two layers, with the conditioning that every layer reads, except for the text."""
-
-    hidden: Tensor  # [B, N, D]
-    time: Tensor  # timestep embedding [B, f, D]; f = 1 for one timestep per clip, F for one per frame
-    modulation: Tensor  # [B, f, 6, D]
-    rope: Rope
-    grid: tuple[int, int, int]  # frames, rows, columns
-
-    def frames(self, start: int, end: int) -> "Tokens":
-        """Return the tokens of frames start to end - 1; requires one timestep per frame."""
-        per_frame = self.grid[1] * self.grid[2]
-        span, tokens = slice(start, end), slice(start * per_frame, end * per_frame)
-        rope = self.rope[0][tokens], self.rope[1][tokens]
-        grid = (end - start, *self.grid[1:])
-        return Tokens(self.hidden[:, tokens], self.time[:, span], self.modulation[:, span], rope, grid)
 
 
 class CausalWanModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
@@ -73,7 +46,7 @@ class CausalWanModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
     The passes predict the flow noise - x0. Their common arguments:
 
         x: noisy latents [B, C, F, h, w], any dtype; converted to the network's.
-        timestep: 1000 sigma, [B] for one per clip or [B, F] for one per frame.
+        timestep: 1000 sigma, [B] for one per clip or [B, F] for one per frame; or the result of `condition`.
         text: prompt embeddings [B, L, text_dim], or the result of `encode_text`.
         first_frame: absolute index of x's first frame in the video, without an upper limit.
     """
@@ -127,6 +100,8 @@ class CausalWanModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
         self.proj_out = nn.Linear(dim, out_channels * prod(patch_size))
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
         self.gradient_checkpointing = False
+        self._fused = False
+        self._rotary_tables = RotaryTables(attention_head_dim)
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
@@ -145,7 +120,7 @@ class CausalWanModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
     def forward(
         self,
         x: Tensor,
-        timestep: Tensor,
+        timestep: Tensor | Conditioning,
         text: Tensor | TextContext,
         *,
         first_frame: int = 0,
@@ -173,7 +148,7 @@ class CausalWanModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
     def denoise_block(
         self,
         x: Tensor,
-        timestep: Tensor,
+        timestep: Tensor | Conditioning,
         text: Tensor | TextContext,
         cache: KVCache,
         first_frame: int = 0,
@@ -204,7 +179,7 @@ class CausalWanModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
     def write_block(
         self,
         x: Tensor,
-        timestep: Tensor,
+        timestep: Tensor | Conditioning,
         text: Tensor | TextContext,
         cache: KVCache,
         first_frame: int = 0,
@@ -230,49 +205,46 @@ class CausalWanModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
 
     def write_then_denoise(
         self,
-        context: Tensor,
-        context_timestep: Tensor,
         x: Tensor,
-        timestep: Tensor,
+        timestep: Tensor | Conditioning,
         text: Tensor | TextContext,
         cache: KVCache,
+        written_frames: int,
         first_frame: int = 0,
         read_frames: int | None = None,
     ) -> Tensor:
         """Run `write_block` on one block and `denoise_block` on the next block in one pass, without autograd.
 
         Args:
-            context: the block to write, [B, C, F, h, w].
-            context_timestep: [B, F], one per frame.
-            x: the block to denoise.
-            timestep: [B, F], one per frame.
-            first_frame: absolute index of the first frame of `context`.
+            x: both blocks along F.
+            timestep: [B, F], or the result of `condition` for timesteps [1, 2] if both blocks are equally long.
+            written_frames: frames of the first block, which is written.
             read_frames: see `write_block`.
 
         Returns:
-            The flow [B, C, F, h, w] of x.
+            The flow of the second block.
 
         Raises:
             ValueError: if autograd is on.
         """
         if torch.is_grad_enabled():
             raise ValueError("a pass over two blocks appends to the cache; run it under torch.no_grad()")
-        text, written = self._text_context(text), context.shape[2]
-        both = torch.cat([context, x], dim=2), torch.cat([context_timestep, timestep], dim=1)
-        tokens = self._embed(*both, first_frame)
-        attention = WriteThenDenoiseAttention(self._attention_backend, cache, written, read_frames)
-        last = len(self.layers) - 1
+        text = self._text_context(text)
+        tokens = self._embed(x, timestep, first_frame)
+        attention = WriteThenDenoiseAttention(self._attention_backend, cache, written_frames, read_frames)
+        last = len(self.blocks) - 1
         tokens = self._run_layers(tokens, text, attention, end=last)
-        self._append_last_layer(tokens.frames(0, written), cache)
-        tokens = self._run_layers(tokens.frames(written, tokens.grid[0]), text, attention.second_block, start=last)
-        cache.commit(written)
+        self._append_last_layer(tokens.frames(0, written_frames), cache)
+        tokens = tokens.frames(written_frames, x.shape[2])
+        tokens = self._run_layers(tokens, text, attention.second_block, start=last)
+        cache.commit(written_frames)
         return self._head(tokens)
 
     # ---- parts of the passes ----
 
     def encode_text(self, embeddings: Tensor) -> TextContext:
         """Return the cross-attention keys and values of prompt embeddings [B, L, text_dim]."""
-        hidden = self.condition_embedder.text_embedder(embeddings.to(self.dtype))
+        hidden = self.condition_embedder.text_embedder(embeddings.to(self._dtype))
         pairs = [layer.text_kv(hidden) for layer in self.layers]
         return TextContext([k for k, _ in pairs], [v for _, v in pairs])
 
@@ -282,14 +254,32 @@ class CausalWanModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
         timestep = timestep if timestep.ndim == 2 else timestep[:, None]
         sinusoid = embedder.timesteps_proj(timestep.flatten())
         weight = embedder.time_embedder.linear_1.weight
-        time = embedder.time_embedder(sinusoid.to(weight.dtype)).to(self.dtype).unflatten(0, timestep.shape)
+        time = embedder.time_embedder(sinusoid.to(weight.dtype)).to(self._dtype).unflatten(0, timestep.shape)
         return time, embedder.time_proj(embedder.act_fn(time)).unflatten(2, (6, -1))
+
+    @torch.no_grad()
+    def condition(self, timestep: Tensor) -> Conditioning:
+        """Return everything that passes compute from timesteps [B] or [B, f]. Passes without autograd may share it.
+
+        One timestep [1] serves batches and blocks of any size.
+        """
+        time, modulation = self.embed_timestep(timestep)
+        rows = [layer.rows(modulation) for layer in self.layers]
+        head = scale_rows(self.scale_shift_table, time.unsqueeze(2), scales=(1,))
+        if timestep.numel() == 1:
+            rows = [tuple(row.flatten() for row in layer) for layer in rows]
+            head = tuple(row.flatten() for row in head)
+        return Conditioning(modulation, head, tuple(rows))
 
     def _text_context(self, text: Tensor | TextContext) -> TextContext:
         return self.encode_text(text) if isinstance(text, Tensor) else text
 
     def _embed(
-        self, x: Tensor, timestep: Tensor, first_frame: int, positions: Sequence[tuple[int, int]] | None = None
+        self,
+        x: Tensor,
+        timestep: Tensor | Conditioning,
+        first_frame: int,
+        positions: Sequence[tuple[int, int]] | None = None,
     ) -> Tokens:
         """Embed x as tokens. `positions`: runs (frame relative to `first_frame`, frames) if x is not one run."""
         frames, height, width = x.shape[2:]
@@ -298,11 +288,17 @@ class CausalWanModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
             size, patch = f"{height}x{width}", f"{patch_h}x{patch_w}"
             raise ValueError(f"latents of {size} do not divide into patches of {patch}; change the size")
         grid = (frames, height // patch_h, width // patch_w)
-        hidden = self.patch_embedding(x.to(self.dtype)).flatten(2).transpose(1, 2).contiguous()
-        time, modulation = self.embed_timestep(timestep)
-        runs = [(first_frame + start, count) for start, count in positions or [(0, frames)]]
-        rope = rotary_table_of_runs(self.config.attention_head_dim, runs, grid[1:], hidden.device)
-        return Tokens(hidden, time, modulation, rope, grid)
+        hidden = self.patch_embedding(x.to(self._dtype)).flatten(2).transpose(1, 2).contiguous()
+        if isinstance(timestep, Tensor):
+            time, modulation = self.embed_timestep(timestep)
+            head = scale_rows(self.scale_shift_table, time.unsqueeze(2), scales=(1,))
+            timestep = Conditioning(modulation, head)
+        runs = tuple((first_frame + start, count) for start, count in positions or [(0, frames)])
+        rope = self._rotary_tables.get(runs, grid[1:], hidden.device)
+        if self._fused:
+            for layer in self.layers:
+                layer.fuse_projections()
+        return Tokens(hidden, timestep, rope, grid)
 
     def _run_layers(
         self, tokens: Tokens, text: TextContext, attention: SelfAttention, start: int = 0, end: int | None = None
@@ -311,31 +307,34 @@ class CausalWanModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
         checkpointing = self.gradient_checkpointing and torch.is_grad_enabled()
         hidden, layers = tokens.hidden, self.layers
         for index in range(start, len(layers) if end is None else end):
-            arguments = (index, hidden, tokens.modulation, tokens.rope, text.k[index], text.v[index], attention)
-            layer = layers[index]
+            modulation, layer = tokens.conditioning.of_layer(index), layers[index]
+            arguments = (index, hidden, modulation, tokens.rope, text.k[index], text.v[index], attention)
             hidden = checkpoint(layer, *arguments, use_reentrant=False) if checkpointing else layer(*arguments)
         return replace(tokens, hidden=hidden)
 
     def _append_last_layer(self, tokens: Tokens, cache: KVCache) -> None:
         """Append the last layer's keys and values without running the rest of this layer."""
-        last = len(self.layers) - 1
-        cache.append(last, *self.layers[last].kv(tokens.hidden, tokens.modulation, tokens.rope))
+        last = len(self.blocks) - 1
+        modulation = tokens.conditioning.of_layer(last)
+        cache.append(last, *self.layers[last].kv(tokens.hidden, modulation, tokens.rope))
 
     def _head(self, tokens: Tokens) -> Tensor:
         """Project the last layer's output to the flow [B, C, F, h, w]."""
         frames, rows, columns = tokens.grid
         _, patch_h, patch_w = self.config.patch_size
-        shift, scale = (self.scale_shift_table + tokens.time.unsqueeze(2)).chunk(2, dim=2)  # [B, f, 1, D] each
-        hidden = modulate(self.norm_out(tokens.hidden.float()), shift, scale).type_as(tokens.hidden)
-        return rearrange(
-            self.proj_out(hidden),
-            "b (f h w) (ph pw c) -> b c f (h ph) (w pw)",
-            f=frames, h=rows, w=columns, ph=patch_h, pw=patch_w,
-        )  # fmt: skip
+        hidden = self.proj_out(modulated_norm(tokens.hidden, *tokens.conditioning.head, self.norm_out.eps))
+        patches = hidden.view(-1, frames, rows, columns, patch_h, patch_w, self.config.out_channels)
+        patches = patches.permute(0, 6, 1, 2, 4, 3, 5)  # [B, C, F, rows, patch_h, columns, patch_w]
+        return patches.reshape(-1, self.config.out_channels, frames, rows * patch_h, columns * patch_w)
 
     def _refuse_checkpointing(self) -> None:
         if self.gradient_checkpointing and torch.is_grad_enabled():
             raise ValueError("a checkpointed pass would append twice; write the context under torch.no_grad()")
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """Dtype of the computation. diffusers' `dtype` is the same, but it searches all modules and is slow."""
+        return self.patch_embedding.weight.dtype
 
     @property
     def _attention_backend(self) -> Any:
@@ -384,6 +383,10 @@ class CausalWanModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
             dtype=dtype or self.dtype,
             device=self.device,
         )
+
+    def fuse_projections(self) -> None:
+        """Let all passes without autograd project queries and keys together; see `FusedQK`."""
+        self._fused = True
 
     def compile_layers(self, fall_back: bool = True) -> None:
         """Compile all layers; see model/compilation.py for the arguments and errors."""

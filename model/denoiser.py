@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from model.attention import FrameMask
-from model.causal_wan import CausalWanModel, TextContext
+from model.causal_wan import CausalWanModel
+from model.conditioning import Conditioning, TextContext
 from model.flow import flow_to_x0, guide
 from model.kv_cache import KVCache
 
@@ -14,9 +15,16 @@ from model.kv_cache import KVCache
 class Denoiser:
     """A network and the text that it is conditioned on."""
 
-    def __init__(self, net: CausalWanModel, text: TextContext):
+    def __init__(self, net: CausalWanModel, text: TextContext, reuse_conditioning: bool = True):
+        """
+        Args:
+            reuse_conditioning: passes without autograd compute the modulation of each sigma once. False: every pass
+                computes it, as sharded weights require.
+        """
         self.net = net
         self.text = text
+        self.reuse_conditioning = reuse_conditioning
+        self._conditionings: dict[tuple[float, ...], Conditioning] = {}
 
     def denoise(self, x: Tensor, sigma: float, first_frame: int, cache: KVCache | None, write: bool = False) -> Tensor:
         """Predict the block's x0, float32 [B, F, C, h, w], from x at noise level sigma and the cache's context.
@@ -28,7 +36,7 @@ class Denoiser:
         """
         if cache is None:
             return flow_to_x0(x, clip_flow(self.net, x, sigma, self.text), sigma)
-        timestep = timesteps(x, sigma)
+        timestep = self._timestep(x, sigma)
         flow = self.net.denoise_block(x.transpose(1, 2), timestep, self.text, cache, first_frame, append=write)
         return flow_to_x0(x, flow.transpose(1, 2), sigma)
 
@@ -36,7 +44,8 @@ class Denoiser:
         self, x: Tensor, sigma: float, first_frame: int, cache: KVCache, read_frames: int | None = None
     ) -> None:
         """Append the block x, at noise level sigma, to the cache. `read_frames`: see `CausalWanModel.write_block`."""
-        self.net.write_block(x.transpose(1, 2), timesteps(x, sigma), self.text, cache, first_frame, read_frames)
+        timestep = self._timestep(x, sigma)
+        self.net.write_block(x.transpose(1, 2), timestep, self.text, cache, first_frame, read_frames)
 
     def write_then_denoise(
         self,
@@ -54,17 +63,27 @@ class Denoiser:
             first_frame: absolute index of the context block's first frame.
             read_frames: see `CausalWanModel.write_block`.
         """
+        both, written = torch.cat([context, x], dim=1), context.shape[1]
+        if self.reuse_conditioning and context.shape == x.shape:
+            timestep: Tensor | Conditioning = self._conditioning(x, context_sigma, sigma)
+        else:
+            timestep = torch.cat([timesteps(context, context_sigma), timesteps(x, sigma)], dim=1)
         flow = self.net.write_then_denoise(
-            context.transpose(1, 2),
-            timesteps(context, context_sigma),
-            x.transpose(1, 2),
-            timesteps(x, sigma),
-            self.text,
-            cache,
-            first_frame,
-            read_frames,
+            both.transpose(1, 2), timestep, self.text, cache, written, first_frame, read_frames
         )
         return flow_to_x0(x, flow.transpose(1, 2), sigma)
+
+    def _timestep(self, x: Tensor, sigma: float) -> Tensor | Conditioning:
+        """Return the argument `timestep` of a pass over the block x."""
+        reuse = self.reuse_conditioning and not torch.is_grad_enabled()
+        return self._conditioning(x, sigma) if reuse else timesteps(x, sigma)
+
+    def _conditioning(self, x: Tensor, *sigmas: float) -> Conditioning:
+        """Return the conditioning of one block, or of blocks with one sigma each that share a pass."""
+        if sigmas not in self._conditionings:
+            timestep = torch.cat([timesteps(x[:1, :1], sigma) for sigma in sigmas], dim=1)
+            self._conditionings[sigmas] = self.net.condition(timestep)
+        return self._conditionings[sigmas]
 
 
 @dataclass(frozen=True)

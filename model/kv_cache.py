@@ -188,8 +188,8 @@ class KVCache:
         if not (shift := self._sink_shift(end)):
             return k
         sink_tokens = min(self.sink_frames, end) * self.tokens_per_frame
-        cos, sin = rotary_table(k.shape[-1], shift, (1, 1, 1), k.device)
-        return torch.cat([rotate(k[:, :sink_tokens], cos, sin), k[:, sink_tokens:]], dim=1)
+        rope = rotary_table(k.shape[-1], shift, (1, 1, 1), k.device)
+        return torch.cat([rotate(k[:, :sink_tokens], rope), k[:, sink_tokens:]], dim=1)
 
     def _sink_shift(self, end: int) -> int:
         """Return the frames by which a moving sink is moved for a block that starts at `end`."""

@@ -2,13 +2,16 @@
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from diffusers.models.attention import FeedForward
 from diffusers.models.normalization import FP32LayerNorm
 from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
 from torch import Tensor
 
 from model.attention import SelfAttention, attend
-from model.rotary import Rope, rotate
+from model.conditioning import Rows, scale_rows
+from model.fused_qk import FusedQK
+from model.rotary import rotate
 
 
 class CausalWanLayer(nn.Module):
@@ -30,13 +33,14 @@ class CausalWanLayer(nn.Module):
         self.ffn = FeedForward(dim, inner_dim=ffn_dim, activation_fn="gelu-approximate")
         self.norm3 = FP32LayerNorm(dim, eps, elementwise_affine=False)
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+        self.fused_qk: FusedQK | None = None
 
     def forward(
         self,
         index: int,
         hidden: Tensor,
-        modulation: Tensor,
-        rope: Rope,
+        modulation: Tensor | Rows,
+        rope: Tensor,
         text_k: Tensor,
         text_v: Tensor,
         self_attention: SelfAttention,
@@ -46,45 +50,50 @@ class CausalWanLayer(nn.Module):
         Args:
             index: index of this layer, passed to the self-attention.
             hidden: [B, N, D].
-            modulation: [B, f, 6, D] with f = 1 or F.
-            rope: cosines and sines of the N positions.
+            modulation: [B, f, 6, D] with f = 1 or F, or the result of `rows`.
+            rope: cosines and sines of the N positions, [N, 1, head_dim / 2, 2].
             text_k, text_v: the layer's cross-attention keys and values [B, L, heads, head_dim].
         """
-        q, k, v = self.qkv(hidden, modulation, rope)
-        return self.after_attention(hidden, self_attention(index, q, k, v), modulation, text_k, text_v)
+        rows = self.rows(modulation)
+        q, k, v = self.qkv(hidden, rows, rope)
+        return self.after_attention(hidden, self_attention(index, q, k, v), rows, text_k, text_v)
 
-    def qkv(self, hidden: Tensor, modulation: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+    def rows(self, modulation: Tensor | Rows) -> Rows:
+        """Return the six rows of this layer; `Rows` describes them."""
+        if isinstance(modulation, tuple):
+            return modulation
+        return scale_rows(self.scale_shift_table, modulation, scales=(1, 4))
+
+    def qkv(self, hidden: Tensor, rows: Rows, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return self-attention's q, k, v [B, N, heads, head_dim]; q and k are normalised and rotated."""
-        normed = self._self_attention_input(hidden, modulation)
+        normed = modulated_norm(hidden, rows[0], rows[1], self.norm1.eps)
         attn = self.attn1
-        q = attn.norm_q(attn.to_q(normed)).unflatten(2, (attn.heads, -1))
-        k = attn.norm_k(attn.to_k(normed)).unflatten(2, (attn.heads, -1))
-        v = attn.to_v(normed).unflatten(2, (attn.heads, -1))
-        return rotate(q, *rope), rotate(k, *rope), v
+        if self.fused_qk is not None and not torch.is_grad_enabled():
+            q, k = self.fused_qk(normed, rope)
+        else:
+            q = rotate(attn.norm_q(attn.to_q(normed)).unflatten(2, (attn.heads, -1)), rope)
+            k = rotate(attn.norm_k(attn.to_k(normed)).unflatten(2, (attn.heads, -1)), rope)
+        return q, k, attn.to_v(normed).unflatten(2, (attn.heads, -1))
 
-    def kv(self, hidden: Tensor, modulation: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+    def kv(self, hidden: Tensor, modulation: Tensor | Rows, rope: Tensor) -> tuple[Tensor, Tensor]:
         """Return only the k and v of `qkv`. A context write needs nothing else from the last layer."""
-        normed = self._self_attention_input(hidden, modulation)
+        shift, scale, *_ = self.rows(modulation)
+        normed = modulated_norm(hidden, shift, scale, self.norm1.eps)
         attn = self.attn1
         k = attn.norm_k(attn.to_k(normed)).unflatten(2, (attn.heads, -1))
-        return rotate(k, *rope), attn.to_v(normed).unflatten(2, (attn.heads, -1))
+        return rotate(k, rope), attn.to_v(normed).unflatten(2, (attn.heads, -1))
 
-    def after_attention(
-        self, hidden: Tensor, attended: Tensor, modulation: Tensor, text_k: Tensor, text_v: Tensor
-    ) -> Tensor:
+    def after_attention(self, hidden: Tensor, attended: Tensor, rows: Rows, text_k: Tensor, text_v: Tensor) -> Tensor:
         """Return the layer's output [B, N, D] from its input and self-attention's output [B, N, heads, head_dim]."""
-        gate = self._modulation_row(modulation, 2)
-        hidden = gated_sum(hidden, output_projection(self.attn1, attended), gate)
+        hidden = gated_sum(hidden, output_projection(self.attn1, attended), rows[2])
 
-        normed = self.norm2(hidden.float()).type_as(hidden)
         attn = self.attn2
-        q = attn.norm_q(attn.to_q(normed)).unflatten(2, (attn.heads, -1))
+        q = attn.norm_q(attn.to_q(self.norm2(hidden))).unflatten(2, (attn.heads, -1))
         attended = attend(q, text_k, text_v, attn.processor._attention_backend)
         hidden = hidden + output_projection(attn, attended)
 
-        shift, scale, gate = (self._modulation_row(modulation, row) for row in (3, 4, 5))
-        normed = modulate(self.norm3(hidden.float()), shift, scale).type_as(hidden)
-        return gated_sum(hidden, self.ffn(normed), gate)
+        normed = modulated_norm(hidden, rows[3], rows[4], self.norm3.eps)
+        return gated_sum(hidden, self.ffn(normed), rows[5])
 
     def text_kv(self, text: Tensor) -> tuple[Tensor, Tensor]:
         """Return cross-attention's keys and values [B, L, heads, head_dim] of projected text [B, L, D]."""
@@ -92,25 +101,28 @@ class CausalWanLayer(nn.Module):
         k = attn.norm_k(attn.to_k(text)).unflatten(2, (attn.heads, -1))
         return k, attn.to_v(text).unflatten(2, (attn.heads, -1))
 
-    def _self_attention_input(self, hidden: Tensor, modulation: Tensor) -> Tensor:
-        shift, scale = self._modulation_row(modulation, 0), self._modulation_row(modulation, 1)
-        return modulate(self.norm1(hidden.float()), shift, scale).type_as(hidden)
-
-    def _modulation_row(self, modulation: Tensor, row: int) -> Tensor:
-        """Return one of six shifts, scales and gates, float32 [B, f, 1, D]."""
-        return (self.scale_shift_table[:, row] + modulation[:, :, row].float()).unsqueeze(2)
+    def fuse_projections(self) -> None:
+        """Let passes without autograd project q and k together; see `FusedQK`. A second call adapts to new weights."""
+        if self.fused_qk is None or not self.fused_qk.is_current(self.attn1):
+            self.fused_qk = FusedQK(self.attn1) if FusedQK.supports(self.attn1) else None
 
 
-def modulate(normed: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Return normed (1 + scale) + shift, [B, N, D]; shift and scale are [B, f, 1, D], one row per N / f tokens."""
-    batch, tokens, dim = normed.shape
-    return (normed.view(batch, shift.shape[1], -1, dim) * (1 + scale) + shift).view(batch, tokens, dim)
+def modulated_norm(hidden: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """Return the layer norm of hidden [B, N, D], times scale plus shift, computed in float32; `Rows` has the shapes."""
+    dim = hidden.shape[-1]
+    if scale.ndim == 1:
+        return F.layer_norm(hidden.float(), (dim,), scale, shift, eps).type_as(hidden)
+    normed = F.layer_norm(hidden.float(), (dim,), eps=eps)
+    normed = normed.view(hidden.shape[0], scale.shape[1], -1, dim)
+    return torch.addcmul(shift, normed, scale).view(hidden.shape).type_as(hidden)
 
 
 def gated_sum(hidden: Tensor, update: Tensor, gate: Tensor) -> Tensor:
-    """Return hidden + gate update, computed in float32, in the dtype of hidden; [B, N, D] with gate [B, f, 1, D]."""
-    gated = update.float().view(*gate.shape[:2], -1, gate.shape[-1]) * gate
-    return (hidden.float() + gated.view(hidden.shape)).type_as(hidden)
+    """Return hidden + gate update [B, N, D], computed in float32; `Rows` has the shapes of `gate`."""
+    if gate.ndim > 1:
+        shape = hidden.shape[0], gate.shape[1], -1, hidden.shape[2]
+        return torch.addcmul(hidden.view(shape), update.view(shape), gate).view(hidden.shape).type_as(hidden)
+    return torch.addcmul(hidden, update, gate).type_as(hidden)
 
 
 def output_projection(attn: WanAttention, attended: Tensor) -> Tensor:

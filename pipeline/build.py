@@ -166,6 +166,8 @@ def prepare_network(
     else:
         net.to(device)
     choose_attention_backend(net, config.model.attention_backend, device)
+    if not streamed:
+        net.fuse_projections()
     if compiles(config.model.compile, device) and not streamed:
         folder = keep_compiled_code()
         if rank() == 0:
@@ -346,7 +348,7 @@ def build_rollout(
         rollout_class: `Rollout`, `TrainingRollout` or `StageRollout`.
         options: further arguments of `rollout_class`. They replace arguments that this function computes.
     """
-    net, rollout = denoiser.net, config.rollout
+    net, rollout, device = denoiser.net, config.rollout, denoiser.net.device
     length = num_frames or config.video.num_output_frames
     layout = block_layout(rollout, length, 0 if prefix is None else prefix.shape[1])
     if config.video.source:
@@ -361,9 +363,9 @@ def build_rollout(
         shape = (layout.frames(block), net.config.in_channels, height, width)
         key = block + noise_offset, step
         drawn = torch.stack([keyed_noise(config.runtime.seed, sample, *key, shape) for sample in samples])
-        if net.device.type == "cuda":  # a copy from pinned memory is queued, so the host does not wait for the GPU
+        if device.type == "cuda":  # a copy from pinned memory is queued, so the host does not wait for the GPU
             drawn = drawn.pin_memory()
-        return drawn.to(net.device, non_blocking=True)
+        return drawn.to(device, non_blocking=True)
 
     def empty_cache() -> KVCache | None:
         if rollout.schedule == "bidirectional":
@@ -379,10 +381,10 @@ def build_rollout(
         frames = list(itertools.islice(source, layout.frames(block)))
         if len(frames) < layout.frames(block):
             raise UserError(f"{config.video.source} ends within block {block}: it changed while it was read")
-        return torch.cat(frames, dim=1).to(net.device, non_blocking=True).expand(len(samples), -1, -1, -1, -1)
+        return torch.cat(frames, dim=1).to(device, non_blocking=True).expand(len(samples), -1, -1, -1, -1)
 
     if prefix is not None:
-        prefix = prefix.to(net.device, torch.float32).expand(len(samples), -1, -1, -1, -1)
+        prefix = prefix.to(device, torch.float32).expand(len(samples), -1, -1, -1, -1)
     arguments: dict[str, Any] = {
         "denoiser": denoiser,
         "sigmas": rollout_sigmas(rollout),

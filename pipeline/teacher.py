@@ -10,8 +10,9 @@ from diffusers import UniPCMultistepScheduler
 from torch import Tensor
 from tqdm import tqdm
 
-from model.causal_wan import CausalWanModel, TextContext
+from model.causal_wan import CausalWanModel
 from model.compilation import compiles
+from model.conditioning import TextContext
 from model.denoiser import clip_flow
 from model.embeddings import EmbeddingCache
 from model.flow import guide, solver_sigmas

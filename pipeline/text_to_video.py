@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.causal_wan import CausalWanModel, TextContext
+from model.causal_wan import CausalWanModel
+from model.conditioning import TextContext
 from model.denoiser import Denoiser, GuidedDenoiser
 from model.embeddings import EmbeddingCache
 from model.vae import StreamingDecoder, WanVAE

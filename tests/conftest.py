@@ -20,7 +20,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from model.causal_wan import CausalWanModel, TextContext
+from model.causal_wan import CausalWanModel
+from model.conditioning import TextContext
 
 torch.set_num_threads(1)
 # Some tests send Ctrl-C. A background job may ignore it, and its children would inherit that.

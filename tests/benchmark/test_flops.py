@@ -25,7 +25,7 @@ def test_cached_passes(net, text, count, written, held):
 
     def fused() -> None:
         with torch.no_grad():
-            net.write_then_denoise(x, timestep, x, timestep, text, cache, written)
+            net.write_then_denoise(x.repeat(1, 1, 2, 1, 1), timestep.repeat(1, 2), text, cache, FRAMES, written)
 
     assert count.denoise(held) == counted_flops(lambda: net.denoise_block(x, timestep, text, cache, written))
     assert count.write_then_denoise(held) == counted_flops(fused)

@@ -167,7 +167,8 @@ def test_write_then_denoise_equals_two_passes(net, text, frames):
     context, x = clip(2, seed=1), clip(2, seed=2)
     caches = [filled_cache(net, text, frames) for _ in range(2)]
     with torch.no_grad():
-        actual = net.write_then_denoise(context, per_frame(300.0), x, per_frame(700.0), text, caches[0], frames)
+        both = torch.cat([context, x], dim=2), torch.tensor([[300.0, 300.0, 700.0, 700.0]])
+        actual = net.write_then_denoise(*both, text, caches[0], 2, frames)
         net.write_block(context, per_frame(300.0), text, caches[1], frames)
         expected = net.denoise_block(x, per_frame(700.0), text, caches[1], frames + 2)
     torch.testing.assert_close(actual, expected, **CLOSE)

@@ -122,7 +122,7 @@ def test_only_the_distance_to_the_context_matters(net, text):
 
 def test_positions_far_away_are_exact():
     """In float32, the angles of the fast channels would be wrong at frame 10^6."""
-    cos, sin = rotary_table(16, 1_000_000, (1, 1, 1), torch.device("cpu"))
+    cos, sin = rotary_table(16, 1_000_000, (1, 1, 1), torch.device("cpu")).unbind(-1)
     time = [1e6 * 10000 ** (-channel / 8) for channel in range(0, 8, 2)]  # 8 of 16 channels; the rest is at row 0
     expected = torch.tensor([*time, 0, 0, 0, 0], dtype=torch.float64)
     torch.testing.assert_close(cos[0, 0], expected.cos().float(), atol=1e-6, rtol=0)
@@ -132,8 +132,9 @@ def test_positions_far_away_are_exact():
 def test_rotation_keeps_the_order_of_channels():
     """Attention would not notice another order, but cached keys of other programs would differ."""
     x = torch.randn(1, 3, 2, 8)
-    assert torch.equal(rotate(x, torch.ones(3, 1, 4), torch.zeros(3, 1, 4)), x)
-    quarter = rotate(x, torch.zeros(3, 1, 4), torch.ones(3, 1, 4))
+    one, i = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
+    assert torch.equal(rotate(x, one.expand(3, 1, 4, 2)), x)
+    quarter = rotate(x, i.expand(3, 1, 4, 2))
     assert torch.equal(quarter[..., 0::2], -x[..., 1::2]) and torch.equal(quarter[..., 1::2], x[..., 0::2])
 
 
@@ -210,7 +211,7 @@ def test_passes_that_append_refuse_autograd_with_checkpointing(make_net):
         with pytest.raises(ValueError, match="append twice"):
             write()
     with pytest.raises(ValueError, match="no_grad"):
-        net.write_then_denoise(clip(1), per_frame(0.0, 1), clip(1), per_frame(1.0, 1), PROMPT, cache)
+        net.write_then_denoise(clip(2), per_frame(1.0), PROMPT, cache, 1)
     assert cache.num_frames == 0
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 
-from model.causal_wan import TextContext
+from model.conditioning import TextContext
 from model.denoiser import Denoiser, GuidedDenoiser
 from model.flow import add_noise, solver_sigmas
 from pipeline.build import build_rollout, build_schedule, rollout_sigmas

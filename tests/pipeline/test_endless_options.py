@@ -111,7 +111,7 @@ def test_a_moving_sink_equals_passes_with_moved_positions(make_net, text, method
         grid, dim = tokens.grid[1:], net.config.attention_head_dim
         moved = rotary_table(dim, oldest - sink, (sink, *grid), torch.device("cpu"))
         rest = rotary_table(dim, sink, (past + 2 - sink, *grid), torch.device("cpu"))
-        rope = tuple(torch.cat(tables) for tables in zip(moved, rest, strict=True)) if past else tokens.rope
+        rope = torch.cat([moved, rest]) if past else tokens.rope
         mask = BlockCausalMask((2,) * (len(contexts) + 1), CONTEXT, sink)
         attention = BlockCausalAttention(None, mask, grid[0] * grid[1])
         tokens = net._run_layers(dataclasses.replace(tokens, rope=rope), net.encode_text(text), attention)

@@ -224,4 +224,5 @@ class SelfRollout(ClipSource[GeneratedClip]):
 
     def _denoiser(self, embeddings: Tensor, graph: bool) -> Denoiser:
         with torch.set_grad_enabled(graph), mixed_precision(self.config, self.device):
-            return Denoiser(self.generator, self.generator.encode_text(embeddings))
+            text = self.generator.encode_text(embeddings)
+            return Denoiser(self.generator, text, reuse_conditioning=False)
