@@ -32,7 +32,8 @@ def passes(net, device=CPU) -> list[torch.Tensor]:
     text = net.encode_text(torch.randn(1, 5, 24, generator=generator).to(device))
     net.write_block(x, timestep, text, cache)
     flow = net.denoise_block(y, timestep, text, cache, 3)
-    return [flow, net.write_then_denoise(y, timestep, x, timestep, text, cache, 3), net(x, timestep, text)]
+    both = torch.cat([y, x], dim=2), timestep.repeat(1, 2)
+    return [flow, net.write_then_denoise(*both, text, cache, 3, 3), net(x, timestep, text)]
 
 
 def linears(net: nn.Module) -> list[nn.Linear]:
