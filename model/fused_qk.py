@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from diffusers.models.transformers.transformer_wan import WanAttention
 from torch import Tensor, nn
 
+from model.cpu_kernels import rms_norm
 from model.rotary import rotate
 
 
@@ -40,7 +41,7 @@ class FusedQK:
     def __call__(self, x: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
         """Return rotated q and k [B, N, heads, head_dim] of x [B, N, D]; `rope` is [N, 1, head_dim / 2, 2]."""
         qk = F.linear(x, self.weight, self.bias).unflatten(2, (2, -1))  # [B, N, 2, D]
-        qk = F.rms_norm(qk, qk.shape[-1:], eps=self.eps) * self.norm
+        qk = rms_norm(qk, self.norm, self.eps)
         q, k = rotate(qk.unflatten(3, (self.heads, -1)), rope.unsqueeze(1)).unbind(2)
         return q, k
 

@@ -60,6 +60,8 @@ class KVCache:
     def _allocate(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> None:
         self._k = torch.empty(shape, dtype=dtype, device=device)
         self._v = torch.empty(shape, dtype=dtype, device=device)
+        # Views that `read_with_block` uses again: making one takes as long as copying a small block.
+        self._views: dict[tuple[int, int, int], list[Tensor]] = {}
 
     @property
     def ring_frames(self) -> int:
@@ -114,9 +116,13 @@ class KVCache:
             return torch.cat([past_k, k], dim=1), torch.cat([past_v, v], dim=1)
         start = min(newest, self.context_frames) * self.tokens_per_frame
         stop = start + k.shape[1]
-        self._k[layer, :, start:stop] = k
-        self._v[layer, :, start:stop] = v
-        return self._k[layer, :, :stop], self._v[layer, :, :stop]
+        if (layer, start, stop) not in self._views:
+            views = [x[layer, :, first:stop] for first in (start, 0) for x in (self._k, self._v)]
+            self._views[layer, start, stop] = views
+        own_k, own_v, keys, values = self._views[layer, start, stop]
+        own_k.copy_(k)
+        own_v.copy_(v)
+        return keys, values
 
     def is_full_window(self) -> bool:
         """Return whether the next blocks see the whole ring in one view, followed by scratch slots."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from model.attention import SelfAttention, attend
 from model.conditioning import Rows, scale_rows
+from model.cpu_kernels import linear, rms_norm, tanh_gelu
 from model.fused_qk import FusedQK
 from model.rotary import rotate
 
@@ -71,35 +72,39 @@ class CausalWanLayer(nn.Module):
         if self.fused_qk is not None and not torch.is_grad_enabled():
             q, k = self.fused_qk(normed, rope)
         else:
-            q = rotate(attn.norm_q(attn.to_q(normed)).unflatten(2, (attn.heads, -1)), rope)
-            k = rotate(attn.norm_k(attn.to_k(normed)).unflatten(2, (attn.heads, -1)), rope)
-        return q, k, attn.to_v(normed).unflatten(2, (attn.heads, -1))
+            q = rotate(split_heads(attn, attn.norm_q(attn.to_q(normed))), rope)
+            k = rotate(split_heads(attn, attn.norm_k(attn.to_k(normed))), rope)
+        return q, k, split_heads(attn, linear(attn.to_v, normed))
 
     def kv(self, hidden: Tensor, modulation: Tensor | Rows, rope: Tensor) -> tuple[Tensor, Tensor]:
         """Return only the k and v of `qkv`. A context write needs nothing else from the last layer."""
         shift, scale, *_ = self.rows(modulation)
         normed = modulated_norm(hidden, shift, scale, self.norm1.eps)
         attn = self.attn1
-        k = attn.norm_k(attn.to_k(normed)).unflatten(2, (attn.heads, -1))
-        return rotate(k, rope), attn.to_v(normed).unflatten(2, (attn.heads, -1))
+        k = split_heads(attn, attn.norm_k(attn.to_k(normed)))
+        return rotate(k, rope), split_heads(attn, linear(attn.to_v, normed))
 
     def after_attention(self, hidden: Tensor, attended: Tensor, rows: Rows, text_k: Tensor, text_v: Tensor) -> Tensor:
         """Return the layer's output [B, N, D] from its input and self-attention's output [B, N, heads, head_dim]."""
         hidden = gated_sum(hidden, output_projection(self.attn1, attended), rows[2])
 
         attn = self.attn2
-        q = attn.norm_q(attn.to_q(self.norm2(hidden))).unflatten(2, (attn.heads, -1))
+        q = split_heads(attn, rms_norm(linear(attn.to_q, self.norm2(hidden)), attn.norm_q.weight, attn.norm_q.eps))
         attended = attend(q, text_k, text_v, attn.processor._attention_backend)
         hidden = hidden + output_projection(attn, attended)
 
         normed = modulated_norm(hidden, rows[3], rows[4], self.norm3.eps)
-        return gated_sum(hidden, self.ffn(normed), rows[5])
+        return gated_sum(hidden, self.feed_forward(normed), rows[5])
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """Return `ffn` of x [B, N, D]."""
+        expand, _, contract = self.ffn.net
+        return linear(contract, tanh_gelu(linear(expand.proj, x)))
 
     def text_kv(self, text: Tensor) -> tuple[Tensor, Tensor]:
         """Return cross-attention's keys and values [B, L, heads, head_dim] of projected text [B, L, D]."""
         attn = self.attn2
-        k = attn.norm_k(attn.to_k(text)).unflatten(2, (attn.heads, -1))
-        return k, attn.to_v(text).unflatten(2, (attn.heads, -1))
+        return split_heads(attn, attn.norm_k(attn.to_k(text))), split_heads(attn, attn.to_v(text))
 
     def fuse_projections(self) -> None:
         """Let passes without autograd project q and k together; see `FusedQK`. A second call adapts to new weights."""
@@ -125,6 +130,11 @@ def gated_sum(hidden: Tensor, update: Tensor, gate: Tensor) -> Tensor:
     return torch.addcmul(hidden, update, gate).type_as(hidden)
 
 
+def split_heads(attn: WanAttention, x: Tensor) -> Tensor:
+    """Return x [B, N, D] as [B, N, heads, head_dim]."""
+    return x.view(x.shape[0], x.shape[1], attn.heads, -1)
+
+
 def output_projection(attn: WanAttention, attended: Tensor) -> Tensor:
     """Project heads [B, N, heads, head_dim] back to [B, N, D]."""
-    return attn.to_out[0](attended.flatten(2, 3))
+    return linear(attn.to_out[0], attended.flatten(2, 3))

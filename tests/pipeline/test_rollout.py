@@ -531,12 +531,12 @@ def test_ranks_of_the_network_give_the_same_bits(small_net, small_text, expected
 
 
 def net_x0(net, text, x: Tensor, sigma: float, first_frame: int, cache) -> Tensor:
-    timestep = torch.full(x.shape[:2], 1000 * sigma)
-    return x - sigma * net.denoise_block(x.transpose(1, 2), timestep, text, cache, first_frame).transpose(1, 2)
+    level = net.condition(torch.tensor([1000 * sigma]))
+    return x - sigma * net.denoise_block(x.transpose(1, 2), level, text, cache, first_frame).transpose(1, 2)
 
 
 def write(net, text, x: Tensor, sigma: float, first_frame: int, cache) -> None:
-    net.write_block(x.transpose(1, 2), torch.full(x.shape[:2], 1000 * sigma), text, cache, first_frame)
+    net.write_block(x.transpose(1, 2), net.condition(torch.tensor([1000 * sigma])), text, cache, first_frame)
 
 
 LOOPS = pytest.mark.parametrize(
