@@ -322,7 +322,8 @@ class CausalWanModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
         """Project the last layer's output to the flow [B, C, F, h, w]."""
         frames, rows, columns = tokens.grid
         _, patch_h, patch_w = self.config.patch_size
-        hidden = self.proj_out(modulated_norm(tokens.hidden, *tokens.conditioning.head, self.norm_out.eps))
+        shift, scale = tokens.conditioning.head
+        hidden = self.proj_out(modulated_norm(tokens.hidden, shift, scale, self.norm_out.eps))
         patches = hidden.view(-1, frames, rows, columns, patch_h, patch_w, self.config.out_channels)
         patches = patches.permute(0, 6, 1, 2, 4, 3, 5)  # [B, C, F, rows, patch_h, columns, patch_w]
         return patches.reshape(-1, self.config.out_channels, frames, rows * patch_h, columns * patch_w)

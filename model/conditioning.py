@@ -53,10 +53,10 @@ class Tokens:
 
     def frames(self, start: int, end: int) -> "Tokens":
         """Return the tokens of frames start to end - 1."""
-        frames, *size = self.grid
-        tokens = slice(start * size[0] * size[1], end * size[0] * size[1])
+        frames, rows, columns = self.grid
+        tokens = slice(start * rows * columns, end * rows * columns)
         part = self.conditioning.part(start, end, frames)
-        return Tokens(self.hidden[:, tokens], part, self.rope[tokens], (end - start, *size))
+        return Tokens(self.hidden[:, tokens], part, self.rope[tokens], (end - start, rows, columns))
 
 
 def scale_rows(table: Tensor, modulation: Tensor, scales: Sequence[int]) -> Rows:

@@ -14,7 +14,7 @@ _ONEDNN_FLOPS = 2e8  # least FLOPs of a product that oneDNN computes faster than
 
 def linear(module: nn.Module, x: Tensor) -> Tensor:
     """Return `module` of x [B, N, K]; module is a linear layer, possibly quantized or with adapters."""
-    if type(module) is nn.Linear and _is_plain(x) and 2 * x.numel() * module.out_features > _ONEDNN_FLOPS:
+    if type(module) is nn.Linear and 2 * x.numel() * module.out_features > _ONEDNN_FLOPS and _is_plain(x):
         return torch.ops.mkldnn._linear_pointwise(x, module.weight, module.bias, "none", [], "")
     return module(x)
 

@@ -530,11 +530,13 @@ def test_ranks_of_the_network_give_the_same_bits(small_net, small_text, expected
     assert torch.equal(run_ranks(make, case_schedule(case), stages, "diagonal"), expected(case))
 
 
+@torch.no_grad()
 def net_x0(net, text, x: Tensor, sigma: float, first_frame: int, cache) -> Tensor:
     level = net.condition(torch.tensor([1000 * sigma]))
     return x - sigma * net.denoise_block(x.transpose(1, 2), level, text, cache, first_frame).transpose(1, 2)
 
 
+@torch.no_grad()
 def write(net, text, x: Tensor, sigma: float, first_frame: int, cache) -> None:
     net.write_block(x.transpose(1, 2), net.condition(torch.tensor([1000 * sigma])), text, cache, first_frame)
 
