@@ -5,7 +5,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention_dispatch import (
+    AttentionBackendName,
+    _AttentionBackendRegistry,
+    dispatch_attention_fn,
+)
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -35,6 +39,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, backend: Any) -> Tensor:
     """Return unmasked attention [B, N, heads, head_dim] by one of diffusers' backends; None for the default."""
     if backend == "_native_cudnn":
         return cudnn_attention(q, k, v)
+    if (backend or _AttentionBackendRegistry.get_active_backend()[0]) == AttentionBackendName.NATIVE:
+        # The dispatch does the same. On a CPU, its checks take as long as the attention to a short text.
+        return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
     return dispatch_attention_fn(q, k, v, backend=backend)
 
 

@@ -158,12 +158,13 @@ def test_a_fused_network_saves_copies_and_trains(fused, tmp_path):
 def test_tables_of_positions_are_kept_for_the_newest_positions():
     device = torch.device("cpu")
     tables = RotaryTables(16, capacity=2)
-    first = tables.get(3, (2, 1, 2), device)
+    first = tables.get(((3, 2),), (1, 2), device)
     assert torch.equal(first, rotary_table(16, 3, (2, 1, 2), device))
-    assert tables.get(3, (2, 1, 2), device) is first
-    tables.get(5, (2, 1, 2), device)
-    tables.get(7, (2, 1, 2), device)
-    assert tables.get(3, (2, 1, 2), device) is not first
+    assert tables.get(((3, 2),), (1, 2), device) is first
+    two = tables.get(((3, 2), (0, 1)), (1, 2), device)
+    assert torch.equal(two, torch.cat([first, rotary_table(16, 0, (1, 1, 2), device)]))
+    tables.get(((7, 2),), (1, 2), device)
+    assert tables.get(((3, 2),), (1, 2), device) is not first
 
 
 def test_rotation_by_real_numbers_equals_complex_rotation(monkeypatch):
