@@ -37,6 +37,16 @@ def _loopback_only(event: str, arguments: tuple) -> None:
 
 
 sys.addaudithook(_loopback_only)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip the tests marked `gpu` without a GPU. GPU_TESTS_ON_CPU=1 runs them on the CPU, to try them."""
+    if not torch.cuda.is_available() and not os.environ.get("GPU_TESTS_ON_CPU"):
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
 settings.register_profile(
     "tests", deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
 )

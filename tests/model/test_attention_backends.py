@@ -1,6 +1,6 @@
 """model/attention_backends.py: the choice for a GPU, the names of kernels, and cuDNN without copies.
 
-The kernels of a GPU do not run here; `tests/model/test_gpu.py` runs them where there is one.
+The kernels of a GPU do not run here; `tests/model/test_gpu_attention.py` runs them where there is one.
 """
 
 from contextlib import contextmanager
