@@ -73,9 +73,9 @@ def test_bfloat16_and_every_attention_kernel_are_close_to_float32(latents):
 
 
 def test_compiled_layers_have_the_latents_of_eager_ones(latents):
-    result, syncs = latents(DEVICE, "model.compile=true")
+    result, syncs = latents(DEVICE, "model.compile=on")
     assert syncs == []
-    assert relative_error(result, latents(DEVICE, "model.compile=false")[0]) < 1e-3
+    assert relative_error(result, latents(DEVICE, "model.compile=off")[0]) < 1e-3
 
 
 @pytest.mark.parametrize("dtype", ["float8_e4m3fn", "int8"])
