@@ -1,11 +1,14 @@
 """Denoiser of a rollout: predicts x0 from noisy latents [B, F, C, h, w] and a sigma with the causal DiT."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from model.attention import FrameMask
+from model.batched_pass import batch_flows
+from model.block_pass import BlockPass
 from model.causal_wan import CausalWanModel
 from model.conditioning import Conditioning, TextContext
 from model.flow import flow_to_x0, guide
@@ -72,6 +75,19 @@ class Denoiser:
             both.transpose(1, 2), timestep, self.text, cache, written, first_frame, read_frames
         )
         return flow_to_x0(x, flow.transpose(1, 2), sigma)
+
+    def run_batch(self, passes: Sequence[BlockPass]) -> list[Tensor]:
+        """Run several blocks in one pass, without autograd; return the x0 of the denoised blocks, in their order."""
+        passes = sorted(passes, key=lambda item: item.denoise)  # the blocks that are only written come first
+        equal = len({item.num_frames for item in passes}) == 1
+        if self.reuse_conditioning:
+            sigmas = [item.sigma for item in passes for _ in range(1 if equal else item.num_frames)]
+            timestep: Tensor | Conditioning = self._conditioning(passes[0].x, *sigmas)
+        else:
+            timestep = torch.cat([timesteps(item.x, item.sigma) for item in passes], dim=1)
+        flows = batch_flows(self.net, passes, self.text, timestep)
+        denoised = [item for item in passes if item.denoise]
+        return [flow_to_x0(item.x, flow, item.sigma) for item, flow in zip(denoised, flows, strict=True)]
 
     def _timestep(self, x: Tensor, sigma: float) -> Tensor | Conditioning:
         """Return the argument `timestep` of a pass over the block x."""
@@ -158,6 +174,12 @@ class GuidedDenoiser:
         return self._guide(
             conditional, self.unconditional.write_then_denoise(*blocks, cache.unconditional, read_frames)
         )
+
+    def run_batch(self, passes: Sequence[BlockPass]) -> list[Tensor]:
+        """Run `Denoiser.run_batch` for both branches; return the guided x0 of the denoised blocks."""
+        conditional = self.conditional.run_batch([replace(item, cache=item.cache.conditional) for item in passes])
+        unconditional = self.unconditional.run_batch([replace(item, cache=item.cache.unconditional) for item in passes])
+        return [self._guide(*pair) for pair in zip(conditional, unconditional, strict=True)]
 
     def _guide(self, conditional: Tensor, unconditional: Tensor) -> Tensor:
         return guide(conditional, unconditional, self.scale)

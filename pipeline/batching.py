@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from pipeline.schedule import Op, Schedule, for_stage
+from pipeline.schedule import Op, Schedule
 
 Order = Literal["step_major", "diagonal", "batched"]
 
@@ -36,36 +36,25 @@ def count_ops(ops: Iterable[Op | Batch]) -> int:
     return sum(len(unbatched(op)) for op in ops)
 
 
-def as_batch(ops: Sequence[Op]) -> Op | Batch:
-    """Return the ops as a batch; a single op remains as it is."""
-    return ops[0] if len(ops) == 1 else Batch(tuple(ops))
-
-
 def streaming_order(order: Order) -> Order:
     """Return the order that finishes blocks early in place of `order`: diagonal instead of step_major."""
     return "diagonal" if order == "step_major" else order
 
 
-def arrange(
-    schedule: Schedule, order: Order, fuse_context: bool = False, caches: Sequence[int] | None = None
-) -> Iterator[Op | Batch]:
-    """Return the ops of a schedule in the order of `rollout.order`; see `Schedule.ops`.
-
-    Args:
-        caches: those of one rank; None for all.
-    """
+def arrange(schedule: Schedule, order: Order, fuse_context: bool = False) -> Iterator[Op | Batch]:
+    """Return all ops of a schedule in the order of `rollout.order`; see `Schedule.ops`."""
     ops = schedule.ops("diagonal" if order == "batched" else order, fuse_context)
-    if caches is not None:
-        ops = for_stage(ops, caches)
-    return batch_diagonals(ops, schedule.caches) if order == "batched" else ops
+    return batch_diagonals(ops, schedule.caches) if order == "batched" and len(schedule.caches) > 1 else ops
 
 
 def batch_diagonals(ops: Iterable[Op], caches: Sequence[int]) -> Iterator[Op | Batch]:
     """Batch the ops of each diagonal: the first ops of all caches, then the second ops, and so on.
 
+    A batch may have a single op, so that all ops of the video run in passes of one kind.
+
     Args:
-        ops: in diagonal order; of all caches, or of those of one rank.
-        caches: all caches of the schedule.
+        ops: in diagonal order.
+        caches: the caches of the schedule.
     """
     position = {cache: index for index, cache in enumerate(caches)}
     for _, diagonal in itertools.groupby(ops, key=lambda op: op.block + position[op.cache]):
@@ -73,4 +62,4 @@ def batch_diagonals(ops: Iterable[Op], caches: Sequence[int]) -> Iterator[Op | B
         for op in diagonal:
             of_caches.setdefault(op.cache, []).append(op)
         for batch in itertools.zip_longest(*of_caches.values()):
-            yield as_batch([op for op in batch if op is not None])
+            yield Batch(tuple(op for op in batch if op is not None))

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Literal
 
-from pipeline.batching import Batch, as_batch, unbatched
+from pipeline.batching import Batch, unbatched
 from pipeline.prompt_track import PromptTrack
 from pipeline.schedule import DenoiseAndWrite, ForgetContext, Op, RewindContext, WriteContext, WriteThenDenoise
 
@@ -77,4 +77,4 @@ def add_switch_ops(
             *before, last = with_switch(op)
             yield from before
             last_ops.append(last)
-        yield as_batch(last_ops)
+        yield Batch(tuple(last_ops)) if isinstance(item, Batch) else last_ops[0]

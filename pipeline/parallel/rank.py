@@ -5,11 +5,10 @@
 - The decoder rank writes frames while later blocks are still being denoised.
 """
 
-import functools
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -19,7 +18,6 @@ from tqdm import tqdm
 
 from model.causal_wan import CausalWanModel
 from model.denoiser import Denoiser
-from pipeline.batching import arrange, streaming_order
 from pipeline.build import (
     block_layout,
     build_rollout,
@@ -39,7 +37,7 @@ from pipeline.prefix import read_prefix
 from pipeline.prompt_embeddings import PromptEmbeddings
 from pipeline.prompt_track import PromptTrack
 from pipeline.rollout import BlockLayout, Rollout
-from pipeline.schedule import Schedule
+from pipeline.schedule import Schedule, for_stage
 from pipeline.source import source_frames
 from utils.config import Config
 from utils.device import DTYPES
@@ -228,9 +226,8 @@ class PipelineRank:
             denoiser_at=(lambda block: denoisers[track.prompt_at(block)]) if job.prompt.track else None,
         )
         self._record_spans(rollout)
-        settings = self.config.rollout
-        ops = arrange(schedule, streaming_order(settings.order), settings.fuse_context, self.caches)
-        ops = build_switch_ops(self.config, ops, track, 0 if prefix is None else prefix.shape[1])
+        stage_ops = for_stage(schedule.ops("diagonal", self.config.rollout.fuse_context), self.caches)
+        ops = build_switch_ops(self.config, stage_ops, track, 0 if prefix is None else prefix.shape[1])
         blocks = rollout.run(list(ops), self.caches)
         if self.vae is not None:
             self._write(job, schedule, prefix, (latents for _, latents in blocks))
@@ -253,11 +250,8 @@ class PipelineRank:
         rollout.noise = recorded_noise
         rollout.denoiser = RecordedDenoiser(rollout.denoiser, rollout.layout, self.recorder)
         if (denoiser_at := rollout.denoiser_at) is not None:
-            layout, recorder = rollout.layout, self.recorder
-            record: Callable[..., RecordedDenoiser] = functools.cache(
-                functools.partial(RecordedDenoiser, layout=layout, recorder=recorder)
-            )
-            rollout.denoiser_at = lambda block: record(denoiser_at(block))  # one per prompt, for batches
+            layout = rollout.layout
+            rollout.denoiser_at = lambda block: RecordedDenoiser(denoiser_at(block), layout, self.recorder)
 
     def _decode(self, job: VideoJob, schedule: Schedule, prefix: Tensor | None, channel: MessageChannel) -> None:
         """Receive finished blocks from the last stage, decode and write them."""

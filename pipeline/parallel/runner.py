@@ -23,6 +23,7 @@ from pipeline.parallel.transport import GROUP_TIMEOUT
 from pipeline.schedule import Schedule
 from pipeline.source import fit_to_source
 from utils.config import Config
+from utils.config_loading import override_config
 from utils.device import pick_own_device
 from utils.distributed import rank, world_size
 from utils.errors import UserError
@@ -99,7 +100,10 @@ def run_pipelines(request: PipelineRequest) -> tuple[RunSummary, list[RankProfil
     Raises:
         UserError: for a request that cannot be fulfilled, before any weights are loaded.
     """
-    request = replace(request, config=fit_to_source(request.config))
+    config = fit_to_source(request.config)
+    if config.rollout.order == "batched":  # ranks run ops one by one, in diagonal order; the metadata says so
+        config = override_config(config, ["rollout.order=diagonal"])
+    request = replace(request, config=config)
     has_prefix = bool(request.prefix_path or any(prompt.image for prompt, _, _ in request.items))
     pipelines, schedule = plan_ranks(request.config, has_prefix)
     if len(pipelines) > len(request.items):

@@ -24,7 +24,6 @@ from torch import Tensor
 from model.attention import BlockCausalMask
 from model.denoiser import Denoiser
 from model.flow import add_noise
-from pipeline.batching import arrange
 from pipeline.parallel.stage_rollout import StageRollout
 from pipeline.rollout import BlockLayout, Rollout
 from pipeline.schedule import (
@@ -359,7 +358,7 @@ def run_ranks(
 
     def work(rank: int) -> None:
         torch.set_num_threads(1)
-        ops = arrange(schedule, order, fuse_context, stages[rank])  # type: ignore[arg-type]
+        ops = for_stage(schedule.ops(order, fuse_context), stages[rank])
         handoff_index = functools.partial(schedule.handoff_index, caches=stages[rank])
         rollout = make(
             rollout_class=StageRollout, transport=QueueTransport(queues[rank], queues[rank + 1], handoff_index)
