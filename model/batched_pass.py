@@ -5,7 +5,6 @@ runs on all tokens; each block attends to its own context.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 from model.attention import attend
 from model.block_pass import BlockPass
 from model.causal_wan import CausalWanModel
-from model.conditioning import Conditioning, TextContext, Tokens
+from model.conditioning import Conditioning, TextContext
 
 
 class BatchAttention:
@@ -65,7 +64,9 @@ def batch_flows(
     """
     only_written = [item for item in passes if not item.denoise]
     frames, written_frames = sum(item.num_frames for item in passes), sum(item.num_frames for item in only_written)
-    tokens = _embed(net, passes, conditioning)
+    positions = [(item.first_frame, item.num_frames) for item in passes]
+    x = torch.cat([item.x for item in passes], dim=1).transpose(1, 2)
+    tokens = net._embed(x, conditioning, 0, positions)
     attention = BatchAttention(net._attention_backend, passes)
     last = len(net.layers) - 1
     tokens = net._run_layers(tokens, text, attention, end=last)
@@ -82,11 +83,3 @@ def batch_flows(
         if item.write:
             item.cache.commit(item.num_frames)
     return flows
-
-
-def _embed(net: CausalWanModel, passes: Sequence[BlockPass], conditioning: Tensor | Conditioning) -> Tokens:
-    x = torch.cat([item.x for item in passes], dim=1).transpose(1, 2)
-    tokens = net._embed(x, conditioning, 0)
-    tables, size = net._rotary_tables, tokens.grid[1:]
-    ropes = [tables.get(item.first_frame, (item.num_frames, *size), x.device) for item in passes]
-    return replace(tokens, rope=torch.cat(ropes))

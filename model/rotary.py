@@ -49,10 +49,13 @@ class RotaryTables:
         key = runs, frame_grid, device
         table = self._tables.get(key)
         if table is None:
+            if len(runs) > 1:  # other passes use the same runs in other combinations
+                table = torch.cat([self.get((run,), frame_grid, device) for run in runs])
+            else:
+                [(first, frames)] = runs
+                table = rotary_table(self.head_dim, first, (frames, *frame_grid), device)
             if len(self._tables) >= self.capacity:
                 del self._tables[next(iter(self._tables))]  # the oldest
-            grids = [(first, (frames, *frame_grid)) for first, frames in runs]
-            table = torch.cat([rotary_table(self.head_dim, first, grid, device) for first, grid in grids])
             self._tables[key] = table
         return table
 

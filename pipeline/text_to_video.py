@@ -198,8 +198,7 @@ class TextToVideo:
     ) -> Iterator[np.ndarray]:
         """Generate a video and yield the pixel frames [T, H, W, 3], uint8, of each block as it finishes.
 
-        The frames equal `generate(...).frames`, in constant memory. The arguments are those of `generate`; the frames
-        of a prefix come first.
+        The arguments and the frames are those of `generate`; a prefix comes first. Memory does not grow with the video.
         """
         pipe, prefix_path = self._with(seed, num_frames, image, video, strength)
         pipe.config.rollout.order = streaming_order(pipe.config.rollout.order)
@@ -391,8 +390,8 @@ class TextToVideo:
 
     def num_ops(self, prefix_frames: int = 0) -> int:
         """Return the number of ops of one video without prompt switches, for progress bars."""
-        later, overlap = self.config.rollout.num_rollouts - 1, self.config.rollout.overlap_frames
-        return sum(count_ops(self.ops(self.schedule(frames))) for frames in [prefix_frames, *[overlap] * later])
+        later = [self.config.rollout.overlap_frames] * (self.config.rollout.num_rollouts - 1)
+        return sum(count_ops(self.ops(self.schedule(frames))) for frames in [prefix_frames, *later])
 
 
 def find_file(path: str) -> str:
