@@ -11,6 +11,7 @@ docs/config.md lists all configuration keys.
 """
 
 import argparse
+import math
 
 from pipeline.command_line import (
     check_arguments,
@@ -34,7 +35,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=1, help="videos generated at once; equal up to rounding")
     order = "same videos; diagonal writes blocks early; batched runs a diagonal in one pass"
     parser.add_argument("--order", choices=["step_major", "diagonal", "batched"], help=order)
+    parser.add_argument(
+        "--memory", type=float, metavar="GB", help="print the GPU memory and the nearest options that fit into GB; exit"
+    )
     args = parser.parse_intermixed_args()
+    if args.memory is not None and not 0 < args.memory < math.inf:  # NaN excluded
+        raise UserError(f"--memory must be a positive number of gigabytes, not {args.memory}")
     if args.output_path and args.output_folder:
         raise UserError("give --output_folder or --output_path, not both")
     check_arguments(args)
@@ -50,6 +56,11 @@ def main() -> None:
     config = resolve_config(args)
     if args.dry_run:
         print(config.to_yaml(), end="")
+    if args.memory is not None or (args.dry_run and config.runtime.device != "cpu"):
+        from pipeline.memory_options import memory_report
+
+        print(memory_report(config, args.batch_size, args.memory))
+    if args.dry_run or args.memory is not None:
         return
     if not args.output_folder and not args.output_path:
         raise UserError("no output folder: add --output_folder FOLDER")

@@ -98,7 +98,11 @@ def shared_arguments() -> argparse.ArgumentParser:
     parser.add_argument("--save_latents", action="store_true", help="write X.safetensors beside X.mp4")
     parser.add_argument("--overwrite", action="store_true", help="replace existing videos")
     parser.add_argument("--device", help="cuda, cuda:1, mps or cpu; default: the config's runtime.device")
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and exit")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the resolved configuration and exit; inference.py also prints the GPU memory",
+    )
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="changes to the configuration; keys: docs/config.md"
     )

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from model.sizes import num_parameters
 from trainer.objectives.base import Objective
-from trainer.planner import num_parameters
 from utils.config import DIT_OBJECTIVES, Config
 from utils.config_checks import num_micro_batches
 from utils.distributed import world_size

@@ -1,26 +1,18 @@
 """Estimates the memory of a training run per rank from tensor shapes, without loading weights."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
 
-import torch
 from diffusers import AutoencoderKLWan
-from torch import nn
 from transformers import UMT5Config, UMT5EncoderModel
 
 from model import presets
 from model.causal_wan import CausalWanModel
-from model.weights import ModelDirectory
+from model.sizes import base_config, component_config, num_parameters, on_meta, text_encoder_preset, width
 from pipeline.build import block_layout, context_frames, rollout_sigmas, tokens_per_frame
 from trainer.objectives.self_rollout import history_plan, replay_history, trained_blocks
 from utils.config import Config
 from utils.device import DTYPES
-from utils.errors import UserError
-from utils.files import read_json
-
-Module = TypeVar("Module", bound=nn.Module)
 
 GB = 1e9
 _GPU_GB = 80  # memory of common training GPUs
@@ -277,44 +269,6 @@ def trained_dit_config(config: Config) -> dict:
     return base_config(config.model.base)
 
 
-def base_config(base: str) -> dict:
-    """Return the configuration of a model directory's DiT. If it is not downloaded, its name selects a preset.
-
-    Raises:
-        UserError: if the directory cannot be read and its name contains no known size.
-    """
-    try:
-        return ModelDirectory.open(base).transformer_config()
-    except UserError:
-        for size, name in (("1.3b", "wan-1.3b"), ("14b", "wan-14b")):
-            if size in base.lower():
-                return presets.TRANSFORMERS[name]
-        raise
-
-
-def component_config(folder: Path) -> dict[str, Any]:
-    """Return the config.json of a component of a model directory; {} if there is none, as in Wan's native layout."""
-    file = folder / "config.json"
-    return read_json(file, "model configuration") if file.is_file() else {}
-
-
-def text_encoder_preset(text_dim: int, base: Path) -> dict[str, Any]:
-    """Return the configuration of the text encoder with this embedding width.
-
-    Raises:
-        UserError: if no preset has this width.
-    """
-    for sizes in presets.TEXT_ENCODERS.values():
-        if sizes["d_model"] == text_dim:
-            return sizes
-    raise UserError(f"{base} has no text_encoder/config.json, and no known text encoder has the width {text_dim}")
-
-
-def width(net: dict) -> int:
-    """Return a DiT's width D."""
-    return net["num_attention_heads"] * net["attention_head_dim"]
-
-
 def frame_tokens(config: Config, net: dict) -> int:
     """Return a DiT's tokens per frame for `config.video`."""
     return tokens_per_frame(config.video, net.get("patch_size", (1, 2, 2)))
@@ -324,14 +278,3 @@ def network_size(name: str, config: dict, trained: bool) -> NetworkSize:
     """Count a DiT's parameters on the meta device."""
     net = on_meta(lambda: CausalWanModel(**config))
     return NetworkSize(name, dict(net.config), num_parameters(net), trained)
-
-
-def on_meta(build: Callable[[], Module]) -> Module:
-    """Build a network on the meta device, which allocates no memory."""
-    with torch.device("meta"):
-        return build()
-
-
-def num_parameters(net: nn.Module) -> int:
-    """Return the number of parameters of a network. Shared parameters count once."""
-    return sum(p.numel() for p in net.parameters())
