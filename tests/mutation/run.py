@@ -248,7 +248,9 @@ def run_group(name: str, files: list[str], numbers: set[str], args: argparse.Nam
         if (result := survives(mutant, seconds)) == "survived" and len(seconds) < len(everything):
             result = survives(mutant, everything)
         counts[result] += 1
-        print(f"{mutant.name}: {result}, {len(seconds)} tests, {time.monotonic() - start:.0f} s", flush=True)
+        lines = Path("output.txt").read_text(errors="replace").splitlines()
+        failed = " ".join(line.split(" - ")[0] for line in lines if line.startswith(("FAILED", "ERROR")))
+        print(f"{mutant.name}: {result}, {time.monotonic() - start:.0f} s {failed}", flush=True)
         if result == "survived":
             print(mutant.diff(), flush=True)
     print(f"{name}: {len(drawn)} of {len(found)} mutants, {dict(counts)}", flush=True)
