@@ -94,6 +94,9 @@ class KernelCounter(TorchDispatchMode):
             return 0.0 if args[0].is_floating_point() else 0  # any value
         args, kwargs = self._on_one_device(func, args, kwargs)
         result = func(*args, **kwargs)
+        if func is _aten.convolution.default and args[0].is_contiguous(memory_format=torch.channels_last_3d):
+            # cuDNN keeps this layout. A build without cuDNN would count copies into it.
+            result = torch.empty_like(result, memory_format=torch.channels_last_3d)
         self._record(func, args, kwargs, result)
         return result
 
@@ -160,7 +163,8 @@ def _traffic(func: Any, args: Any, inputs: list[Tensor], outputs: list[Tensor]) 
         return 2 * written
     if packet in _SCATTERS:
         return 2 * _num_bytes(next(x for x in reversed(inputs)))
-    read = inputs[1:] if packet in _OVERWRITES else inputs
+    # An argument `out` follows all others; it is written, not read.
+    read = inputs[1:] if packet in _OVERWRITES else inputs[:-1] if func._overloadname == "out" else inputs
     return written + sum(map(_num_bytes, read))
 
 

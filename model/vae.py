@@ -6,6 +6,7 @@ F latent frames decode to T = 4 (F - 1) + 1 pixel frames. `encode_clip` and `dec
 """
 
 from functools import cache, partial
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan
@@ -13,15 +14,25 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import WanResample, WanRMS
 from einops import rearrange
 from torch import Tensor, nn
 
+from model.compilation import Compiler
+from model.decoder import Decoder, StreamingDecoder
+from model.vae_stream import decode_piece, upsampling_kernels
 from utils.errors import UserError
 
 
-class WanVAE:
-    """A loaded `AutoencoderKLWan` for inference, with Wan's normalisation of latents."""
+class WanVAE(Decoder):
+    """A loaded `AutoencoderKLWan` for inference, with Wan's normalisation of latents.
 
-    def __init__(self, vae: AutoencoderKLWan):
+    Attributes:
+        decoder: another decoder of the same latents, which `stream` and `decode` then use instead of Wan's.
+    """
+
+    def __init__(self, vae: AutoencoderKLWan, decoder: Decoder | None = None):
         self.net = vae.eval().requires_grad_(False)
         use_fast_cpu_kernels_(self.net)
+        use_channels_last_(self.net.decoder)
+        self._decode_piece = decode_piece
+        self.decoder = decoder
 
     @property
     def channels(self) -> int:
@@ -38,18 +49,20 @@ class WanVAE:
         """Pixel frames per latent frame after the first."""
         return self.net.config.scale_factor_temporal
 
-    def num_pixel_frames(self, num_latent_frames: int) -> int:
-        """Return the number of pixel frames that `num_latent_frames` latent frames decode to."""
-        return self.temporal_stride * (num_latent_frames - 1) + 1
-
-    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """Return (C, h, w) of a latent frame, for a video of height x width pixels."""
-        return self.channels, height // self.spatial_stride, width // self.spatial_stride
-
     def to(self, device: torch.device | str) -> "WanVAE":
         """Move the weights, for example off the device after use."""
         self.net.to(device)
+        if self.decoder is not None:
+            self.decoder.to(device)
         return self
+
+    def compile_decoder(self, fall_back: bool = True) -> None:
+        """Compile the decoder. The first piece of a video and the later ones are one graph each, per number of frames.
+
+        Args:
+            fall_back: true: if compilation fails, print a note once and run uncompiled. false: raise the error.
+        """
+        self._decode_piece = Compiler(fall_back)(decode_piece)
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
@@ -67,68 +80,30 @@ class WanVAE:
         mean = self.net.encode(self._cast(pixels).transpose(1, 2)).latent_dist.mode()
         return normalise(self.net, mean.float()).transpose(1, 2)
 
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Return the pixels [B, T, 3, H, W] in [-1, 1], float32, of a whole video's latents [B, F, C, h, w]."""
-        return self.stream().push(latents)
-
-    def stream(self, keep: int = 0) -> "StreamingDecoder":
+    def stream(self, keep: int = 0) -> StreamingDecoder:
         """Return a decoder for one video's latents, piece by piece and in order; see `StreamingDecoder`."""
-        return StreamingDecoder(self, keep)
+        return StreamingDecoder(self.decoder or self, keep)
+
+    def decode_piece(self, latents: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """Decode the next latent frames of a video with Wan's decoder; see `Decoder.decode_piece`."""
+        z = self._cast(denormalise(self.net, latents.float().transpose(1, 2))).permute(0, 2, 3, 4, 1).contiguous()
+        kernels, stored = (upsampling_kernels(self.net), None) if state is None else state
+        pixels, stored = self._decode_piece(self.net, kernels, z, stored)
+        return pixels, (kernels, stored)
 
     def stream_encoder(self) -> "StreamingEncoder":
         """Return an encoder for one video's pixels, piece by piece and in order."""
         return StreamingEncoder(self)
 
     def _cast(self, x: Tensor) -> Tensor:
-        return x.to(self.net.device, self.net.dtype)
-
-
-class StreamingDecoder:
-    """Decodes one video block by block in constant memory, with the same result as decoding it whole.
-
-    Wan's decoder is causal in time and keeps the last two frames of every convolution's input. diffusers keeps these
-    frames on the network during one `decode`. Here each stream keeps its own, so that one network can decode several
-    videos alternately.
-    """
-
-    def __init__(self, vae: WanVAE, keep: int = 0):
-        """
-        Args:
-            keep: number of latest pixel frames to keep in `latest`.
-        """
-        self._vae, self._keep = vae, keep
-        self._features: list[Tensor | None] | None = None
-        self.latest: Tensor | None = None  # [B, up to `keep`, 3, H, W], in [-1, 1]
-
-    @torch.no_grad()
-    def push(self, latents: Tensor) -> Tensor:
-        """Decode the next latents [B, F, C, h, w] and return their pixels [B, T, 3, H, W] in [-1, 1], float32.
-
-        The video's first latent frame decodes to one pixel frame, each later one to `temporal_stride` pixel frames.
-        """
-        vae = self._vae.net
-        z = denormalise(vae, latents.float().transpose(1, 2))
-        z = vae.post_quant_conv(self._vae._cast(z))
-        pieces = []
-        for frame in z.split(1, dim=2):
-            first = self._features is None
-            if self._features is None:
-                vae.clear_cache()
-                self._features = [None] * len(vae._feat_map)
-            out = vae.decoder(frame, feat_cache=self._features, feat_idx=[0], first_chunk=first)
-            pieces.append(_from_patches(vae, out).clamp(-1, 1).float())
-        decoded = torch.cat(pieces, dim=2).transpose(1, 2)
-        if self._keep:
-            kept = decoded if self.latest is None else torch.cat([self.latest, decoded], dim=1)
-            self.latest = kept[:, -self._keep :].clone()  # a view would keep all frames in memory
-        return decoded
+        weight = self.net.post_quant_conv.weight  # diffusers' `device` and `dtype` visit all modules: 1 ms each
+        return x.to(weight.device, weight.dtype)
 
 
 class StreamingEncoder:
     """Encodes one video piece by piece in constant memory, with the same result as `WanVAE.encode` of the whole.
 
-    Like the decoder, Wan's encoder is causal and keeps the last frames of every convolution's input.
+    Wan's encoder is causal and keeps the last frames of every convolution's input.
     """
 
     def __init__(self, vae: WanVAE):

@@ -22,6 +22,7 @@ from model.kv_cache import KVCache
 from model.lora import fuse_lora
 from model.offload import stream_weights_
 from model.quantization import check_quantization, quantize_layers_
+from model.tiny_decoder import load_tiny_decoder
 from model.vae import WanVAE
 from model.weights import ModelDirectory
 from pipeline.rollout import BlockLayout, Rollout
@@ -191,12 +192,18 @@ def load_embeddings(config: Config, device: torch.device, capacity: int | None =
 
 
 def load_vae(config: Config, device: torch.device) -> WanVAE:
-    """Load the VAE of `config.model.base`.
+    """Load the VAE of `config.model.base`, with the decoder of `config.model.decoder`. Only CUDA compiles the decoder.
 
     Raises:
-        UserError: for missing or broken files.
+        UserError: for missing or broken files, or a tiny decoder for other latents.
     """
-    return WanVAE(ModelDirectory.open(config.model.base).load_vae(DTYPES[config.model.dtype]).to(device))
+    model = config.model
+    vae = WanVAE(ModelDirectory.open(model.base).load_vae(DTYPES[model.dtype]))
+    if model.decoder == "tiny":
+        vae.decoder = load_tiny_decoder(model.tiny_decoder, vae, DTYPES[model.dtype])
+    if device.type == "cuda" and compiles(model.compile, device):
+        vae.compile_decoder()
+    return vae.to(device)
 
 
 def choose_attention_backend(

@@ -48,7 +48,13 @@ def apply_settings(config: Config, settings: Mapping[str, Any]) -> Config:
 
 
 def settings_of(config: Config) -> dict[str, Any]:
-    """Return the settings that a pipeline stores in model_index.json."""
+    """Return the settings that a pipeline stores in model_index.json.
+
+    Raises:
+        ValueError: for the tiny decoder, because a pipeline decodes with its component `vae`.
+    """
+    if config.model.decoder != "wan":
+        raise ValueError(f"a pipeline decodes with its VAE: leave out model.decoder={config.model.decoder}")
     sections = {name: asdict(getattr(config, name)) for name in ("rollout", "video")}
     settings = {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
     settings.pop("video.crf")  # a pipeline writes no files

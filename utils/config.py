@@ -49,7 +49,12 @@ class ModelConfig:
     """8-bit weights of the generator's layers, by torchao (docs/memory.md). int8 quantizes the weights only;
     int8_dynamic and fp8 also quantize each token's activations. fp8 needs a GPU with FP8."""
     compile: Compile = "auto"
-    """Compile the generator's layers with torch.compile. auto: on CUDA only. Older files may have true or false."""
+    """Compile the generator's layers with torch.compile, and on CUDA the VAE's decoder. auto: on CUDA only. Older
+    files may have true or false."""
+    decoder: Literal["wan", "tiny"] = "wan"
+    """Decoder of the latents: the one of the VAE, or a tiny one, which is faster and less exact. The VAE encodes."""
+    tiny_decoder: str = ""
+    """Weights of the tiny decoder: a .pth or .safetensors file in TAEHV's layout (taew2_1 for Wan2.1), or a folder."""
     offload: Offload = "text"
     """Weights that stay in CPU memory to free the GPU's. text: those of the text encoder, except while it encodes. all:
     also those of the DiT's layers; every pass copies them. Older files may have true (text) or false (none)."""

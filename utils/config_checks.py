@@ -79,6 +79,8 @@ def check_config(config: "Config") -> None:
     _check_repeated_rollouts(config)
     _check_train(config.train)
     _check_distill(config)
+    if config.model.decoder == "tiny" and not config.model.tiny_decoder:
+        raise UserError("model.decoder=tiny needs its weights: set model.tiny_decoder to a file such as taew2_1.pth")
     if config.video.source and config.rollout.num_rollouts > 1:
         raise UserError(
             "video-to-video makes one rollout of any length: leave out --num_rollout (rollout.num_rollouts)"

@@ -19,6 +19,7 @@ from evaluation.metrics import NO_VALUES, video_sums
 from evaluation.video_metrics import measure_frames, pixel_curves
 from model import presets
 from model.denoiser import Denoiser
+from model.vae import WanVAE
 from pipeline.build import choose_attention_backend
 from pipeline.rollout import BlockLayout, Rollout
 from pipeline.schedule import Schedule
@@ -110,7 +111,7 @@ def test_an_objective(folder, tmp_path_factory, monkeypatch):
 
 
 def test_a_decoder():
-    vae = example("A decoder")["PreviewVAE"](AutoencoderKLWan(**VAE))
+    vae = WanVAE(AutoencoderKLWan(**VAE), decoder=example("A decoder")["Preview"]())
     latents = torch.randn(1, 5, 16, 4, 6)
     decoder, whole = vae.stream(), vae.stream().push(latents)
     assert torch.equal(torch.cat([decoder.push(latents[:, :2]), decoder.push(latents[:, 2:])], dim=1), whole)

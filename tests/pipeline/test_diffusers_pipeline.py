@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny_model import ROOT
 
 from model.lora import fuse_lora
+from model.vae_stream import decode_piece
 from model.weight_files import save_weights
 from pipeline import TextToVideo
 from pipeline.diffusers_pipeline import HiARPipeline
@@ -339,8 +340,13 @@ def test_offload_loads_each_network_before_its_use(world, latents, monkeypatch):
     monkeypatch.setattr(CpuOffload, "pre_forward", recording)
     pipe.text_encoder.encoder.register_forward_hook(lambda *_: record("use", "text_encoder"))
     pipe.transformer.patch_embedding.register_forward_hook(lambda *_: record("use", "transformer"))
-    for part in (pipe.vae.encoder, pipe.vae.decoder):
-        part.register_forward_hook(lambda *_: record("use", "vae"))
+    pipe.vae.encoder.register_forward_hook(lambda *_: record("use", "vae"))
+
+    def decoding(*args):
+        record("use", "vae")
+        return decode_piece(*args)
+
+    monkeypatch.setattr("model.vae.decode_piece", decoding)
     pipe.enable_model_cpu_offload(device="cpu")
     in_order = [f"{event} {name}" for name in networks.values() for event in ("load", "use")]
     pipe(PROMPT, seed=3, num_frames=9)
