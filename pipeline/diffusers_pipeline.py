@@ -31,6 +31,7 @@ from model.vae import WanVAE
 from model.weight_checks import is_finite
 from model.weights import ModelDirectory, align_weights_, build_from_state
 from pipeline.build import check_size, rollout_sigmas
+from pipeline.decoding import frame_range, not_finite
 from pipeline.diffusers_arguments import (
     Frames,
     apply_settings,
@@ -44,7 +45,6 @@ from pipeline.diffusers_arguments import (
     settings_of,
     step_settings,
 )
-from pipeline.output import frame_range, not_finite
 from pipeline.rollout import Rollout
 from pipeline.schedule import Denoise, DenoiseAndWrite, Op, WriteThenDenoise
 from pipeline.text_to_video import TextToVideo, find_file

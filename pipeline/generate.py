@@ -1,4 +1,4 @@
-"""Generate the videos that a folder lacks. Each block is decoded and written as soon as it is finished."""
+"""Generate the videos that a folder lacks. Finished blocks are decoded and written beside the denoising."""
 
 import functools
 import sys
@@ -97,14 +97,19 @@ def generate_videos(
     interval = 0.5 if sys.stderr.isatty() else 15
     batches = [jobs[i : i + batch_size] for i in range(0, len(jobs), batch_size)]
     total, hidden = num_ops * len(batches), rank() != 0
+    last: VideoOutput | None = None
     with tqdm(total=total, unit="op", disable=hidden, mininterval=interval, smoothing=0.1) as bar:
-        for number, batch in enumerate(batches):
-            started_videos = number * batch_size + len(batch)
-            bar.set_description(f"video {started_videos}/{len(jobs)}", refresh=False)
-            if overwrite or not all(job.files.is_complete(save_latents) for job in batch):
-                paths = [job.prompt.image or prefix_path for job in batch]
-                prefix = torch.cat([read(path) for path in paths]) if paths[0] else None
-                make_videos(pipeline, batch, prefix, prefix_path, save_latents, bar)
+        try:
+            for number, batch in enumerate(batches):
+                started_videos = number * batch_size + len(batch)
+                bar.set_description(f"video {started_videos}/{len(jobs)}", refresh=False)
+                if overwrite or not all(job.files.is_complete(save_latents) for job in batch):
+                    paths = [job.prompt.image or prefix_path for job in batch]
+                    prefix = torch.cat([read(path) for path in paths]) if paths[0] else None
+                    last = make_videos(pipeline, batch, prefix, prefix_path, save_latents, bar, last)
+        finally:  # all blocks of the last batch are denoised, so it is completed even after Ctrl-C
+            if last is not None:
+                last.wait()
     pixel_frames = len(jobs) * num_pixel_frames(video_frames(config))
     return RunSummary(len(jobs), existing, folder, time.perf_counter() - started, pixel_frames)
 
@@ -188,19 +193,29 @@ def make_videos(
     prefix_path: str,
     save_latents: bool,
     bar: tqdm,
-) -> None:
-    """Generate, decode and write one batch of videos."""
+    previous: VideoOutput | None = None,
+) -> VideoOutput:
+    """Generate one batch of videos. Return their output; its files are complete after `wait`.
+
+    Args:
+        previous: output of the batch before, which may still be decoded and written.
+    """
 
     def show_progress(op: Op) -> None:
         bar.set_postfix_str(f"block {op.block + 1}", refresh=False)
         bar.update()
 
-    with VideoOutput.for_jobs(pipeline.config, pipeline.vae, batch, prefix_path, save_latents) as output:
-        if prefix is not None:
-            output.emit(prefix)
+    output = VideoOutput.for_jobs(pipeline.config, pipeline.vae, batch, prefix_path, save_latents, wait_at_end=False)
+    with output:
         prompts, samples = [job.prompt.text for job in batch], [job.sample for job in batch]
         first = pipeline.schedule(0 if prefix is None else prefix.shape[1]).prefix_blocks
         track = batch[0].prompt.track
         blocks = pipeline.generate_blocks(prompts, samples, prefix, show_progress, output.decoder, track)
         for block, latents in enumerate(blocks, start=first):
+            if block == first:  # one video is decoded at a time
+                if previous is not None:
+                    previous.wait()
+                if prefix is not None:
+                    output.emit(prefix)
             output.emit(latents, block)
+    return output

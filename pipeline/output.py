@@ -1,4 +1,4 @@
-"""Write the files of a video from its latents, block by block. Only the current block is in memory.
+"""Write the files of a video from its latents, block by block. Only a few blocks are in memory.
 
 A file appears under its name only when it is complete. The mp4 appears last, so its presence marks a complete video.
 """
@@ -12,7 +12,8 @@ import shlex
 import struct
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -26,9 +27,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from model.vae import StreamingDecoder, WanVAE
+from model.vae import WanVAE
 from model.weight_checks import is_finite
 from pipeline.build import overlap_pixel_frames
+from pipeline.decoding import DecodingThread, frame_range
 from utils.config import Config
 from utils.config_checks import video_frames
 from utils.contact_sheet import ContactSheetSampler, save_contact_sheet
@@ -37,7 +39,9 @@ from utils.files import partial_path, refuse_device, require_no_folder, writable
 from utils.locks import lock_file
 from utils.mp4 import is_complete_mp4
 from utils.prompts import Prompt
-from utils.video import VideoWriter, to_uint8
+from utils.video import VideoWriter
+
+_UNFINISHED_TIMEOUT = 10  # seconds for the blocks that a failing run has queued
 
 
 @dataclass(frozen=True)
@@ -127,8 +131,11 @@ class VideoJob:
 class VideoOutput:
     """Decodes and writes a batch of videos as their latents arrive. Use it in a `with` statement.
 
-    The videos are locked until the statement ends. Entering it raises `UserError` if another process makes one of them.
-    If the body of the statement fails, all files are deleted.
+    A thread of its own decodes the latents and completes the files, so the caller can denoise the next block meanwhile.
+    An error in the thread is raised by the next `emit`, or at the end of the statement.
+
+    The videos are locked until the files are complete. Entering it raises `UserError` if another process makes one of
+    them. If the body of the statement or the thread fails, all files are deleted.
     """
 
     def __init__(
@@ -144,6 +151,8 @@ class VideoOutput:
         seconds: float = 0.0,
         crf: int = 10,
         keep: int = 0,
+        wait_at_end: bool = True,
+        span: Callable[[int | None], AbstractContextManager[object]] | None = None,
     ):
         """
         Args:
@@ -155,23 +164,47 @@ class VideoOutput:
             crf: see `VideoConfig.crf`.
             seconds: time spent on the batch so far, for the metadata.
             keep: latest pixel frames to keep in `decoder.latest`.
+            wait_at_end: the `with` statement waits for the files. If false, `wait` must be called later.
+            span: context in which a block is decoded, for a profile.
         """
         self.vae, self.files, self.fps, self.num_frames, self.crf = vae, files, fps, num_frames, crf
         self.metadata, self.contact_sheet, self.save_latents = metadata, contact_sheet, save_latents
+        self.wait_at_end = wait_at_end
+        self.first_frame_at: float | None = None
+        """Value of `time.perf_counter` when the encoder got the first frames."""
         num_pixel_frames = vae.num_pixel_frames(num_frames)
         self._sheets = [ContactSheetSampler(num_pixel_frames, fps=fps) for _ in files] if contact_sheet else []
-        self.decoder = vae.stream(keep)
+        self.decoder: DecodingThread[tuple[int | None, Tensor]] = DecodingThread(
+            vae.stream(keep),
+            vae.net.device,
+            self._write,
+            on_end=self._complete,
+            videos=[item.video.name for item in files],
+            span=None if span is None else lambda tag: span(tag[0]),
+        )
         self._open_files = contextlib.ExitStack()
         self._videos: list[VideoWriter] = []
         self._latents: list[LatentsWriter] = []
         self._started = time.perf_counter() - seconds
         self._num_emitted = 0  # latent frames
+        self._aborted = False  # the thread must not complete the files
 
     @classmethod
     def for_jobs(
-        cls, config: Config, vae: WanVAE, jobs: Sequence[VideoJob], prefix_path: str, save_latents: bool
+        cls,
+        config: Config,
+        vae: WanVAE,
+        jobs: Sequence[VideoJob],
+        prefix_path: str,
+        save_latents: bool,
+        **options: Any,
     ) -> "VideoOutput":
-        """Return an output that writes all files of a batch of jobs. `prefix_path`: path of the prefix, or empty."""
+        """Return an output that writes all files of a batch of jobs.
+
+        Args:
+            prefix_path: path of the prefix, or empty.
+            options: `wait_at_end` and `span`.
+        """
         return cls(
             vae,
             [job.files for job in jobs],
@@ -182,6 +215,7 @@ class VideoOutput:
             save_latents=save_latents,
             crf=config.video.crf,
             keep=overlap_pixel_frames(config.rollout),
+            **options,
         )
 
     def __enter__(self) -> "VideoOutput":
@@ -196,35 +230,72 @@ class VideoOutput:
                 writers = [LatentsWriter(files.latents, self.num_frames) for files in self.files]
                 self._latents = [stack.enter_context(writer) for writer in writers]
             self._open_files = stack.pop_all()
+        self.decoder.start()
         return self
 
     def emit(self, latents: Tensor, block: int | None = None) -> None:
-        """Decode and write the next latents [B, F, C, h, w].
+        """Queue the next latents [B, F, C, h, w] for the decoder; wait while its queue is full.
 
         Args:
             block: number of the block, for error messages.
 
         Raises:
-            UserError: if latents or pixels hold NaN or infinity. The message names the block and the video.
+            UserError: if earlier latents or their pixels hold NaN or infinity. The message names the block and the
+                video.
+            OSError: if the disk is full.
         """
         part = frame_range(self._num_emitted, latents.shape[1], block)
         self._num_emitted += latents.shape[1]
-        videos = [files.video.name for files in self.files]
-        for index, frames in enumerate(decode_frames(self.decoder, latents, part, videos)):
-            self._videos[index].write(frames)
+        self.decoder.put(latents, part, (block, latents))
+
+    def _write(self, block: tuple[int | None, Tensor], frames: list[np.ndarray]) -> None:
+        """Write the frames and latents of a block. Called in the decoder's thread."""
+        for index, of_video in enumerate(frames):
+            self._videos[index].write(of_video)
+            self.first_frame_at = self.first_frame_at or time.perf_counter()
             if self._sheets:
-                self._sheets[index].add(frames)
+                self._sheets[index].add(of_video)
             if self._latents:
-                self._latents[index].write(latents[index])
+                self._latents[index].write(block[1][index])
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is not None:
-            self._open_files.__exit__(kind, error, trace)
+        if error is not None:
+            self._abort(error)
             return
-        with self._open_files:  # an error in its body deletes the files, too
-            self._write_metadata()
+        self.decoder.end()
+        if self.wait_at_end:
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait until the files are complete.
+
+        Raises:
+            Exception: the error that ended the thread. All files are deleted.
+        """
+        try:
+            self.decoder.end()
+            self.decoder.join()
+        except BaseException as error:  # also Ctrl-C
+            self._abort(error)
+            raise
+
+    def _abort(self, error: BaseException) -> None:
+        """End the thread and delete all files that are not complete."""
+        self._aborted = True
+        self.decoder.close()
+        try:
+            with contextlib.suppress(Exception):
+                self.decoder.join()
+        finally:
+            self._open_files.__exit__(type(error), error, error.__traceback__)
+
+    def _complete(self, error: BaseException | None) -> None:
+        """Complete the files after the last frame. Called in the decoder's thread, at its end."""
+        if error is None and not self._aborted:
+            with self._open_files:  # an error in its body deletes the files
+                self._write_metadata()
 
     def _write_metadata(self) -> None:
         if self.metadata is None:
@@ -239,47 +310,12 @@ class VideoOutput:
 
     def keep_unfinished(self) -> list[Path]:
         """Close the videos of a failing run early; return the files that hold their frames so far."""
+        self._aborted = True
+        with contextlib.suppress(Exception):
+            self.decoder.wait(timeout=_UNFINISHED_TIMEOUT)
         pairs = zip(self._videos, self.files, strict=False)
         kept = [video.keep_unfinished(files.unfinished) for video, files in pairs]
         return [path for path in kept if path is not None]
-
-
-def frame_range(start: int, count: int, block: int | None = None) -> str:
-    """Return a name for `count` latent frames from `start`, for error messages."""
-    frames = f"latent frame {start}" if count == 1 else f"latent frames {start} to {start + count - 1}"
-    return frames if block is None else f"block {block} ({frames})"
-
-
-def decode_frames(
-    decoder: StreamingDecoder, latents: Tensor, part: str, videos: Sequence[str] = ()
-) -> list[np.ndarray]:
-    """Decode the next latents [B, F, C, h, w] to the frames of each video, uint8 [T, H, W, 3].
-
-    Args:
-        part: name of these latents, for error messages.
-        videos: name of each video, for error messages.
-
-    Raises:
-        UserError: if latents or pixels hold NaN or infinity.
-    """
-    # Rearrange the pixels to channels last on the device: on the host it is far slower.
-    pixels = decoder.push(latents)
-    extrema = [bound(dim=(1, 2, 3, 4)) for x in (latents, pixels) for bound in (x.amin, x.amax)]
-    finite = torch.stack(extrema, dim=1).isfinite()  # [B, 4]; the extrema of a NaN are NaN
-    if finite.is_cuda:  # queued before the pixels' copy, so the host waits only once
-        finite = torch.empty(finite.shape, dtype=torch.bool, pin_memory=True).copy_(finite, non_blocking=True)
-    frames = [to_uint8(clip.contiguous(memory_format=torch.channels_last)) for clip in pixels]
-    for index, (low, high, *of_pixels) in enumerate(finite.tolist()):
-        if not (low and high and all(of_pixels)):
-            raise UserError(not_finite(part, videos[index] if videos else "", decoded=low and high))
-    return frames
-
-
-def not_finite(part: str, video: str = "", decoded: bool = False) -> str:
-    """Return the error message for NaN in a part of a video; `decoded`: the latents are finite, the pixels are not."""
-    found = f"{part} of {video}" if video else part
-    cause = f"the VAE decodes {found} to NaN or infinity" if decoded else f"NaN or infinity in {found}"
-    return f"{cause}; no video is written: try model.dtype=float32, or other weights"
 
 
 # ---- Metadata ----

@@ -1,10 +1,21 @@
 """Long videos by repeated rollouts (CausVid, arXiv 2412.07772): each rollout continues the end of the previous one."""
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
-from model.vae import StreamingDecoder, WanVAE
+from model.vae import WanVAE
 from pipeline.build import num_pixel_frames
+
+
+class FrameKeeper(Protocol):
+    """A decoder that keeps the latest pixel frames: a `StreamingDecoder`, or a `DecodingThread`."""
+
+    @property
+    def latest(self) -> Tensor | None:
+        """Pixel frames [B, T, 3, H, W] in [-1, 1], of all latents so far."""
+        ...
 
 
 class Overlap:
@@ -14,7 +25,7 @@ class Overlap:
     four. So the overlap's first frame is decoded, and its last pixel frame is encoded again on its own.
     """
 
-    def __init__(self, vae: WanVAE, num_frames: int, decoder: StreamingDecoder | None = None):
+    def __init__(self, vae: WanVAE, num_frames: int, decoder: FrameKeeper | None = None):
         """
         Args:
             num_frames: latent frames of the overlap.
@@ -23,7 +34,7 @@ class Overlap:
         """
         self._vae, self._num_frames = vae, num_frames
         self._own_decoder = vae.stream(num_pixel_frames(num_frames)) if decoder is None else None
-        self._decoder = decoder or self._own_decoder
+        self._decoder: FrameKeeper | None = decoder or self._own_decoder
         self._latents: Tensor | None = None
 
     def add(self, latents: Tensor) -> None:
@@ -35,8 +46,8 @@ class Overlap:
 
     def prefix(self) -> Tensor:
         """Return the prefix of the next rollout, [B, num_frames, C, h, w]."""
-        assert self._decoder is not None and self._decoder.latest is not None and self._latents is not None
-        pixels = num_pixel_frames(self._num_frames)
-        assert self._decoder.latest.shape[1] == pixels, "the decoder keeps other frames than those of the overlap"
-        image = self._vae.encode(self._decoder.latest[:, :1])
+        assert self._decoder is not None and self._latents is not None
+        latest, pixels = self._decoder.latest, num_pixel_frames(self._num_frames)
+        assert latest is not None and latest.shape[1] == pixels, "the decoder keeps other frames than the overlap's"
+        image = self._vae.encode(latest[:, :1])
         return torch.cat([image.to(self._latents), self._latents[:, 1:]], dim=1)

@@ -6,25 +6,23 @@ The threads refer to the worker, not to the session, so that a session without r
 import contextlib
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Generic, Literal, TypeVar
+from typing import Literal
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from model.preview import LatentPreview
-from model.vae import StreamingDecoder, WanVAE
+from model.vae import WanVAE
 from pipeline.batching import Batch, unbatched
-from pipeline.output import decode_frames, frame_range
+from pipeline.channel import Channel, ClosedError
+from pipeline.decoding import DecodingThread, frame_range
 from pipeline.rollout import Rollout
 from pipeline.schedule import Denoise, DenoiseAndWrite, ForgetContext, Op, RewindContext, WriteContext, WriteThenDenoise
 
 QUEUED_BLOCKS = 1
 """Blocks that may wait for the decoder, and decoded blocks that may wait for the reader."""
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -68,60 +66,6 @@ class FinishedBlock:
     prompt: str
     seconds: float
     prompt_set_at: float | None
-    ready: "torch.cuda.Event | None"
-
-
-class ClosedError(Exception):
-    """The session was closed while a thread waited."""
-
-
-class Channel(Generic[T]):
-    """A bounded queue from one thread to another that can end, with or without an error."""
-
-    def __init__(self, size: int):
-        self._items: deque[T] = deque()
-        self._size = size
-        self._changed = threading.Condition()
-        self._ended = self._closed = False
-        self._error: BaseException | None = None
-
-    def put(self, item: T) -> None:
-        """Append an item; wait while the queue is full.
-
-        Raises:
-            ClosedError: if the queue is closed.
-        """
-        with self._changed:
-            self._changed.wait_for(lambda: len(self._items) < self._size or self._closed)
-            if self._closed:
-                raise ClosedError
-            self._items.append(item)
-            self._changed.notify_all()
-
-    def get(self) -> T | None:
-        """Return the next item; wait for it. Return None at the end, or raise the error that ended the queue."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._items or self._ended or self._closed)
-            if self._items and not self._closed:
-                self._changed.notify_all()
-                return self._items.popleft()
-            error, self._error = self._error, None
-            if error is not None and not self._closed:
-                raise error
-            return None
-
-    def end(self, error: BaseException | None = None) -> None:
-        """End the queue after the items that it holds."""
-        with self._changed:
-            self._ended, self._error = True, error
-            self._changed.notify_all()
-
-    def close(self) -> None:
-        """End the queue now and drop its items."""
-        with self._changed:
-            self._closed = True
-            self._items.clear()
-            self._changed.notify_all()
 
 
 class SessionWorker:
@@ -149,7 +93,6 @@ class SessionWorker:
         self._prompt_at, self._prompt_set_at, self._prefix = prompt_at, prompt_set_at, prefix
         self.on_op: Callable[[OpEvent], None] | None = None
         self._preview: LatentPreview | None = None
-        self._latents: Channel[FinishedBlock] = Channel(QUEUED_BLOCKS)
         self._blocks: Channel[SessionBlock] = Channel(QUEUED_BLOCKS)
         self._running, self._closed, self._started = threading.Event(), threading.Event(), False
         self._running.set()
@@ -160,13 +103,20 @@ class SessionWorker:
         self._newest_block = -1
         self._cache_index: dict[int, int] = {}  # of each cache: the noise index of its latest write
         self._set_at: dict[int, float] = {}  # of blocks in progress: when their new prompts were set
-        on_gpu = vae.net.device.type == "cuda"
-        self._stream = torch.cuda.Stream(vae.net.device) if on_gpu else None
-        # Daemons: an interpreter that exits does not wait for an endless video.
-        self._threads = [
-            threading.Thread(target=self._denoise, name="session-denoise", daemon=True),
-            threading.Thread(target=self._decode, name="session-decode", daemon=True),
-        ]
+        self._first_frame = 0  # of the next block that is queued for the decoder
+        self._decode_started: dict[int, float] = {}  # by block
+        self._on_gpu = vae.net.device.type == "cuda"
+        # A daemon: an interpreter that exits does not wait for an endless video.
+        self._denoising = threading.Thread(target=self._denoise, name="session-denoise", daemon=True)
+        self._decoding: DecodingThread[FinishedBlock] = DecodingThread(
+            vae.stream(),
+            vae.net.device,
+            self._deliver,
+            on_end=self._after_decoding,
+            queued=QUEUED_BLOCKS,
+            span=self._timed,
+            name="session-decode",
+        )
 
     # ---- Control ----
 
@@ -179,8 +129,8 @@ class SessionWorker:
         with self._control_lock:
             if not self._started and not self._closed.is_set():
                 self._started = True
-                for thread in self._threads:
-                    thread.start()
+                self._denoising.start()
+                self._decoding.start()
         return self._blocks.get()
 
     def pause(self) -> None:
@@ -201,16 +151,17 @@ class SessionWorker:
         """
         self._stop_denoising()
         self._blocks.close()
-        if wait and threading.current_thread() not in self._threads:
-            for thread in self._threads:
-                if thread.ident is not None:
-                    thread.join()
+        if wait and threading.current_thread() is not self._denoising and not self._decoding.is_current:
+            if self._denoising.ident is not None:
+                self._denoising.join()
+            with contextlib.suppress(Exception):  # the reader has it
+                self._decoding.join()
 
     def _stop_denoising(self) -> None:
         with self._control_lock:
             self._closed.set()
             self._running.set()
-        self._latents.close()
+        self._decoding.close()
 
     # ---- Denoising ----
 
@@ -219,14 +170,14 @@ class SessionWorker:
             rollout = self._new_rollout(lambda op: self._after_op(rollout, op))
             if self._prefix is not None:
                 block = rollout.layout.prefix_blocks - 1
-                self._latents.put(FinishedBlock(block, self._prefix, self._prompt_at(block), 0.0, None, None))
+                self._queue(FinishedBlock(block, self._prefix, self._prompt_at(block), 0.0, None))
             for block, latents in rollout.run(self._paced_ops(), self._caches):
                 self._finish(block, latents)
-            self._latents.end()
+            self._decoding.end()
         except ClosedError:
             pass
         except BaseException as error:
-            self._latents.end(error)
+            self._decoding.end(error)
         finally:
             self._ops, self._prefix = iter(()), None  # free memory even if the session lives on
 
@@ -267,43 +218,36 @@ class SessionWorker:
                 callback(event)
 
     def _finish(self, block: int, latents: Tensor) -> None:
-        ready = None
-        if self._stream is not None:
-            ready = torch.cuda.Event()
-            ready.record(torch.cuda.current_stream(latents.device))
         seconds, self._seconds = self._seconds, 0.0
         set_at = self._set_at.pop(block, None)
-        self._latents.put(FinishedBlock(block, latents, self._prompt_at(block), seconds, set_at, ready))
+        self._queue(FinishedBlock(block, latents, self._prompt_at(block), seconds, set_at))
 
-    # ---- Decoding ----
+    def _queue(self, finished: FinishedBlock) -> None:
+        num_frames = finished.latents.shape[1]
+        part = frame_range(self._first_frame, num_frames, finished.block)
+        self._first_frame += num_frames
+        self._decoding.put(finished.latents, part, finished)
 
-    def _decode(self) -> None:
-        try:
-            decoder = self._vae.stream()
-            first_frame = 0
-            with torch.cuda.stream(self._stream) if self._stream is not None else contextlib.nullcontext():
-                while (finished := self._latents.get()) is not None:
-                    self._blocks.put(self._decode_block(decoder, finished, first_frame))
-                    first_frame += finished.latents.shape[1]
-                    del finished
-            self._blocks.end()
-        except ClosedError:
-            pass
-        except BaseException as error:
-            self._blocks.end(error)
-            self._stop_denoising()
+    # ---- Called in the decoder's thread ----
 
-    def _decode_block(self, decoder: StreamingDecoder, finished: FinishedBlock, first_frame: int) -> SessionBlock:
-        started, latents = time.perf_counter(), finished.latents
-        if self._stream is not None and finished.ready is not None:
-            self._stream.wait_event(finished.ready)
-            latents.record_stream(self._stream)
-        [frames] = decode_frames(decoder, latents, frame_range(first_frame, latents.shape[1], finished.block))
+    @contextlib.contextmanager
+    def _timed(self, finished: FinishedBlock) -> Iterator[None]:
+        self._decode_started[finished.block] = time.perf_counter()
+        yield
+
+    def _deliver(self, finished: FinishedBlock, videos: list[np.ndarray]) -> None:
+        frames = videos[0].copy() if self._on_gpu else videos[0]  # the buffer on the host is used again
         if self._preview is not None:
-            self._preview.learn(latents[0], frames)
+            self._preview.learn(finished.latents[0], frames)
         now, set_at = time.perf_counter(), finished.prompt_set_at
         lag = None if set_at is None else now - set_at
-        return SessionBlock(finished.block, frames, finished.prompt, finished.seconds, now - started, lag)
+        seconds = now - self._decode_started.pop(finished.block)
+        self._blocks.put(SessionBlock(finished.block, frames, finished.prompt, finished.seconds, seconds, lag))
+
+    def _after_decoding(self, error: BaseException | None) -> None:
+        self._blocks.end(error)
+        if error is not None:
+            self._stop_denoising()
 
 
 def op_events(

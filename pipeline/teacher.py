@@ -164,5 +164,6 @@ def write_teacher_videos(
             for clip, job, output in zip(latents, batch, outputs, strict=True):
                 for frame in clip[None].split(1, dim=1):
                     output.emit(frame)
+                output.decoder.wait()  # one video is decoded at a time
                 metadata = video_metadata(config, job.prompt, job.sample, "") | {"solver": solver}
                 write_json(job.files.metadata, metadata)

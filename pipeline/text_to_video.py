@@ -16,7 +16,7 @@ from model.causal_wan import CausalWanModel
 from model.conditioning import TextContext
 from model.denoiser import Denoiser, GuidedDenoiser
 from model.embeddings import EmbeddingCache
-from model.vae import StreamingDecoder, WanVAE
+from model.vae import WanVAE
 from model.weight_checks import is_finite
 from model.weights import ModelDirectory
 from pipeline.arguments import TrackSource, as_prompt, prefix_of
@@ -34,8 +34,9 @@ from pipeline.build import (
     rollout_sigmas,
 )
 from pipeline.build_track import build_switch_ops, build_track
-from pipeline.output import decode_frames, frame_range, not_finite, video_metadata
-from pipeline.overlap import Overlap
+from pipeline.decoding import decode_frames, frame_range, not_finite
+from pipeline.output import video_metadata
+from pipeline.overlap import FrameKeeper, Overlap
 from pipeline.prefix import check_one_input, read_prefix
 from pipeline.prompt_embeddings import PromptEmbeddings
 from pipeline.prompt_track import LivePrompts, PromptTrack, TrackEntries, track_entries
@@ -265,7 +266,7 @@ class TextToVideo:
         prompt: Prompt,
         sample: int,
         prefix_path: str,
-        decoder: StreamingDecoder | None = None,
+        decoder: FrameKeeper | None = None,
         live: LivePrompts | None = None,
     ) -> Iterator[tuple[str, Tensor]]:
         """Yield a name for messages and the latents [1, F, C, h, w] of the prefix, if there is one, and each block.
@@ -289,7 +290,7 @@ class TextToVideo:
         samples: Sequence[int],
         prefix: Tensor | None = None,
         on_op: Callable[[Op], None] | None = None,
-        decoder: StreamingDecoder | None = None,
+        decoder: FrameKeeper | None = None,
         track: TrackEntries | PromptTrack = (),
     ) -> Iterator[Tensor]:
         """Generate a batch of videos; yield the latents [B, F, C, h, w] of each block as it finishes.

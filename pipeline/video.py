@@ -12,7 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from model.vae import WanVAE
-from pipeline.output import VideoFiles, VideoOutput, decode_frames
+from pipeline.decoding import decode_frames
+from pipeline.output import VideoFiles, VideoOutput
 
 
 class Video:

@@ -22,12 +22,20 @@ from utils.files import atomic_path
 _QUEUED_FRAMES = 16  # frames that may wait for the encoder, so that it works while the next block is generated
 
 
+def quantize(frames: torch.Tensor) -> torch.Tensor:
+    """Convert frames [T, 3, H, W] in [-1, 1] to uint8 [T, H, W, 3] on their device.
+
+    Values outside the range are clamped; NaN becomes black, so that a diverged model still gives a video.
+    """
+    values = frames.detach().float().nan_to_num(nan=-1.0).clamp_(-1, 1).add_(1).mul_(127.5).round_()
+    return values.to(torch.uint8, memory_format=torch.channels_last).permute(0, 2, 3, 1).contiguous()
+
+
 def to_uint8(frames: np.ndarray | torch.Tensor) -> np.ndarray:
     """Convert frames to uint8 [T, H, W, 3].
 
     Args:
-        frames: uint8 [T, H, W, 3], returned unchanged, or a float tensor [T, 3, H, W] in [-1, 1]. Values outside this
-            range are clamped; NaN becomes black, so that a diverged model still gives a video.
+        frames: uint8 [T, H, W, 3], returned unchanged, or a float tensor [T, 3, H, W] for `quantize`.
 
     Raises:
         ValueError: for any other type or shape.
@@ -35,8 +43,7 @@ def to_uint8(frames: np.ndarray | torch.Tensor) -> np.ndarray:
     if isinstance(frames, torch.Tensor) and frames.is_floating_point():
         if frames.ndim != 4 or frames.shape[1] != 3:
             raise ValueError(f"float frames must be [T, 3, H, W], not {tuple(frames.shape)}")
-        values = (frames.detach().float().nan_to_num(nan=-1.0).clamp(-1, 1) + 1) * 127.5
-        frames = values.round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        frames = quantize(frames).cpu().numpy()
     pixels = np.asarray(frames)
     if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3:
         raise ValueError(f"frames must be uint8 [T, H, W, 3], not {pixels.dtype} {pixels.shape}")

@@ -9,6 +9,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -276,20 +277,25 @@ class PipelineRank:
         total = self.config.video.num_output_frames
         interval = 0.5 if sys.stderr.isatty() else 15
         bar = tqdm(total=total, desc=job.files.stem[:40], unit="latent frame", mininterval=interval)
-        with (
-            bar,
-            VideoOutput.for_jobs(self.config, self.vae, [job], self.prefix_path, self.save_latents) as self.output,
-        ):
+        output = VideoOutput.for_jobs(
+            self.config,
+            self.vae,
+            [job],
+            self.prefix_path,
+            self.save_latents,
+            span=lambda block: nullcontext() if block is None else self.recorder("decode", block),
+        )
+        with bar, output as self.output:
             try:
                 if prefix is not None:
-                    self.output.emit(prefix.to(self.device))
+                    output.emit(prefix.to(self.device))
                     bar.update(prefix.shape[1])
                 for block, latents in enumerate(blocks, start=schedule.prefix_blocks):
-                    with self.recorder("decode", block):
-                        self.output.emit(latents, block)
+                    output.emit(latents, block)
                     bar.update(latents.shape[1])
+                output.decoder.wait()
             except BaseException:  # usually because another rank died
-                self._unfinished += self.output.keep_unfinished()
+                self._unfinished += output.keep_unfinished()
                 self.output = None
                 raise
         self.output = None

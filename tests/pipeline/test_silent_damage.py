@@ -23,8 +23,9 @@ from model.text_encoder import TextEncoder
 from model.vae import WanVAE
 from model.weight_files import TRANSFORMER_FILE
 from model.weights import ModelDirectory
-from pipeline import generate, output
-from pipeline.output import VideoFiles, VideoOutput, decode_frames
+from pipeline import decoding, generate
+from pipeline.decoding import decode_frames
+from pipeline.output import VideoFiles, VideoOutput
 from pipeline.parallel import runner
 from pipeline.rollout import Rollout
 from pipeline.schedule import Denoise
@@ -126,12 +127,12 @@ def test_finished_latents_of_all_kinds_are_checked_without_a_host_sync(world, mo
     """The flags are read after the pixels, whose copy waits for the device anyway."""
     vae = WanVAE(ModelDirectory.open(world.model).load_vae(torch.float32))
     calls: list[str] = []
-    to_uint8 = output.to_uint8
-    monkeypatch.setattr(output, "to_uint8", lambda frames: calls.append("pixels") or to_uint8(frames))
+    quantize = decoding.quantize
+    monkeypatch.setattr(decoding, "quantize", lambda frames: calls.append("pixels") or quantize(frames))
     with host_syncs(torch.device("cpu")) as syncs:
         decode_frames(vae.stream(), torch.zeros(2, 1, 16, 4, 4), "a block")
     reads = [call for call in syncs if call not in ("cpu", "numpy")]
-    assert calls == ["pixels", "pixels"] and syncs[-1] == "tolist" and reads == ["tolist"]
+    assert calls == ["pixels"] and syncs[-1] == "tolist" and reads == ["tolist"]
     for shape, where in (((1, 2, 16, 4, 4), 0), ((1, 1, 16, 2, 2), -1)):
         latents = torch.zeros(shape)
         latents.view(-1)[where] = NAN
