@@ -74,7 +74,7 @@ def count_videos(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def counting(pipeline, batch, *rest):
         made.extend(job.files.stem for job in batch)
-        make_videos(pipeline, batch, *rest)
+        return make_videos(pipeline, batch, *rest)
 
     monkeypatch.setattr(generate, "make_videos", counting)
     return made
@@ -700,7 +700,7 @@ def test_the_diagonal_order_runs_in_constant_memory(tmp_path, world):
         pipeline.config = load_config(str(config), [f"video.num_output_frames={num_frames}", "rollout.order=diagonal"])
         job = output.VideoJob(Prompt(0, "a", "a"), 0, output.VideoFiles(tmp_path, f"{num_frames}-0"))
         Path("/proc/self/clear_refs").write_text("5")
-        generate.make_videos(pipeline, [job], None, "", True, tqdm(disable=True))
+        generate.make_videos(pipeline, [job], None, "", True, tqdm(disable=True)).wait()
         status = Path("/proc/self/status").read_text()
         return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))) // 1024
 
