@@ -1,5 +1,6 @@
 """Generate the videos that a folder lacks. Finished blocks are decoded and written beside the denoising."""
 
+import contextlib
 import functools
 import sys
 import time
@@ -186,6 +187,10 @@ def check_request(config: Config, prefix_path: str, track: TrackEntries = ()) ->
     TextToVideo.check(config, 0 if not prefix_path else 1 if is_image(prefix_path) else None, track)
 
 
+class _PreviousFailed(Exception):
+    """The batch before could not be completed, so this one ends, too."""
+
+
 def make_videos(
     pipeline: TextToVideo,
     batch: Sequence[VideoJob],
@@ -206,16 +211,23 @@ def make_videos(
         bar.update()
 
     output = VideoOutput.for_jobs(pipeline.config, pipeline.vae, batch, prefix_path, save_latents, wait_at_end=False)
-    with output:
+    failed: Exception | None = None
+    with contextlib.suppress(_PreviousFailed), output:
         prompts, samples = [job.prompt.text for job in batch], [job.sample for job in batch]
         first = pipeline.schedule(0 if prefix is None else prefix.shape[1]).prefix_blocks
         track = batch[0].prompt.track
         blocks = pipeline.generate_blocks(prompts, samples, prefix, show_progress, output.decoder, track)
         for block, latents in enumerate(blocks, start=first):
             if block == first:  # one video is decoded at a time
-                if previous is not None:
-                    previous.wait()
+                try:
+                    if previous is not None:
+                        previous.wait()
+                except Exception as error:
+                    failed = error
+                    raise _PreviousFailed from None
                 if prefix is not None:
                     output.emit(prefix)
             output.emit(latents, block)
+    if failed is not None:  # raised here, because the files of this batch would put their own names into the message
+        raise failed
     return output

@@ -19,6 +19,7 @@ from pipeline.build import build_schedule, latent_size
 from pipeline.parallel.profile import RankProfile
 from pipeline.parallel.runner import check_pipeline_keys
 from pipeline.parallel.simulation import OpTimes, median_times, prediction_table, simulate
+from pipeline.parallel.work import decode_passes
 from utils.arguments import MAX_COUNT, require_range
 from utils.config_loading import load_config
 from utils.errors import UserError, command
@@ -67,7 +68,8 @@ def main() -> None:
     height, width = latent_size(config.video)
     block_bytes = 16 * 4 * config.rollout.block_frames * height * width  # 16 channels, float32
     transfer_seconds = args.latency + block_bytes / (args.bandwidth * 1e9)
-    predict = functools.partial(simulate, schedule, times=times, transfer_seconds=transfer_seconds)
+    options = dict(transfer_seconds=transfer_seconds, decode_passes=decode_passes(config))
+    predict = functools.partial(simulate, schedule, times=times, **options)
     print(prediction_table(predict, args.ranks, pixel_frames=4 * (frames - 1) + 1))
 
 

@@ -81,6 +81,7 @@ def simulate(
     transfer_seconds: float = 0.0,
     send_after_write: bool = False,
     fuse_context: bool = False,
+    decode_passes: float = 0.0,
 ) -> Prediction:
     """Predict the times of one video on `num_ranks` ranks. Only the ranks of the first pipeline work on it.
 
@@ -88,9 +89,10 @@ def simulate(
         transfer_seconds: time from a send until the block arrives: latency plus bytes over bandwidth.
         send_after_write: ranks send a block only after its context write.
         fuse_context: one pass writes a context and denoises the next block.
+        decode_passes: see `plan_pipelines`.
     """
     assert schedule.num_blocks is not None
-    pipeline = plan_pipelines(num_ranks, schedule)[0]
+    pipeline = plan_pipelines(num_ranks, schedule, decode_passes)[0]
     arrivals: dict[int, float] = {}
     busy = dict.fromkeys(pipeline.ranks, 0.0)
     finished: dict[int, float] = {}

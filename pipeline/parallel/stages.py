@@ -1,10 +1,11 @@
 """Assign denoising steps, text encoding and decoding to ranks. Imports no torch.
 
-    ranks < steps     neighbouring steps share a rank; the slowest rank has as few passes as possible
-    ranks = steps     one step per rank; the first rank also encodes text, the last rank also decodes
+    ranks <= steps    neighbouring steps share a rank, and the last rank decodes, perhaps nothing else; the slowest rank
+                      has as little work as possible; the first rank also encodes text
     ranks > steps     one more rank decodes, a second one encodes text, further ranks form more pipelines
 
-The unit of assignment is a cache. Steps that share a cache (`Schedule.steps_per_cache`) stay on one rank.
+The unit of assignment is a cache. Steps that share a cache (`Schedule.steps_per_cache`) stay on one rank. The unit of
+work is a pass over one block; decoding a block counts as `decode_passes` of them.
 """
 
 import itertools
@@ -58,24 +59,29 @@ class Pipeline:
         return ", ".join(roles + (["decoding"] if rank == self.decoder_rank else []))
 
 
-def plan_pipelines(num_ranks: int, schedule: Schedule) -> list[Pipeline]:
-    """Distribute ranks 0..N-1 over pipelines. Every pipeline but the last has the largest useful number of ranks."""
+def plan_pipelines(num_ranks: int, schedule: Schedule, decode_passes: float = 0.0) -> list[Pipeline]:
+    """Distribute ranks 0..N-1 over pipelines. Every pipeline but the last has the largest useful number of ranks.
+
+    Args:
+        decode_passes: time to decode a block, in passes over one block; see `decode_passes`.
+    """
     largest = len(schedule.caches) + 2
     pipelines = []
     for first in range(0, num_ranks, largest):
         ranks = range(first, min(num_ranks, first + largest))
-        num_stages = min(len(ranks), len(schedule.caches))
-        spare = ranks[num_stages:]
-        stages = tuple(zip(ranks, split_caches(schedule, num_stages), strict=False))
-        decoder_rank = spare[0] if spare else ranks[num_stages - 1]
-        pipelines.append(Pipeline(spare[1] if len(spare) > 1 else ranks[0], stages, decoder_rank))
+        groups = split_caches(schedule, len(ranks), decode_passes)
+        stages = tuple(zip(ranks, groups, strict=False))
+        decoder_rank = ranks[min(len(groups), len(ranks) - 1)]
+        text_rank = ranks[len(groups) + 1] if len(ranks) > len(groups) + 1 else ranks[0]
+        pipelines.append(Pipeline(text_rank, stages, decoder_rank))
     return pipelines
 
 
-def split_caches(schedule: Schedule, num_stages: int) -> list[tuple[int, ...]]:
-    """Split the caches into `num_stages` consecutive groups with the smallest maximum of passes per block.
+def split_caches(schedule: Schedule, num_ranks: int, decode_passes: float = 0.0) -> list[tuple[int, ...]]:
+    """Split the caches into consecutive groups, one per rank that denoises, with the least work for the slowest rank.
 
-    Among equally good splits, later groups get more passes, because the first rank also encodes text.
+    With fewer groups than ranks, the next rank only decodes; with as many, the last one also decodes. Among equally
+    good splits, later groups get more passes, because the first rank also encodes text.
     """
     passes = [len(steps) + 1 for steps in schedule.steps_per_cache]  # the steps and one context write
     caches = schedule.caches
@@ -83,12 +89,18 @@ def split_caches(schedule: Schedule, num_stages: int) -> list[tuple[int, ...]]:
     def groups(cuts: Sequence[int]) -> list[range]:
         return [range(start, end) for start, end in itertools.pairwise([0, *cuts, len(caches)])]
 
-    def cost(cuts: Sequence[int]) -> tuple[int, list[int]]:
-        sums = [sum(passes[i] for i in group) for group in groups(cuts)]
-        return max(sums), sums
+    def cost(cuts: Sequence[int]) -> tuple[float, list[float]]:
+        work: list[float] = [sum(passes[i] for i in group) for group in groups(cuts)]
+        if len(work) < num_ranks:
+            work.append(decode_passes)
+        else:
+            work[-1] += decode_passes
+        return max(work), work
 
-    best = min(itertools.combinations(range(1, len(caches)), num_stages - 1), key=cost)
-    return [tuple(caches[i] for i in group) for group in groups(best)]
+    most = min(num_ranks, len(caches))
+    fewest = min(max(1, num_ranks - 1), most)
+    splits = [cuts for count in (most, fewest) for cuts in itertools.combinations(range(1, len(caches)), count - 1)]
+    return [tuple(caches[i] for i in group) for group in groups(min(splits, key=cost))]
 
 
 def describe_assignment(pipelines: Sequence[Pipeline], schedule: Schedule) -> str:

@@ -2,8 +2,11 @@
 
 import pytest
 
+from pipeline.parallel.runner import use_one_nccl_channel
 from pipeline.parallel.stages import describe_assignment, plan_pipelines, split_caches
+from pipeline.parallel.work import decode_passes
 from pipeline.schedule import Schedule
+from utils.config_loading import load_config
 
 
 @pytest.mark.parametrize("leading_steps", [0, 2, 3])
@@ -53,3 +56,42 @@ def test_upstream_and_downstream_ranks():
     assert (two.upstream(1), two.downstream(1)) == (0, None)
     [five] = plan_pipelines(5, schedule)
     assert (five.upstream(3), five.downstream(3)) == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "decode_work", "caches", "decoder"),
+    [
+        (4, 0.0, [(0,), (1,), (2,), (3,)], 3),
+        (4, 1.0, [(0,), (1,), (2,), (3,)], 3),  # 3 passes for the last rank; without decoding, one rank would have 4
+        (4, 2.5, [(0,), (1,), (2, 3)], 3),  # the last rank only decodes; otherwise it would have 4.5 passes
+        (3, 0.0, [(0,), (1,), (2, 3)], 2),
+        (3, 1.0, [(0,), (1, 2), (3,)], 2),
+        (2, 2.5, [(0, 1, 2), (3,)], 1),
+        (2, 9.0, [(0, 1, 2, 3)], 1),
+        (1, 9.0, [(0, 1, 2, 3)], 0),
+        (5, 0.0, [(0,), (1,), (2,), (3,)], 4),
+    ],
+)
+def test_decoding_counts_as_work(num_ranks, decode_work, caches, decoder):
+    [pipeline] = plan_pipelines(num_ranks, Schedule(4, 5), decode_work)
+    assert [group for _, group in pipeline.stages] == caches
+    assert pipeline.decoder_rank == decoder and pipeline.text_rank == 0
+    assert pipeline.downstream(pipeline.stage_ranks[-1]) == (None if decoder in pipeline.stage_ranks else decoder)
+
+
+def test_the_work_of_decoding_is_that_of_the_counted_operations():
+    """Two sizes of networks, with the counts of torch.utils.flop_counter on the meta device."""
+    wan = load_config("configs/hiar.yaml", ["model.base=absent", "video.num_output_frames=21"])
+    assert decode_passes(wan) == pytest.approx(40.65 / 40.41, rel=0.02)
+    miniature = load_config("configs/shapes.yaml", ["video.num_output_frames=21"])
+    assert decode_passes(miniature) == pytest.approx(4.47, rel=0.2)
+
+
+def test_nccl_has_one_channel_unless_the_user_has_set_channels():
+    environment: dict[str, str] = {"NCCL_DEBUG": "INFO"}
+    use_one_nccl_channel(environment)
+    assert environment["NCCL_MAX_NCHANNELS"] == environment["NCCL_MIN_NCHANNELS"] == "1"
+    for name in ("NCCL_MAX_NCHANNELS", "NCCL_MIN_P2P_NCHANNELS", "NCCL_MAX_CTAS"):
+        environment = {name: "4"}
+        use_one_nccl_channel(environment)
+        assert environment == {name: "4"}
