@@ -41,7 +41,7 @@ def run_rank(words: list[str], environment: dict[str, str], log: str) -> None:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.argv = ["script.py", *words]
-    # The tiny VAE is slow compared with the tiny DiT: one rank would have most steps, and another one would only decode.
+    # The tiny VAE is slow compared with the tiny DiT: some ranks would have most steps or only decode.
     importlib.import_module("pipeline.parallel.runner").decode_passes = lambda config: 0.0
     importlib.import_module(SCRIPT).main()
 
