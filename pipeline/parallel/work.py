@@ -14,14 +14,16 @@ from utils.errors import UserError
 
 _WAN_DECODER = 8.5e6
 """Floating-point operations per pixel of Wan2.1's decoder, counted by `benchmark.measure.counted_flops`."""
+_CONVOLUTION_COST = 2.0
+"""Time of an operation of the decoder, relative to one of the DiT: its convolutions reach about half the speed of large
+matrix products, and its elementwise operations move more bytes per operation. docs/pipeline.md has the arithmetic."""
 
 
 def decode_passes(config: Config) -> float:
-    """Return the operations to decode a block, relative to those of a denoising pass with a full window.
+    """Estimate the time to decode a block, relative to that of a denoising pass with a full window.
 
-    The count has only matrix products and convolutions. It is an estimate of the ratio of times: on a GPU, convolutions
-    and elementwise operations of the decoder are less efficient than the DiT's matrix products. A model that is not on
-    this machine counts as Wan2.1-1.3B.
+    The estimate is the ratio of their operations (matrix products and convolutions), times `_CONVOLUTION_COST`. A model
+    that is not on this machine counts as Wan2.1-1.3B.
     """
     net, vae = TRANSFORMERS["wan-1.3b"], VAES["wan"]
     with contextlib.suppress(UserError):  # of a missing model; a run reports it later
@@ -31,7 +33,8 @@ def decode_passes(config: Config) -> float:
     frames = frames_per_block(config.rollout, config.video.num_output_frames)
     context, _ = context_frames(config.rollout, config.video.num_output_frames)
     flops = pass_flops(net, latent_size(config.video), frames, context, config.model.text_length)
-    return 4 * frames * config.video.height * config.video.width * decoder_flops_per_pixel(vae) / flops
+    pixels = 4 * frames * config.video.height * config.video.width
+    return _CONVOLUTION_COST * pixels * decoder_flops_per_pixel(vae) / flops
 
 
 def pass_flops(net: Mapping[str, Any], size: tuple[int, int], frames: int, context: int, text_length: int) -> float:
