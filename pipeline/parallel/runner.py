@@ -230,7 +230,7 @@ def use_one_nccl_channel(environment: MutableMapping[str, str]) -> None:
     1 MB, and one channel moves it in less than 0.1 ms.
     """
     if not any(name.startswith("NCCL_") and name.endswith(("NCHANNELS", "CTAS")) for name in environment):
-        environment |= {"NCCL_MIN_NCHANNELS": "1", "NCCL_MAX_NCHANNELS": "1", "NCCL_MAX_P2P_NCHANNELS": "1"}
+        environment.update(NCCL_MIN_NCHANNELS="1", NCCL_MAX_NCHANNELS="1", NCCL_MAX_P2P_NCHANNELS="1")
 
 
 def _collect_profiles(prefix: str, roles: dict[int, str], recorder: Recorder, store: dist.Store) -> list[RankProfile]:
