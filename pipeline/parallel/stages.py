@@ -78,9 +78,9 @@ def plan_pipelines(num_ranks: int, schedule: Schedule, decode_passes: float = 0.
 
 
 def split_caches(schedule: Schedule, num_ranks: int, decode_passes: float = 0.0) -> list[tuple[int, ...]]:
-    """Split the caches into consecutive groups, one per rank that denoises, with the least work for the slowest rank.
+    """Split the caches into consecutive groups, one per rank that denoises.
 
-    With fewer groups than ranks, the next rank only decodes; with as many, the last one also decodes. Among equally
+    The slowest rank gets the least work, then the second slowest, and so on. With fewer groups than ranks, the next rank only decodes; with as many, the last one also decodes. Among equally
     good splits, later groups get more passes, because the first rank also encodes text.
     """
     passes = [len(steps) + 1 for steps in schedule.steps_per_cache]  # the steps and one context write
@@ -89,13 +89,13 @@ def split_caches(schedule: Schedule, num_ranks: int, decode_passes: float = 0.0)
     def groups(cuts: Sequence[int]) -> list[range]:
         return [range(start, end) for start, end in itertools.pairwise([0, *cuts, len(caches)])]
 
-    def cost(cuts: Sequence[int]) -> tuple[float, list[float]]:
+    def cost(cuts: Sequence[int]) -> tuple[list[float], list[float]]:
         work: list[float] = [sum(passes[i] for i in group) for group in groups(cuts)]
         if len(work) < num_ranks:
             work.append(decode_passes)
         else:
             work[-1] += decode_passes
-        return max(work), work
+        return sorted(work, reverse=True), work
 
     most = min(num_ranks, len(caches))
     fewest = min(max(1, num_ranks - 1), most)
