@@ -80,8 +80,9 @@ def plan_pipelines(num_ranks: int, schedule: Schedule, decode_passes: float = 0.
 def split_caches(schedule: Schedule, num_ranks: int, decode_passes: float = 0.0) -> list[tuple[int, ...]]:
     """Split the caches into consecutive groups, one per rank that denoises.
 
-    The slowest rank gets the least work, then the second slowest, and so on. With fewer groups than ranks, the next rank only decodes; with as many, the last one also decodes. Among equally
-    good splits, later groups get more passes, because the first rank also encodes text.
+    The slowest rank gets the least work, then the second slowest, and so on. With fewer groups than ranks, the next
+    rank only decodes; with as many, the last one also decodes. Among equally good splits, later groups get more passes,
+    because the first rank also encodes text.
     """
     passes = [len(steps) + 1 for steps in schedule.steps_per_cache]  # the steps and one context write
     caches = schedule.caches
