@@ -10,7 +10,7 @@ from torch import Tensor
 from model.vae import WanVAE
 from model.weight_checks import is_finite
 from pipeline.build import num_pixel_frames
-from pipeline.output import read_latents
+from pipeline.latent_files import read_latents
 from utils.clips import VideoReader, read_image, resize_and_crop
 from utils.config import Config
 from utils.errors import UserError

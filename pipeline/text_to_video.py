@@ -206,8 +206,7 @@ class TextToVideo:
         decoder = self.vae.stream(overlap_pixel_frames(pipe.config.rollout))
         live = prompt_track if isinstance(prompt_track, LivePrompts) else None
         for part, latents in pipe._blocks_of(as_prompt(prompt, prompt_track), sample, prefix_path, decoder, live):
-            [frames] = decode_frames(decoder, latents, part)
-            yield frames
+            yield decode_frames(decoder, latents, part)[0]
 
     def session(
         self,

@@ -13,7 +13,7 @@ from tiny_model import ROOT, write_config, write_model
 
 import inference
 import train
-from pipeline.output import read_latents
+from pipeline.latent_files import read_latents
 from scripts import generate_ode_pairs, pipeline_parallel_inference
 from trainer.datasets.ode_pairs import load_pair, open_ode_pairs, write_ode_pair
 from utils.config_loading import load_config

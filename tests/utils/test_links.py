@@ -11,7 +11,7 @@ import torch
 
 from evaluation.plots import save_timeline_plot
 from model.weight_files import save_weights
-from pipeline.output import LatentsWriter
+from pipeline.latent_files import LatentsWriter
 from trainer.datasets.clips import write_shard
 from trainer.datasets.ode_pairs import write_ode_pair
 from trainer.logging import MetricsLog
