@@ -70,8 +70,8 @@ def check_parts(device: str, small: bool, folder: Path) -> list[Part]:
     eight_bits = "int8" if small else "fp8"
     trained = ["distill.generator_every=1", "--iterations", "1", *train] if small else ["--iterations", "5"]
     return [
-        Part("tests", 90, ["-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", *GPU_TESTS]),
-        passes("passes, eager", 60, "--attention", *(["native"] if small else ["native", "auto"]), "--compile", "off"),
+        Part("tests", 85, ["-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", *GPU_TESTS]),
+        passes("passes, eager", 55, "--attention", *(["native"] if small else ["native", "auto"]), "--compile", "off"),
         passes("passes, compiled", 70, "--no-plain", "--attention", "auto", "--compile", "on"),
         passes("passes, CUDA graphs", 45, "--no-plain", "--attention", "auto", "model.cuda_graphs=true"),
         passes("passes, 8-bit layers", 45, "--no-plain", "--attention", "auto", f"model.quantization={eight_bits}"),
@@ -82,7 +82,7 @@ def check_parts(device: str, small: bool, folder: Path) -> list[Part]:
         Part("pipeline of one rank", 30, [*pipeline, *steps, f"runtime.device={device}"]),
         measure("training, FSDP2", 40, "--what", "training", "--preset", "shapes", "--device", device, *trained,
                 "train.sharding=shard", "train.compile=false"),
-        *(memory_part(file, measure, [*preset, *once]) for file in sorted((ROOT / "configs/gpu").glob("*.yaml"))),
+        *(memory_part(file, measure, [*preset, *steps]) for file in sorted((ROOT / "configs/gpu").glob("*.yaml"))),
         Part("profile", 30, ["scripts/profile_pass.py", *preset, "--output", str(folder / "profile.json")]),
     ]  # fmt: skip
 
@@ -90,12 +90,27 @@ def check_parts(device: str, small: bool, folder: Path) -> list[Part]:
 GPU_TESTS = ["tests/model/test_gpu_attention.py", "tests/pipeline/test_gpu_rollout.py"]
 
 
+MEMORY_RUN = [
+    "--repeats",
+    "1",
+    "--warmup",
+    "0",
+    "--no-plain",
+    "--fuse",
+    "on",
+    "--schedule",
+    "timestep_first",
+    "--compile",
+    "off",
+]
+
+
 def memory_part(file: Path, measure: Callable[..., Part], words: Sequence[str]) -> Part:
-    """Return the part that measures the memory of a pass with the options of a file in configs/gpu/."""
+    """Return the part that measures the memory of a video of 21 frames with the options of a file in configs/gpu/."""
     sections = yaml.safe_load(file.read_text()) or {}
     overrides = [f"{s}.{key}={value}" for s in ("model", "rollout") for key, value in sections.get(s, {}).items()]
     kept = [word for word in overrides if not word.startswith(("model.base=", "model.generator="))]
-    return measure(f"memory, {file.stem}", 15, "--what", "pass", "--passes", "denoise", "--no-plain", *words, *kept)
+    return measure(f"memory, {file.stem}", 20, "--what", "rollout", "--frames", "21", *MEMORY_RUN, *words, *kept)
 
 
 def is_available(part: Part) -> bool:
