@@ -81,7 +81,8 @@ def main() -> None:
     num_micro_batches(config.train, world_size())  # raises an error if the batch does not divide evenly
 
     # Import heavy modules after the arguments are checked, so that errors appear at once.
-    import shapes.objectives  # noqa: F401 -- registers the miniature's objectives
+    import shapes.objectives
+    import shapes.tiny_decoder  # noqa: F401 -- both register the miniature's objectives
     from trainer.logging import check_wandb
     from trainer.objectives import build_objective
     from trainer.trainer import Trainer

@@ -48,6 +48,12 @@ TEXT_ENCODERS: dict[str, dict[str, Any]] = {
 }
 TEXT_ENCODERS["shapes-96"] = TEXT_ENCODERS["shapes"]
 
+TINY_DECODERS: dict[str, dict[str, Any]] = {
+    "wan": dict(widths=(256, 128, 64, 64)),  # of the public weights taew2_1
+    "shapes": dict(widths=(48, 24, 12, 8)),
+}
+TINY_DECODERS["shapes-96"] = TINY_DECODERS["shapes"]
+
 Net = TypeVar("Net", bound=nn.Module)
 
 

@@ -19,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 from evaluation.metrics import MetricCurve
+from model.tiny_decoder import load_tiny_decoder
 from model.vae import WanVAE
 from model.weights import ModelDirectory
 from shapes import world
@@ -38,6 +39,7 @@ UNITS = {f"{a.name}_error": a.unit for a in UNNAMED} | dict.fromkeys(("absent", 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default="data/shapes-wan", help="model directory")
+    parser.add_argument("--tiny_decoder", help="file of a tiny decoder; decodes instead of the VAE")
     parser.add_argument("--num_clips", type=int, default=12, help="number of clips")
     parser.add_argument("--num_frames", type=int, default=81, help="pixel frames per clip, 4n+1")
     parser.add_argument("--size", type=int, choices=list(STYLES), default=64, help="height and width in pixels")
@@ -49,6 +51,8 @@ def main() -> None:
     if args.num_frames % 4 != 1:
         raise UserError(f"--num_frames must be of the form 4n+1, not {args.num_frames}")
     vae = WanVAE(ModelDirectory.open(args.base).load_vae(torch.float32))
+    if args.tiny_decoder:
+        vae.decoder = load_tiny_decoder(args.tiny_decoder, vae, torch.float32)
     squared = np.zeros((args.num_clips, args.num_frames))
     errors: dict[str, list[list[float]]] = {}
     for index in tqdm(range(args.num_clips), unit="clip"):

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Train the miniature model, data/shapes-wan, from scratch: text encoder, VAE, encoded clips, teacher, ODE pairs, causal
-# initialisation, and the distilled generators.
+# Train the miniature model, data/shapes-wan, from scratch: text encoder, VAE, tiny decoder, encoded clips, teacher, ODE
+# pairs, causal initialisation, and the distilled generators.
 #
 #   scripts/train_shapes.sh [section.key=value ...]
 #
@@ -56,6 +56,7 @@ vae=() # the larger frames have patterns and need a longer training
 ((size == 64)) || vae=(train.max_iterations=5000)
 train vae "$short" "${vae[@]}" "$@"
 train vae_long "$model" train.init="$short" "$@"
+train tiny_decoder "$model" "$@"
 
 echo "== clips"
 run scripts/encode_clips.py --base "$model" --output "$runs/clips" --num_clips "${CLIPS:-4096}" \

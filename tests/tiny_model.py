@@ -20,6 +20,7 @@ TRANSFORMER: dict[str, Any] = dict(
     num_attention_heads=2, attention_head_dim=16, ffn_dim=32, num_layers=2, text_dim=16, freq_dim=32
 )
 VAE: dict[str, Any] = presets.VAES["shapes"] | dict(base_dim=4, decoder_base_dim=4)
+TINY_DECODER: dict[str, Any] = dict(widths=(8, 4, 4, 4))
 TEXT_ENCODER: dict[str, Any] = dict(
     vocab_size=384, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, dropout_rate=0.0
 )

@@ -13,12 +13,12 @@ from utils.prompts import NEGATIVE_PROMPT
 
 DType = Literal["float32", "bfloat16", "float16"]
 ObjectiveName = Literal[
-    "", "text_attributes", "vae_reconstruction", "flow_matching", "ode_regression", "score_distillation"
+    "", "text_attributes", "vae_reconstruction", "tiny_decoder", "flow_matching", "ode_regression", "score_distillation"
 ]
 Offload = Literal["none", "text", "all"]
 Compile = Literal["auto", "on", "off"]
 DIT_OBJECTIVES = ("flow_matching", "ode_regression", "score_distillation")
-"""Objectives that train a DiT. The others train the miniature's text encoder and VAE."""
+"""Objectives that train a DiT. The others train the miniature's text encoder, VAE and tiny decoder."""
 
 
 @dataclass

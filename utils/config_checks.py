@@ -188,7 +188,7 @@ def _check_train(train: "TrainConfig") -> None:
     for key, limit in ("stop_grad_norm", train.stop_grad_norm), ("stop_loss_growth", train.stop_loss_growth):
         if not limit > 0:
             raise UserError(f"train.{key} must be positive, not {limit}; use .inf for no limit")
-    needs_lengths = train.objective == "vae_reconstruction" and not train.clip_frames
+    needs_lengths = train.objective in ("vae_reconstruction", "tiny_decoder") and not train.clip_frames
     if needs_lengths or any(frames < 1 or frames % 4 != 1 for frames in train.clip_frames):
         raise UserError(f"train.clip_frames must be numbers of the form 4n+1, not {train.clip_frames}")
     if train.dtype == "float16":

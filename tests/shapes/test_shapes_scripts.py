@@ -13,11 +13,12 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny_model import ROOT, TEXT_ENCODER, TRANSFORMER, VAE, all_clips, write_config, write_model
+from tiny_model import ROOT, TEXT_ENCODER, TINY_DECODER, TRANSFORMER, VAE, all_clips, write_config, write_model
 
 from model import presets
 from model.causal_wan import CausalWanModel
 from model.flow import solver_sigmas
+from model.tiny_decoder import TinyNetwork
 from model.vae import WanVAE
 from model.weights import ModelDirectory
 from scripts import contact_sheet, encode_clips, evaluate_vae, generate_ode_pairs, write_shapes_clips
@@ -403,7 +404,8 @@ def test_the_training_script_trains_a_model_and_resumes(tmp_path, stages, call, 
     ]
     code, calls = stages(*overrides, "train.compile=false")
     assert code == 0
-    for table, sizes in (("TRANSFORMERS", TRANSFORMER), ("VAES", VAE), ("TEXT_ENCODERS", TEXT_ENCODER)):
+    tables = dict(TRANSFORMERS=TRANSFORMER, VAES=VAE, TEXT_ENCODERS=TEXT_ENCODER, TINY_DECODERS=TINY_DECODER)
+    for table, sizes in tables.items():
         monkeypatch.setitem(getattr(presets, table), "tiny", sizes)
 
     def small_clip(self, index, num_frames):  # exporting the VAE measures 64 clips
@@ -432,7 +434,7 @@ def test_the_training_script_trains_a_model_and_resumes(tmp_path, stages, call, 
     assert data() == made and (tmp_path / "model/hiar/config.json").exists()
     assert names(tmp_path / "runs") == [
         *("captions.txt", "clips", "hiar", "hiar_without_forward_kl", "ode_init", "ode_pairs", "self_forcing"),
-        *("teacher", "text_encoder", "vae", "vae_long", "vae_short"),
+        *("teacher", "text_encoder", "tiny_decoder", "vae", "vae_long", "vae_short"),
     ]
     directory = ModelDirectory.open(tmp_path / "model")
     for name in ("model/ode_init", "model/hiar", "model/self_forcing", "runs/hiar_without_forward_kl/weights"):
@@ -448,5 +450,10 @@ def test_the_vae_evaluation_prints_all_quarters(call, model):
     assert code == 0 and lines[0].startswith("1 held-out clips of 9 frames: ") and len(lines) == 5
     code, out, _ = call(evaluate_vae, "--base", str(model), "--num_clips", "1", "--num_frames", "9", "--size", "96")
     assert code == 0 and "pebble_position_error by quarter: " in out and "absent by quarter: 1.00" in out
+    tiny = model.parent / "tiny.safetensors"
+    save_file(TinyNetwork(16, **TINY_DECODER).state_dict(), tiny)
+    words = ("--num_clips", "1", "--num_frames", "9", "--tiny_decoder", str(tiny))
+    other = call(evaluate_vae, "--base", str(model), *words)[1]
+    assert other.splitlines()[0].startswith("1 held-out clips of 9 frames: ") and other.splitlines()[0] != lines[0]
     code, _, err = call(evaluate_vae, "--base", str(model), "--num_frames", "10")
     assert code == 2 and "4n+1" in err

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_model import TEXT_ENCODER, TRANSFORMER, VAE, write_model
+from tiny_model import TEXT_ENCODER, TINY_DECODER, TRANSFORMER, VAE, write_model
 from toy import Toy
 
 from model import presets
@@ -37,6 +37,7 @@ def tiny_presets(monkeypatch) -> str:
     monkeypatch.setitem(presets.TRANSFORMERS, "tiny", TRANSFORMER)
     monkeypatch.setitem(presets.VAES, "tiny", VAE)
     monkeypatch.setitem(presets.TEXT_ENCODERS, "tiny", TEXT_ENCODER)
+    monkeypatch.setitem(presets.TINY_DECODERS, "tiny", TINY_DECODER)
     return "tiny"
 
 

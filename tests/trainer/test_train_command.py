@@ -10,6 +10,8 @@ from tiny_model import write_config, write_model_index
 
 import train
 from model.causal_wan import CausalWanModel
+from model.tiny_decoder import load_tiny_decoder
+from model.vae import WanVAE
 from model.weights import ModelDirectory
 from shapes.objectives import VAEReconstruction
 
@@ -37,6 +39,7 @@ def test_train_makes_a_model_from_random_weights_that_diffusers_opens(tmp_path, 
     runs = [
         ("text_attributes", model, {"batch_size": 8}),
         ("vae_reconstruction", model, {"clip_frames": [5], "optimizer": "muon"}),
+        ("tiny_decoder", model, {"clip_frames": [5]}),
         ("flow_matching", model / "transformer", {}),
         ("ode_regression", model / "generator", {"init": str(model / "transformer")}),
     ]
@@ -52,6 +55,8 @@ def test_train_makes_a_model_from_random_weights_that_diffusers_opens(tmp_path, 
         assert len((tmp_path / name / "metrics.jsonl").read_text().splitlines()) == 2
 
     directory = ModelDirectory.open(model)
+    vae = WanVAE(directory.load_vae())
+    assert load_tiny_decoder(model / "tiny_decoder", vae).decode(torch.zeros(1, 2, 16, 2, 2)).shape == (1, 5, 3, 16, 16)
     vae_config = directory.load_vae().config
     assert len(vae_config.latents_std) == 16 and min(vae_config.latents_std) > 0 and any(vae_config.latents_mean)
 
