@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.vae import StreamingDecoder
+from model.decoder import StreamingDecoder
 from pipeline.channel import Channel, ClosedError
 from utils.errors import UserError
 from utils.video import quantize

@@ -158,7 +158,7 @@ def save_contact_sheet(
     sheet = draw_contact_sheet(rows, columns, fps)
     try:
         with atomic_path(path) as temporary:
-            sheet.save(temporary, format="PNG")
+            sheet.save(temporary, format="PNG", compress_level=1)  # the default takes as long as decoding a block
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None  # Pillow's error has no file name
 

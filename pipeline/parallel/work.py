@@ -14,6 +14,8 @@ from utils.errors import UserError
 
 _WAN_DECODER = 8.5e6
 """Floating-point operations per pixel of Wan2.1's decoder, counted by `benchmark.measure.counted_flops`."""
+_TINY_DECODER = 3.3e5
+"""The same of the tiny decoder with the widths of TAEHV."""
 _CONVOLUTION_COST = 2.0
 """Time of an operation of the decoder, relative to one of the DiT: its convolutions reach about half the speed of large
 matrix products, and its elementwise operations move more bytes per operation. docs/pipeline.md has the arithmetic."""
@@ -34,7 +36,8 @@ def decode_passes(config: Config) -> float:
     context, _ = context_frames(config.rollout, config.video.num_output_frames)
     flops = pass_flops(net, latent_size(config.video), frames, context, config.model.text_length)
     pixels = 4 * frames * config.video.height * config.video.width
-    return _CONVOLUTION_COST * pixels * decoder_flops_per_pixel(vae) / flops
+    per_pixel = _TINY_DECODER if config.model.decoder == "tiny" else decoder_flops_per_pixel(vae)
+    return _CONVOLUTION_COST * pixels * per_pixel / flops
 
 
 def pass_flops(net: Mapping[str, Any], size: tuple[int, int], frames: int, context: int, text_length: int) -> float:
