@@ -42,7 +42,7 @@ class CaptionEmbeddings:
             missing = len(self.cache.missing(texts))
             for _ in range(max_over_ranks(missing, self.device) - missing):
                 self.cache.encoder.encode([""])
-        return self.cache.get(texts).to(self.device, torch.float32)
+        return self.cache.get(texts).to(self.device, torch.float32, non_blocking=True)
 
 
 def shards_text_encoder(config: Config) -> bool:

@@ -68,7 +68,8 @@ class ForwardKL:
         shared = keyed_generator("forward KL", config.runtime.seed, iteration)
         step = int(torch.randint(distill.forward_kl_steps, (), generator=shared))
         indices = [0, step, step + 1] if distill.forward_kl_mode == "rollout" else [step, step + 1]
-        points = self.pairs.read(chosen, indices).to(self.device, torch.float32)  # [B, 2 or 3, F, C, h, w]
+        points = self.pairs.read(chosen, indices)  # [B, 2 or 3, F, C, h, w]
+        points = points.to(self.device, torch.float32, non_blocking=True)
         point, next_point = points[:, -2], points[:, -1]
         sigma, next_sigma = self.pairs.sigmas[step : step + 2]
         embeddings = self.text.encode([self.pairs.prompts[i] for i in chosen])

@@ -173,9 +173,10 @@ class ScoreDistillation(Objective):
     def _add_random_noise(self, clip: Tensor, random: ClipRandom) -> tuple[Tensor, Tensor, Tensor]:
         """Return one noise level per clip [B] (stratified, shifted, clamped), the clips at it, and their noise."""
         distill = self.config.distill
-        noise = random.normal(clip.shape[1:]).to(clip)
+        noise = random.normal(clip.shape[1:]).to(clip, non_blocking=True)
         sigma = shift_sigma(random.stratified()[:, 0], distill.timestep_shift)
-        sigma = sigma.clamp(distill.min_timestep / 1000, distill.max_timestep / 1000).to(self.device)
+        sigma = sigma.clamp(distill.min_timestep / 1000, distill.max_timestep / 1000)
+        sigma = sigma.to(self.device, non_blocking=True)
         return sigma, add_noise(clip, noise, sigma.view(-1, 1, 1, 1, 1)), noise
 
 
