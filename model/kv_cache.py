@@ -137,7 +137,7 @@ class KVCache:
     def append(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Store a block's k and v [B, tokens, heads, head_dim] of one layer; call `commit` after the last layer."""
         assert not self.frozen, "append to a frozen cache"
-        for slot, frame, count in self._placement(k.shape[1] // self.tokens_per_frame):
+        for slot, frame, count in self.placement(k.shape[1] // self.tokens_per_frame):
             target = slice(slot * self.tokens_per_frame, (slot + count) * self.tokens_per_frame)
             source = slice(frame * self.tokens_per_frame, (frame + count) * self.tokens_per_frame)
             self._store(layer, target, k[:, source], v[:, source])
@@ -242,7 +242,7 @@ class KVCache:
             start += count
         return runs or [(0, 0)]
 
-    def _placement(self, num_frames: int) -> Iterator[tuple[int, int, int]]:
+    def placement(self, num_frames: int) -> Iterator[tuple[int, int, int]]:
         """Yield runs (first slot, index of the first new frame, number of frames) for the next `num_frames` frames.
 
         Frames that later frames of the same block would overwrite are skipped.

@@ -37,26 +37,32 @@ def backend(monkeypatch):
 class RollingWindow:
     """Passes over the blocks of one video, by a network that may be compiled at any time."""
 
+    sigma = 0.5
+
     def __init__(self, net: CausalWanModel, **options: object):
-        self.denoiser = Denoiser(net, net.encode_text(PROMPT))
+        self.device = net.device
+        self.denoiser = Denoiser(net, net.encode_text(PROMPT.to(net.device)))
         self.cache = net.new_cache(1, 4, 6, **WINDOW | options)
+
+    def clip(self, seed: int) -> Tensor:
+        return clip(2, seed=seed).transpose(1, 2).to(self.device)
 
     @torch.no_grad()
     def denoise(self) -> Tensor:
         start = self.cache.num_frames
-        return self.denoiser.denoise(clip(2, seed=start).transpose(1, 2), 0.5, start, self.cache)
+        return self.denoiser.denoise(self.clip(start), self.sigma, start, self.cache)
 
     @torch.no_grad()
     def write(self) -> Tensor:
         start = self.cache.num_frames
-        self.denoiser.write_context(clip(2, seed=100 + start).transpose(1, 2), 0.1, start, self.cache)
+        self.denoiser.write_context(self.clip(100 + start), 0.1, start, self.cache)
         return torch.stack(self.cache.read(self.cache.num_layers - 1))
 
     @torch.no_grad()
     def joint(self) -> Tensor:
         start = self.cache.num_frames
-        written, x = (clip(2, seed=seed + start).transpose(1, 2) for seed in (200, 300))
-        return self.denoiser.write_then_denoise(written, 0.1, x, 0.5, start, self.cache)
+        written, x = self.clip(200 + start), self.clip(300 + start)
+        return self.denoiser.write_then_denoise(written, 0.1, x, self.sigma, start, self.cache)
 
     def step(self) -> list[Tensor]:
         """Run each kind of pass once."""

@@ -26,19 +26,18 @@ def objective(make_config, pairs, model) -> ScoreDistillation:
     for role in objective.nets:
         objective.backward(role, 0, 0, 1.0, True)
     to_meta(objective, set())
+    objective.negative = objective.negative.to(META)
     return objective
 
 
 def to_meta(part: Any, seen: set[int]) -> None:
-    """Move all networks and tensors of an objective, and its devices, to the meta device."""
+    """Move all networks of an objective to the meta device, and make it the device of all their inputs."""
     if id(part) in seen or is_dataclass(part):  # the configuration
         return
     seen.add(id(part))
     for name, value in vars(part).items():
         if isinstance(value, torch.device):
             setattr(part, name, META)
-        elif isinstance(value, torch.Tensor):
-            setattr(part, name, value.to(META))
         elif isinstance(value, torch.nn.Module):
             value.zero_grad(set_to_none=True)
             value.to(META)
