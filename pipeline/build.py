@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -15,6 +14,7 @@ from torch import Tensor
 from model.attention_backends import fastest_backend, kernel_name
 from model.causal_wan import CausalWanModel
 from model.compilation import compiles, keep_compiled_code
+from model.cuda_graphs import use_cuda_graphs
 from model.denoiser import Denoiser, GuidedCache, GuidedDenoiser
 from model.embeddings import EmbeddingCache
 from model.flow import solver_sigmas, step_sigmas
@@ -29,7 +29,6 @@ from pipeline.rollout import BlockLayout, Rollout
 from pipeline.schedule import Schedule
 from utils.config import Config, ModelConfig, RolloutConfig, VideoConfig
 from utils.device import CACHE_DTYPES, DTYPES
-from utils.distributed import rank
 from utils.errors import UserError
 from utils.rng import keyed_noise
 
@@ -170,10 +169,10 @@ def prepare_network(
     if not streamed:
         net.fuse_projections()
     if compiles(config.model.compile, device) and not streamed:
-        folder = keep_compiled_code()
-        if rank() == 0:
-            print(f"compiling the layers during their first passes; {folder} keeps the code", file=sys.stderr)
+        keep_compiled_code()
         net.compile_layers(fall_back)
+    if config.model.cuda_graphs and device.type == "cuda" and not streamed:
+        use_cuda_graphs(net)
     return net
 
 

@@ -33,6 +33,7 @@ KEYS_WITHOUT_EFFECT = {  # (section, key) that does not change the video
     ("model", "text_cache"),
     ("model", "offload"),
     ("model", "compile"),
+    ("model", "cuda_graphs"),
     ("runtime", "device"),
     ("runtime", "threads"),
 }

@@ -51,6 +51,8 @@ class ModelConfig:
     compile: Compile = "auto"
     """Compile the generator's layers with torch.compile, and on CUDA the VAE's decoder. auto: on CUDA only. Older
     files may have true or false."""
+    cuda_graphs: bool = False
+    """On CUDA, launch the layers over a full window as CUDA graphs. This has never run on a GPU."""
     decoder: Literal["wan", "tiny"] = "wan"
     """Decoder of the latents: the one of the VAE, or a tiny one, which is faster and less exact. The VAE encodes."""
     tiny_decoder: str = ""
