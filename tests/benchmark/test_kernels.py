@@ -23,17 +23,15 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def full_size(monkeypatch):
-    """full_size(work, word, ...): counts of a pass of the 1.3B network, from networks of one and of two layers."""
+def count(monkeypatch):
+    """count(work, layers, word, ...): counts of a pass of the 1.3B network with fewer layers."""
 
-    def count(work: str, *words: str) -> dict[str, int]:
+    def count(work: str, layers: int, *words: str) -> dict[str, int]:
         config = load_config("configs/hiar.yaml", ["video.num_output_frames=42", *words])
-        sizes, counts = presets.TRANSFORMERS["wan-1.3b"], []
-        for layers in (1, 2):
-            monkeypatch.setitem(presets.TRANSFORMERS, "few layers", sizes | {"num_layers": layers})
-            counts.append(count_kernels(BenchmarkNetworks(config, CPU, "few layers"), work))
-        one, two = counts
-        return {name: one[name] + (sizes["num_layers"] - 1) * (two[name] - one[name]) for name in one}
+        monkeypatch.setitem(
+            presets.TRANSFORMERS, "few layers", presets.TRANSFORMERS["wan-1.3b"] | {"num_layers": layers}
+        )
+        return count_kernels(BenchmarkNetworks(config, CPU, "few layers"), work)
 
     return count
 
@@ -90,16 +88,23 @@ def test_kernels_of_compiled_code_are_those_of_inductor():
 
 
 @pytest.mark.parametrize("work", KERNEL_ROWS[:3])
-def test_passes_never_wait_and_never_mix_devices(full_size, work):
-    count = full_size(work, "model.compile=off")
-    assert count["host_syncs"] == count["device_mismatches"] == 0
-    assert count["kernels"] <= 3000 and count["flops"] > 3e13
+def test_passes_never_wait_and_never_mix_devices(count, work):
+    counts = count(work, 2, "model.compile=off")
+    assert counts["host_syncs"] == counts["device_mismatches"] == 0
+    assert counts["kernels"] > counts["elementwise_kernels"] > 0 and counts["flops"] > 1e12
 
 
-def test_a_compiled_denoise_has_few_kernels(full_size):
-    count = full_size("denoise", "model.compile=on")
-    assert count["kernels"] <= 700 and count["elementwise_bytes"] <= 20e9
-    assert count["host_syncs"] == count["device_mismatches"] == 0
+def test_a_compiled_denoise_has_few_kernels(count):
+    one, two = (count("denoise", layers, "model.compile=off") for layers in (1, 2))
+    compiled = count("denoise", 1, "model.compile=on")
+    assert compiled["host_syncs"] == compiled["device_mismatches"] == 0
+
+    def full_size(name: str) -> int:
+        outside = 2 * one[name] - two[name]  # of the layers, where nothing is compiled
+        return outside + 30 * (compiled[name] - outside)
+
+    assert full_size("kernels") <= 700 and full_size("elementwise_bytes") <= 20e9
+    assert full_size("kernels") < 0.6 * (one["kernels"] + 29 * (two["kernels"] - one["kernels"]))
 
 
 def test_the_command_counts_passes_and_the_decoder(call, tmp_path):
