@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import ByT5Tokenizer, UMT5Config, UMT5EncoderModel
 
 from model import presets
+from model.attention_backends import describe_attention
 from model.causal_wan import CausalWanModel
 from model.embeddings import EmbeddingCache
 from model.presets import random_network
@@ -19,7 +20,6 @@ from pipeline.build import (
     build_schedule,
     check_size,
     choose_attention_backend,
-    describe_attention,
     load_embeddings,
     load_network,
     load_vae,

@@ -14,6 +14,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from utils.config import ModelConfig
+from utils.device import DTYPES
+
 FASTEST: dict[int, tuple[str, ...]] = {
     9: ("_flash_3", "_native_cudnn"),  # Hopper
     10: ("_native_cudnn",),  # Blackwell, data centre
@@ -111,3 +114,12 @@ class _Operators(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.names.append(str(func))
         return func(*args, **(kwargs or {}))
+
+
+def describe_attention(net: Any, model: ModelConfig) -> str:
+    """Return the attention backend of a `CausalWanModel` and the kernel that it runs, as one line for the log."""
+    backend = net.layers[0].attn1.processor._attention_backend
+    chosen = getattr(backend, "value", backend) or "native"
+    kernel = kernel_name(backend, net.device, DTYPES[model.dtype], net.config["attention_head_dim"])
+    auto = f" selects {chosen}, which" if model.attention_backend == "auto" else ""
+    return f"attention: {model.attention_backend}{auto} runs {kernel}"

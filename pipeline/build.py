@@ -11,7 +11,7 @@ from diffusers.models.attention import AttentionMixin
 from diffusers.models.attention_dispatch import attention_backend
 from torch import Tensor
 
-from model.attention_backends import fastest_backend, kernel_name
+from model.attention_backends import fastest_backend
 from model.causal_wan import CausalWanModel
 from model.compilation import compiles, keep_compiled_code
 from model.cuda_graphs import use_cuda_graphs
@@ -27,7 +27,7 @@ from model.vae import WanVAE
 from model.weights import ModelDirectory
 from pipeline.rollout import BlockLayout, Rollout
 from pipeline.schedule import Schedule
-from utils.config import Config, ModelConfig, RolloutConfig, VideoConfig
+from utils.config import Config, RolloutConfig, VideoConfig
 from utils.device import CACHE_DTYPES, DTYPES
 from utils.errors import UserError
 from utils.rng import keyed_noise
@@ -231,15 +231,6 @@ def choose_attention_backend(
             net.set_attention_backend(name)
     except (ValueError, RuntimeError, ImportError) as error:
         raise UserError(f"model.attention_backend={name}: {str(error).splitlines()[0]}") from None
-
-
-def describe_attention(net: CausalWanModel, model: ModelConfig) -> str:
-    """Return the attention backend of a network and the kernel that it runs, as one line for the log."""
-    backend = net.layers[0].attn1.processor._attention_backend
-    chosen = getattr(backend, "value", backend) or "native"
-    kernel = kernel_name(backend, net.device, DTYPES[model.dtype], net.config["attention_head_dim"])
-    auto = f" selects {chosen}, which" if model.attention_backend == "auto" else ""
-    return f"attention: {model.attention_backend}{auto} runs {kernel}"
 
 
 # ---- Schedule and rollout ----

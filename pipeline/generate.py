@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pipeline.build import check_causal, describe_attention, num_pixel_frames
+from model.attention_backends import describe_attention
+from pipeline.build import check_causal, num_pixel_frames
 from pipeline.output import VideoFiles, VideoJob, VideoOutput, video_metadata
 from pipeline.prefix import check_one_input, check_prefix_exists, is_image, read_prefix
 from pipeline.prompt_track import TrackEntries
