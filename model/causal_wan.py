@@ -32,11 +32,11 @@ from model.attention import (
     WriteThenDenoiseAttention,
 )
 from model.compilation import compile_layers
-from model.conditioning import Conditioning, TextContext, Tokens, scale_rows
+from model.conditioning import Conditioning, TextContext, Tokens, modulated_norm, scale_rows
 from model.kv_cache import KVCache
 from model.quantized_cache import new_kv_cache
 from model.rotary import RotaryTables
-from model.wan_layer import CausalWanLayer, modulated_norm
+from model.wan_layer import CausalWanLayer
 from model.weights import align_weights_
 
 
@@ -100,7 +100,7 @@ class CausalWanModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
         self.proj_out = nn.Linear(dim, out_channels * prod(patch_size))
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
         self.gradient_checkpointing = False
-        self._fused = False
+        self._prepared = self._compiled = False
         self._rotary_tables = RotaryTables(attention_head_dim)
 
     @classmethod
@@ -295,9 +295,9 @@ class CausalWanModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
             timestep = Conditioning(modulation, head)
         runs = tuple((first_frame + start, count) for start, count in positions or [(0, frames)])
         rope = self._rotary_tables.get(runs, grid[1:], hidden.device)
-        if self._fused:
+        if self._prepared:
             for layer in self.layers:
-                layer.fuse_projections()
+                layer.prepare_inference(plain=not self._compiled)
         return Tokens(hidden, timestep, rope, grid)
 
     def _run_layers(
@@ -385,10 +385,11 @@ class CausalWanModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
             device=self.device,
         )
 
-    def fuse_projections(self) -> None:
-        """Let all passes without autograd project queries and keys together; see `FusedQK`."""
-        self._fused = True
+    def prepare_inference(self) -> None:
+        """Let all passes without autograd use the weights in a faster form; see `FusedQK` and `PlainLayer`."""
+        self._prepared = True
 
     def compile_layers(self, fall_back: bool = True) -> None:
         """Compile all layers; see model/compilation.py for the arguments and errors."""
         compile_layers(self.layers, fall_back)
+        self._compiled = True

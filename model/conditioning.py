@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Rows = tuple[Tensor, ...]
@@ -69,3 +71,21 @@ def scale_rows(table: Tensor, modulation: Tensor, scales: Sequence[int]) -> Rows
     for scale in scales:
         rows[scale] = 1 + rows[scale]
     return tuple(rows)
+
+
+def modulated_norm(hidden: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """Return the layer norm of hidden [B, N, D], times scale plus shift, computed in float32; `Rows` has the shapes."""
+    dim = hidden.shape[-1]
+    if scale.ndim == 1:
+        return F.layer_norm(hidden.float(), (dim,), scale, shift, eps).type_as(hidden)
+    normed = F.layer_norm(hidden.float(), (dim,), eps=eps)
+    normed = normed.view(hidden.shape[0], scale.shape[1], -1, dim)
+    return torch.addcmul(shift, normed, scale).view(hidden.shape).type_as(hidden)
+
+
+def gated_sum(hidden: Tensor, update: Tensor, gate: Tensor) -> Tensor:
+    """Return hidden + gate update [B, N, D], computed in float32; `Rows` has the shapes of `gate`."""
+    if gate.ndim > 1:
+        shape = hidden.shape[0], gate.shape[1], -1, hidden.shape[2]
+        return torch.addcmul(hidden.view(shape), update.view(shape), gate).view(hidden.shape).type_as(hidden)
+    return torch.addcmul(hidden, update, gate).type_as(hidden)

@@ -2,16 +2,15 @@
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from diffusers.models.attention import FeedForward
 from diffusers.models.normalization import FP32LayerNorm
 from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
 from torch import Tensor
 
 from model.attention import SelfAttention, attend
-from model.conditioning import Rows, scale_rows
-from model.cpu_kernels import linear, rms_norm, tanh_gelu
+from model.conditioning import Rows, gated_sum, modulated_norm, scale_rows
 from model.fused_qk import FusedQK
+from model.plain_layer import PlainLayer
 from model.rotary import rotate
 
 
@@ -35,6 +34,7 @@ class CausalWanLayer(nn.Module):
         self.norm3 = FP32LayerNorm(dim, eps, elementwise_affine=False)
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
         self.fused_qk: FusedQK | None = None
+        self.plain: PlainLayer | None = None
 
     def forward(
         self,
@@ -56,6 +56,8 @@ class CausalWanLayer(nn.Module):
             text_k, text_v: the layer's cross-attention keys and values [B, L, heads, head_dim].
         """
         rows = self.rows(modulation)
+        if self.plain is not None and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return self.plain(index, hidden, rows, rope, text_k, text_v, self_attention)
         q, k, v = self.qkv(hidden, rows, rope)
         return self.after_attention(hidden, self_attention(index, q, k, v), rows, text_k, text_v)
 
@@ -74,7 +76,7 @@ class CausalWanLayer(nn.Module):
         else:
             q = rotate(split_heads(attn, attn.norm_q(attn.to_q(normed))), rope)
             k = rotate(split_heads(attn, attn.norm_k(attn.to_k(normed))), rope)
-        return q, k, split_heads(attn, linear(attn.to_v, normed))
+        return q, k, split_heads(attn, attn.to_v(normed))
 
     def kv(self, hidden: Tensor, modulation: Tensor | Rows, rope: Tensor) -> tuple[Tensor, Tensor]:
         """Return only the k and v of `qkv`. A context write needs nothing else from the last layer."""
@@ -82,52 +84,37 @@ class CausalWanLayer(nn.Module):
         normed = modulated_norm(hidden, shift, scale, self.norm1.eps)
         attn = self.attn1
         k = split_heads(attn, attn.norm_k(attn.to_k(normed)))
-        return rotate(k, rope), split_heads(attn, linear(attn.to_v, normed))
+        return rotate(k, rope), split_heads(attn, attn.to_v(normed))
 
     def after_attention(self, hidden: Tensor, attended: Tensor, rows: Rows, text_k: Tensor, text_v: Tensor) -> Tensor:
         """Return the layer's output [B, N, D] from its input and self-attention's output [B, N, heads, head_dim]."""
         hidden = gated_sum(hidden, output_projection(self.attn1, attended), rows[2])
 
         attn = self.attn2
-        q = split_heads(attn, rms_norm(linear(attn.to_q, self.norm2(hidden)), attn.norm_q.weight, attn.norm_q.eps))
+        q = split_heads(attn, attn.norm_q(attn.to_q(self.norm2(hidden))))
         attended = attend(q, text_k, text_v, attn.processor._attention_backend)
         hidden = hidden + output_projection(attn, attended)
 
         normed = modulated_norm(hidden, rows[3], rows[4], self.norm3.eps)
-        return gated_sum(hidden, self.feed_forward(normed), rows[5])
-
-    def feed_forward(self, x: Tensor) -> Tensor:
-        """Return `ffn` of x [B, N, D]."""
-        expand, _, contract = self.ffn.net
-        return linear(contract, tanh_gelu(linear(expand.proj, x)))
+        return gated_sum(hidden, self.ffn(normed), rows[5])
 
     def text_kv(self, text: Tensor) -> tuple[Tensor, Tensor]:
         """Return cross-attention's keys and values [B, L, heads, head_dim] of projected text [B, L, D]."""
         attn = self.attn2
         return split_heads(attn, attn.norm_k(attn.to_k(text))), split_heads(attn, attn.to_v(text))
 
-    def fuse_projections(self) -> None:
-        """Let passes without autograd project q and k together; see `FusedQK`. A second call adapts to new weights."""
-        if self.fused_qk is None or not self.fused_qk.is_current(self.attn1):
+    def prepare_inference(self, plain: bool) -> None:
+        """Choose the fastest form of passes without autograd. Later calls adapt to changed weights.
+
+        Args:
+            plain: use a `PlainLayer` if it is supported. False for a compiled layer.
+        """
+        changed = self.fused_qk is None or not self.fused_qk.is_current()
+        if changed:
             self.fused_qk = FusedQK(self.attn1) if FusedQK.supports(self.attn1) else None
-
-
-def modulated_norm(hidden: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """Return the layer norm of hidden [B, N, D], times scale plus shift, computed in float32; `Rows` has the shapes."""
-    dim = hidden.shape[-1]
-    if scale.ndim == 1:
-        return F.layer_norm(hidden.float(), (dim,), scale, shift, eps).type_as(hidden)
-    normed = F.layer_norm(hidden.float(), (dim,), eps=eps)
-    normed = normed.view(hidden.shape[0], scale.shape[1], -1, dim)
-    return torch.addcmul(shift, normed, scale).view(hidden.shape).type_as(hidden)
-
-
-def gated_sum(hidden: Tensor, update: Tensor, gate: Tensor) -> Tensor:
-    """Return hidden + gate update [B, N, D], computed in float32; `Rows` has the shapes of `gate`."""
-    if gate.ndim > 1:
-        shape = hidden.shape[0], gate.shape[1], -1, hidden.shape[2]
-        return torch.addcmul(hidden.view(shape), update.view(shape), gate).view(hidden.shape).type_as(hidden)
-    return torch.addcmul(hidden, update, gate).type_as(hidden)
+        if changed or (self.plain is not None and not (plain and self.plain.is_current())):
+            fused = self.fused_qk
+            self.plain = PlainLayer(self, fused) if plain and fused and PlainLayer.supports(self) else None
 
 
 def split_heads(attn: WanAttention, x: Tensor) -> Tensor:
@@ -137,4 +124,4 @@ def split_heads(attn: WanAttention, x: Tensor) -> Tensor:
 
 def output_projection(attn: WanAttention, attended: Tensor) -> Tensor:
     """Project heads [B, N, heads, head_dim] back to [B, N, D]."""
-    return linear(attn.to_out[0], attended.flatten(2, 3))
+    return attn.to_out[0](attended.flatten(2, 3))

@@ -167,7 +167,7 @@ def prepare_network(
         net.to(device)
     choose_attention_backend(net, config.model.attention_backend, device)
     if not streamed:
-        net.fuse_projections()
+        net.prepare_inference()
     if compiles(config.model.compile, device) and not streamed:
         keep_compiled_code()
         net.compile_layers(fall_back)

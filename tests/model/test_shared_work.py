@@ -1,4 +1,4 @@
-"""model/conditioning.py, fused_qk.py, cpu_kernels.py, rotary.py: work that passes share or do in a faster form.
+"""Work that passes share, or do in a faster form (conditioning, fused_qk, plain_layer, cpu_kernels, rotary of model/).
 
 Claims: a pass with precomputed conditioning gives the flow of its timesteps; a Denoiser computes each sigma once; fused
 queries and keys follow every change of the weights, and neither state dict nor gradients change; the faster CPU kernels
@@ -10,11 +10,12 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention_dispatch import attention_backend
 from peft import LoraConfig
 from torch import nn
 from wan_samples import CLOSE, PROMPT, clip, filled_cache, per_frame, randn
 
-from model import cpu_kernels
+from model import causal_wan, cpu_kernels
 from model.causal_wan import CausalWanModel
 from model.denoiser import Denoiser
 from model.rotary import RotaryTables, rotary_table, rotate
@@ -57,8 +58,8 @@ def test_a_denoiser_computes_each_level_once(net, text, monkeypatch):
     levels.clear()
     with torch.no_grad():
         for _ in range(3):
-            denoiser.denoise(x, 0.5, 4, cache)
-            denoiser.write_context(x, 0.25, 4, cache)
+            denoiser.denoise(x, 0.5, cache.num_frames, cache)
+            denoiser.write_context(x, 0.25, cache.num_frames, cache)
             denoiser.write_then_denoise(x, 0.25, x, 0.5, cache.num_frames, cache)
         assert levels == [[[500.0]], [[250.0]], [[250.0, 500.0]]]
         Denoiser(net, text, reuse_conditioning=False).denoise(x, 0.5, 4, filled_cache(net, text))
@@ -81,7 +82,7 @@ def test_a_pass_does_not_search_the_modules_for_dtype_and_device(net, text, monk
 def fused(make_net):
     """A network whose passes have fused queries and keys."""
     net = make_net(num_layers=1).requires_grad_(False)
-    net.fuse_projections()
+    net.prepare_inference()
     flow(net)
     assert net.layers[0].fused_qk is not None
     return net
@@ -174,29 +175,52 @@ def test_rotation_by_real_numbers_equals_complex_rotation(monkeypatch):
     torch.testing.assert_close(rotate(x, rope), expected)
 
 
-# ---- CPU kernels ----
+# ---- plain layers and CPU kernels ----
+
+
+@pytest.mark.parametrize("level", [torch.tensor([700.0]), torch.tensor([[100.0, 700.0]])])
+@torch.no_grad()
+def test_plain_layers_equal_modules(fused, make_net, level):
+    net, x = make_net(num_layers=1), clip(2, batch=2)
+    text = net.encode_text(PROMPT.expand(2, -1, -1))
+    assert fused.layers[0].plain is not None and net.layers[0].plain is None
+    torch.testing.assert_close(fused(x, fused.condition(level), text), net(x, net.condition(level), text), **CLOSE)
+
+
+@pytest.mark.parametrize(
+    "change", [lambda net: net.bfloat16(), lambda net: net.add_adapter(LoraConfig(r=2, target_modules=["ffn.net.2"]))]
+)
+def test_unsupported_layers_run_as_modules(fused, change):
+    change(fused)
+    flow(fused)
+    assert fused.layers[0].plain is None and fused.layers[0].fused_qk is not None
+
+
+def test_compiled_layers_are_not_plain(fused, monkeypatch):
+    monkeypatch.setattr(causal_wan, "compile_layers", lambda layers, fall_back: None)
+    fused.compile_layers()
+    flow(fused)
+    assert fused.layers[0].plain is None
+
+
+def test_a_plain_layer_uses_the_chosen_attention_backend(fused):
+    expected = flow(fused)
+    with attention_backend():  # restores the default of all other networks
+        fused.set_attention_backend("_native_math")
+    torch.testing.assert_close(flow(fused), expected, **CLOSE)
+    assert fused.layers[0].plain.cross_processor._attention_backend == "_native_math"
 
 
 @torch.no_grad()
 def test_cpu_kernels_equal_pytorchs(monkeypatch):
-    x, weight = 3 * randn(2, 5, 16), randn(16, seed=1)
+    x, weight, bias = 3 * randn(2, 5, 16), randn(8, 16, seed=1), randn(8, seed=2)
     torch.testing.assert_close(cpu_kernels.tanh_gelu(x), F.gelu(x, approximate="tanh"))
-    torch.testing.assert_close(cpu_kernels.rms_norm(x, weight, 1e-6), F.rms_norm(x, (16,), weight, 1e-6))
-    tiny = 1e-4 * x  # here eps matters
-    torch.testing.assert_close(cpu_kernels.rms_norm(tiny, weight, 1e-6), F.rms_norm(tiny, (16,), weight, 1e-6))
-    module = nn.Linear(16, 8)
-    expected = module(x)
+    for scale in (1, 1e-4):  # for small values, eps matters
+        expected = F.rms_norm(scale * x, (16,), weight[0], 1e-6)
+        torch.testing.assert_close(cpu_kernels.rms_norm_(scale * x, weight[0], 1e-6), expected)
+    rope = rotary_table(16, 9, (5, 1, 1), torch.device("cpu"))
+    torch.testing.assert_close(cpu_kernels.rotate_(x.clone()[:, :, None], rope), rotate(x[:, :, None], rope))
+    expected = F.linear(x, weight, bias)
     monkeypatch.setattr(cpu_kernels, "_ONEDNN_FLOPS", 0)
-    monkeypatch.setattr(nn.Linear, "forward", lambda *_: pytest.fail("the product did not run in oneDNN"))
-    torch.testing.assert_close(cpu_kernels.linear(module, x), expected)
-
-
-def test_cpu_kernels_under_autograd_and_in_other_dtypes_are_pytorchs():
-    x, module = randn(2, 5, 16).requires_grad_(), nn.Linear(16, 8)
-    assert torch.equal(cpu_kernels.tanh_gelu(x), F.gelu(x, approximate="tanh"))
-    assert torch.equal(cpu_kernels.linear(module, x), module(x))
-    cpu_kernels.rms_norm(x, torch.ones(16), 1e-6).sum().backward()
-    assert x.grad is not None
-    half = x.detach().bfloat16()
-    with torch.no_grad():
-        assert torch.equal(cpu_kernels.tanh_gelu(half), F.gelu(half, approximate="tanh"))
+    monkeypatch.setattr(F, "linear", lambda *_: pytest.fail("the product did not run in oneDNN"))
+    torch.testing.assert_close(cpu_kernels.linear(x, weight, bias), expected)
