@@ -1,7 +1,7 @@
 """Counts of kernels on fake CUDA tensors: the counter is right, and the real code keeps its limits at full size.
 
 No pass waits for the device or mixes devices. A compiled Denoise of the 1.3B network has at most 700 kernels, and its
-elementwise kernels move at most 20 GB (docs/benchmarks.md).
+elementwise kernels move at most 20 GB, those of the decoder at most 80 GB a block (docs/benchmarks.md).
 """
 
 import json
@@ -105,6 +105,12 @@ def test_a_compiled_denoise_has_few_kernels(count):
 
     assert full_size("kernels") <= 700 and full_size("elementwise_bytes") <= 20e9
     assert full_size("kernels") < 0.6 * (one["kernels"] + 29 * (two["kernels"] - one["kernels"]))
+
+
+def test_decoding_a_block_has_few_kernels_and_little_traffic():
+    count = count_kernels(BenchmarkNetworks(load_config("configs/hiar.yaml", []), CPU, "wan-1.3b"), "decoder")
+    assert count["kernels"] <= 250 and count["elementwise_bytes"] <= 80e9
+    assert count["host_syncs"] == count["device_mismatches"] == 0 and count["flops"] > 3e13
 
 
 def test_the_command_counts_passes_and_the_decoder(call, tmp_path):
