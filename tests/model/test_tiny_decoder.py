@@ -16,7 +16,9 @@ from torch import Tensor
 
 from model.tiny_decoder import TinyDecoder, TinyNetwork, load_tiny_decoder
 from model.vae import WanVAE
+from model.weights import ModelDirectory
 from pipeline.build import load_vae
+from shapes import world
 from tests.tiny_model import VAE
 from utils.config_loading import load_config
 from utils.errors import UserError
@@ -147,3 +149,12 @@ def test_model_decoder_selects_the_decoder_and_the_vae_still_encodes(network, va
 def test_the_tiny_decoder_needs_weights():
     with pytest.raises(UserError, match=r"model\.decoder=tiny needs its weights: set model.tiny_decoder"):
         load_config("configs/shapes.yaml", ["model.decoder=tiny"])
+
+
+def test_the_shipped_tiny_decoder_decodes_the_miniatures_latents():
+    vae = WanVAE(ModelDirectory.open("data/shapes-wan").load_vae(torch.float32))
+    clip = world.to_pixels(world.render(world.sample_clip(9, 0, held_out=True), 9)).transpose(0, 1)[None]
+    latents = vae.encode(clip)
+    decoded = load_tiny_decoder("data/shapes-wan/tiny_decoder", vae, torch.float32).decode(latents)
+    error, spread = (decoded - vae.decode(latents)).square().mean(), clip.var()
+    assert error < 0.15 * spread
