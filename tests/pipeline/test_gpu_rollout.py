@@ -78,6 +78,13 @@ def test_compiled_layers_have_the_latents_of_eager_ones(latents):
     assert relative_error(result, latents(DEVICE, "model.compile=off")[0]) < 1e-3
 
 
+def test_cuda_graphs_have_the_latents_of_direct_passes(latents):
+    """Each place in the ring is visited several times: run directly, recorded, and replayed."""
+    words = ["video.num_output_frames=36", "model.compile=off"]
+    result, _ = latents(DEVICE, "model.cuda_graphs=true", *words)
+    assert relative_error(result, latents(DEVICE, *words)[0]) < 1e-5
+
+
 @pytest.mark.parametrize("dtype", ["float8_e4m3fn", "int8"])
 def test_8_bit_caches_are_close_to_float_caches(latents, dtype):
     result, syncs = latents(DEVICE, f"rollout.cache_dtype={dtype}")
