@@ -27,8 +27,8 @@ from utils.config import Config
 def count_kernels(networks: BenchmarkNetworks, work: str) -> Results:
     """Count the kernels of one pass with a full window, or of the decoding of a block after the first.
 
-    The code runs twice, and the second run counts: compilation and tables that are kept come before it. Attention is
-    counted as FlashAttention, whatever `model.attention_backend` is.
+    The code runs twice, and the second run counts: compilation and tables that are kept come before it. The decoder is
+    not compiled. Attention is counted as FlashAttention, whatever `model.attention_backend` is.
 
     Args:
         work: from KERNEL_ROWS.
@@ -38,10 +38,8 @@ def count_kernels(networks: BenchmarkNetworks, work: str) -> Results:
     transformer, vae = networks.sizes()
     embeddings = EmbeddingCache(RandomTextEncoder(config.model.text_length, transformer["text_dim"]))
     embeddings.prepare([PROMPT])  # before the tensors are fake, because it checks the values
-    with (
-        inductor_counts() if compiles(config.model.compile, DEVICE) else contextlib.nullcontext(),
-        fake_cuda() as device,
-    ):
+    compiled = compiles(config.model.compile, DEVICE)
+    with inductor_counts() if compiled else contextlib.nullcontext(), fake_cuda() as device:
         if work == "decoder":
             run = _decoder(WanVAE(random_network(AutoencoderKLWan, vae, networks.dtype, device)), config, device)
         else:

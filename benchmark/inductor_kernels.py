@@ -41,7 +41,7 @@ class _H100Interface(device_interface.CudaInterface):
 
     current_device = staticmethod(lambda: 0)
     device_count = staticmethod(lambda: 1)
-    get_device_properties = staticmethod(lambda device=None: _H100)
+    get_device_properties = staticmethod(lambda device=None: _H100)  # type: ignore[assignment]
     get_compute_capability = staticmethod(lambda device=None: 90)
     is_bf16_supported = staticmethod(lambda including_emulation=False: True)
 
@@ -61,11 +61,14 @@ def inductor_counts() -> Iterator[list[list[Kernel]]]:
     Compiled code reports its kernels to the `KernelCounter` that is active when it runs.
     """
     graphs: list[list[Kernel]] = []
-    properties = {"torch.cuda.get_device_properties": lambda device=None: _H100}
-    properties |= {"torch.cuda.get_device_capability": lambda device=None: (9, 0)}
-    properties |= {"torch.cuda.current_device": lambda: 0, "torch._inductor.scheduler.has_triton": lambda: True}
-    count = partial(compile_fx.compile_fx, inner_compile=partial(_count, compile_fx.compile_fx_inner, graphs))
-    replacements = properties | {"torch._inductor.compile_fx.compile_fx": count}
+    count: Any = partial(_count, compile_fx.compile_fx_inner, graphs)
+    replacements: dict[str, Any] = {
+        "torch.cuda.get_device_properties": lambda device=None: _H100,
+        "torch.cuda.get_device_capability": lambda device=None: (9, 0),
+        "torch.cuda.current_device": lambda: 0,
+        "torch._inductor.scheduler.has_triton": lambda: True,
+        "torch._inductor.compile_fx.compile_fx": partial(compile_fx.compile_fx, inner_compile=count),
+    }
     device_interface.get_registered_device_interfaces()  # registers the interfaces that the next lines replace
     with contextlib.ExitStack() as stack:
         for name, replacement in replacements.items():
