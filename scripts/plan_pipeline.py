@@ -30,8 +30,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config_path", required=True, help="YAML under configs/")
     parser.add_argument("--profile", type=Path, nargs="+", help="profile files of all ranks")
-    for op in ("denoise", "context", "decode"):
-        parser.add_argument(f"--{op}", type=float, help="seconds per block, if there is no profile")
+    parser.add_argument("--denoise", type=float, help="seconds of a denoising pass, if there is no profile")
+    parser.add_argument("--context", type=float, help="seconds of a context write, if there is no profile")
+    parser.add_argument("--decode", type=float, help="seconds to decode a block, if there is no profile")
     parser.add_argument("--num_output_frames", type=int, help="latent frames; default: from the configuration")
     parser.add_argument("--ranks", type=int, default=8, help="largest number of ranks (default: %(default)s)")
     parser.add_argument("--bandwidth", type=float, default=10.0, help="between ranks, in GB/s (default: %(default)s)")
