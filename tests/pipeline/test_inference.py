@@ -712,3 +712,15 @@ def test_the_diagonal_order_runs_in_constant_memory(tmp_path, world):
     peak(12)
     short, long = peak(24), peak(120)
     assert long - short <= 3, (short, long)
+
+
+def test_the_contact_sheet_has_evenly_spaced_frames_of_a_known_length(tmp_path, infer, monkeypatch):
+    lengths, sampler = [], output.ContactSheetSampler
+
+    def spy(length: int | None, **options: object) -> object:
+        lengths.append(length)
+        return sampler(length, **options)
+
+    monkeypatch.setattr(output, "ContactSheetSampler", spy)
+    infer(tmp_path, "--prompt", "a red circle", "--num_output_frames", 3)
+    assert lengths == [9]
