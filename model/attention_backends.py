@@ -51,7 +51,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, backend: Any) -> Tensor:
 def cudnn_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Return attention by cuDNN, on views of q, k and v. diffusers copies them; the keys are the whole window."""
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+        return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
 
 
 def fastest_backend(device: torch.device, dtype: torch.dtype, head_dim: int, autograd: bool = False) -> str:
@@ -82,7 +82,8 @@ def backend_works(name: str, device: torch.device, dtype: torch.dtype, head_dim:
         except (RuntimeError, ValueError, ImportError, AttributeError, TypeError, AssertionError, NameError):
             return False  # a backend whose package is missing calls an object that does not exist
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        expected = F.scaled_dot_product_attention(*(x.float().transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+        wide_q, wide_k, wide_v = (x.float().transpose(1, 2) for x in (q, k, v))
+        expected = F.scaled_dot_product_attention(wide_q, wide_k, wide_v).transpose(1, 2)
     return bool(((output.detach().float() - expected).abs() < TOLERANCE).all())
 
 
