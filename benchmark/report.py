@@ -31,6 +31,7 @@ COLUMNS = {
     "denoise_pass": Column("denoise pass, ms", 1e3, ".4g"),
     "context_pass": Column("context pass, ms", 1e3, ".4g"),
     "context+denoise_pass": Column("joint pass, ms", 1e3, ".4g"),
+    "batch_pass": Column("batched pass, ms", 1e3, ".4g"),
     "block": Column("block, ms", 1e3, ".4g"),
     "pixel_frame": Column("pixel frame, ms", 1e3, ".3g"),
     "prompt": Column("prompt, ms", 1e3, ".3g"),

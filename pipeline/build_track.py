@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 
-from pipeline.batching import Batch, streaming_order
+from pipeline.batching import Batch
 from pipeline.build import block_layout, context_frames, num_pixel_frames
 from pipeline.lag import Lag, prompt_lag
 from pipeline.prompt_switch import add_switch_ops
@@ -59,5 +59,4 @@ def build_switch_ops(
 def build_lag(config: Config, schedule: Schedule) -> Lag:
     """Return the passes until the first block of a live video, and from a new prompt to its first block."""
     rollout = config.rollout
-    options = rollout.fuse_context, rollout.prompt_switch, first_context_blocks(config)
-    return prompt_lag(schedule, *options, streaming_order(rollout.order))
+    return prompt_lag(schedule, rollout.fuse_context, rollout.prompt_switch, first_context_blocks(config))

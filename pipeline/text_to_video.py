@@ -229,8 +229,7 @@ class TextToVideo:
             UserError: as `generate`, and for settings that allow no live video.
         """
         pipe, prefix_path = self._with(seed, num_frames, image, None, None)
-        pipe.config.rollout.order = streaming_order(pipe.config.rollout.order)
-        values = {"schedule": schedule, "prompt_switch": prompt_switch}
+        values = {"order": "diagonal", "schedule": schedule, "prompt_switch": prompt_switch}
         pipe.config = override_config(pipe.config, [f"rollout.{k}={v}" for k, v in values.items() if v is not None])
         return Session(pipe, LivePrompts(prompt), sample, prefix_path, endless=num_frames is None)
 

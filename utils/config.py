@@ -81,8 +81,8 @@ class RolloutConfig:
     """Sigma of fresh noise in the context of finished blocks, where it would be clean. A prefix stays clean."""
     order: Literal["step_major", "diagonal", "batched"] = "step_major"
     """Order of the passes under timestep_first. diagonal finishes blocks early and uses constant memory. batched runs
-    each diagonal in one pass: faster for small networks and frames. All orders give the same latents; batched up to
-    rounding."""
+    each diagonal in one pass, which is faster for small networks and frames. All orders give the same latents, batched
+    up to rounding. Sessions and pipelines of several ranks run diagonal instead of batched."""
     fuse_context: bool = True
     """Write the context of one block and denoise the next block in one pass. This needs fewer passes and gives equal
     latents up to rounding."""
