@@ -119,7 +119,7 @@ class BenchmarkNetworks:
         try:
             with torch.no_grad():
                 net(x, torch.zeros(1, device=self.device), text)
-            return describe_attention(net, self.config.model)
+            return describe_attention(net, self.config.model.attention_backend)
         except (RuntimeError, ValueError, ImportError, AssertionError) as error:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             place = f"{self.config.model.dtype} on {self.device}"

@@ -14,9 +14,6 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from utils.config import ModelConfig
-from utils.device import DTYPES
-
 FASTEST: dict[int, tuple[str, ...]] = {
     9: ("_flash_3", "_native_cudnn"),  # Hopper
     10: ("_native_cudnn",),  # Blackwell, data centre
@@ -117,10 +114,14 @@ class _Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def describe_attention(net: Any, model: ModelConfig) -> str:
-    """Return the attention backend of a `CausalWanModel` and the kernel that it runs, as one line for the log."""
+def describe_attention(net: Any, requested: str) -> str:
+    """Return the attention backend of a `CausalWanModel` and the kernel that it runs, as one line for the log.
+
+    Args:
+        requested: backend of the configuration, possibly `auto`.
+    """
     backend = net.layers[0].attn1.processor._attention_backend
     chosen = getattr(backend, "value", backend) or "native"
-    kernel = kernel_name(backend, net.device, DTYPES[model.dtype], net.config["attention_head_dim"])
-    auto = f" selects {chosen}, which" if model.attention_backend == "auto" else ""
-    return f"attention: {model.attention_backend}{auto} runs {kernel}"
+    kernel = kernel_name(backend, net.device, net.dtype, net.config["attention_head_dim"])
+    auto = f" selects {chosen}, which" if requested == "auto" else ""
+    return f"attention: {requested}{auto} runs {kernel}"

@@ -14,7 +14,6 @@ from torch._dynamo.exc import TorchDynamoException
 from model.attention import CachedAttention, SelfAttention
 from model.full_window import full_window
 from model.wan_layer import CausalWanLayer
-from utils.distributed import rank
 
 
 def compiles(setting: str, device: torch.device) -> bool:
@@ -22,14 +21,17 @@ def compiles(setting: str, device: torch.device) -> bool:
     return setting == "on" or (setting == "auto" and device.type == "cuda")
 
 
-def keep_compiled_code() -> Path:
-    """Let Inductor keep compiled code in one folder, so that later runs compile faster; print and return the folder.
+def keep_compiled_code(announce: bool = True) -> Path:
+    """Let Inductor keep compiled code in one folder, so that later runs compile faster; return the folder.
 
     The environment variables TORCHINDUCTOR_CACHE_DIR and XDG_CACHE_HOME, in this order, change the folder.
+
+    Args:
+        announce: print a line that names the folder.
     """
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = Path(os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(home / "hiar" / "inductor")))
-    if rank() == 0:
+    if announce:
         print(f"compiling the layers during their first passes; {folder} keeps the code", file=sys.stderr, flush=True)
     return folder
 

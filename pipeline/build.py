@@ -29,6 +29,7 @@ from pipeline.rollout import BlockLayout, Rollout
 from pipeline.schedule import Schedule
 from utils.config import Config, RolloutConfig, VideoConfig
 from utils.device import CACHE_DTYPES, DTYPES
+from utils.distributed import rank
 from utils.errors import UserError
 from utils.rng import keyed_noise
 
@@ -169,7 +170,7 @@ def prepare_network(
     if not streamed:
         net.prepare_inference()
     if compiles(config.model.compile, device) and not streamed:
-        keep_compiled_code()
+        keep_compiled_code(announce=rank() == 0)
         net.compile_layers(fall_back)
     if config.model.cuda_graphs and device.type == "cuda" and not streamed:
         use_cuda_graphs(net)

@@ -92,7 +92,7 @@ def generate_videos(
     device = pick_device(config.runtime.device, config.runtime.threads)
     pipeline = TextToVideo.load(config, device=device, prompts=texts)
     if rank() == 0:
-        print(describe_attention(pipeline.net, config.model))
+        print(describe_attention(pipeline.net, config.model.attention_backend))
     started = time.perf_counter()
     read = functools.lru_cache(maxsize=batch_size)(lambda path: read_prefix(path, config, pipeline.vae))
     first = jobs[0].prompt.image or prefix_path
