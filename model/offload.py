@@ -65,7 +65,7 @@ def _token_tables(net: nn.Module) -> set[nn.Module]:
     """Return the modules that hold the input embeddings of a text encoder; empty for other networks."""
     if not hasattr(net, "get_input_embeddings"):
         return set()
-    table = net.get_input_embeddings()
+    table = net.get_input_embeddings()  # type: ignore[operator]
     return {module for module in net.modules() if getattr(module, "weight", None) is table.weight}
 
 

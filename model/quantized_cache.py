@@ -24,7 +24,7 @@ class QuantizedKVCache(KVCache):
             args, kwargs: see `KVCache`.
         """
         self.read_dtype = torch.float32  # of the latest append
-        super().__init__(*args, dtype=dtype, **kwargs | {"block_frames": 0})  # reads need no scratch space
+        super().__init__(*args, **kwargs | {"dtype": dtype, "block_frames": 0})  # reads need no scratch space
 
     def _allocate(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> None:
         super()._allocate(shape, dtype, device)

@@ -84,7 +84,7 @@ class TextEncoder:
             return
         encoder = self._networks[0]
         if self.streamed:
-            stream_weights_(encoder, encoder.encoder.block, self._device)
+            stream_weights_(encoder, encoder.encoder.block, self._device)  # type: ignore[union-attr, arg-type]
         else:
             encoder.to(self._device)
 

@@ -207,7 +207,8 @@ def _pass_bytes(sizes: str, key: tuple[Any, ...]) -> int:
             if cache is None:
                 net(x, timestep[:, 0], encoded)
             elif fused:
-                net.write_then_denoise(x, timestep, x, timestep, encoded, cache, context)
+                both = torch.cat([x, x], dim=2), torch.cat([timestep, timestep], dim=1)
+                net.write_then_denoise(*both, encoded, cache, frames, context)
             else:
                 net.denoise_block(x, timestep, encoded, cache, context)
     return memory.peak
