@@ -82,7 +82,7 @@ class TextEncoder:
         """Move the weights, if they are loaded, to where they belong."""
         if self._networks is None or self._device is None:
             return
-        encoder = self._networks[0]
+        encoder: Any = self._networks[0]
         if self.streamed:
             stream_weights_(encoder, encoder.encoder.block, self._device)  # type: ignore[union-attr, arg-type]
         else:
