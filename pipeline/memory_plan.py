@@ -222,7 +222,7 @@ def _decoder_bytes(sizes: str, shape: Sequence[int], dtype: str) -> tuple[float,
     vae = WanVAE(nn.Module.to(_vae(sizes), DTYPES[dtype]))
     with torch.device("meta"):
         latents = torch.empty(batch_size, frames, vae.channels, height, width)
-    with PeakMemory() as memory:
+    with PeakMemory() as memory, FusedAttention():
         stream = vae.stream()
         stream.push(latents[:, :1])  # the first frame takes another path
         memory.peak = memory.now
