@@ -88,4 +88,5 @@ def test_passes_of_a_quantized_network_are_close(net, text, name, tolerance):
 def _passes(net, x, timestep, text) -> list[torch.Tensor]:
     cache = net.new_cache(1, 4, 4, 6, 3)
     first = net.denoise_block(x, timestep, text, cache, append=True)
-    return [first, net.write_then_denoise(x, timestep, x, timestep, text, cache, 3)]
+    both = torch.cat([x, x], dim=2), torch.cat([timestep, timestep], dim=1)
+    return [first, net.write_then_denoise(*both, text, cache, 3, 3)]
