@@ -13,7 +13,7 @@ from diffusers import WanTransformer3DModel
 
 from benchmark.measure import counted_flops
 from model.causal_wan import CausalWanModel
-from model.conditioning import TextContext
+from model.conditioning import Conditioning, TextContext
 from model.kv_cache import KVCache
 
 _META = torch.device("meta")
@@ -52,12 +52,12 @@ class PassFlops:
         return self.write(context) + self.denoise(min(context + self.block_frames, self.context_frames))
 
     def _denoise(self, context: int) -> int:
-        x, timestep = self._block()
-        return self._count(lambda cache, text: self.net.denoise_block(x, timestep, text, cache, context), context)
+        x, level = self._block()
+        return self._count(lambda cache, text: self.net.denoise_block(x, level, text, cache, context), context)
 
     def _write(self, context: int) -> int:
-        x, timestep = self._block()
-        return self._count(lambda cache, text: self.net.write_block(x, timestep, text, cache, context), context)
+        x, level = self._block()
+        return self._count(lambda cache, text: self.net.write_block(x, level, text, cache, context), context)
 
     def _bidirectional(self, frames: int) -> int:
         """Return the count of one pass of diffusers' own network, which projects the text in every pass."""
@@ -67,9 +67,11 @@ class PassFlops:
             timestep = torch.empty(1)
         return counted_flops(torch.no_grad()(lambda: net(x, timestep, self.text)))
 
-    def _block(self) -> tuple[torch.Tensor, torch.Tensor]:
+    @torch.no_grad()
+    def _block(self) -> tuple[torch.Tensor, Conditioning]:
+        """Return latents and the conditioning, which a video computes once per noise level: it does not count."""
         shape = (1, self.config["in_channels"], self.block_frames, *self.size)
-        return torch.empty(shape, device=_META), torch.empty(1, self.block_frames, device=_META)
+        return torch.empty(shape, device=_META), self.net.condition(torch.empty(1, device=_META))
 
     @torch.no_grad()
     def _count(self, work: Callable[[KVCache, TextContext], object], context: int) -> int:

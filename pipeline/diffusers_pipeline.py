@@ -305,11 +305,11 @@ class HiARPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         prompts = [prompt for prompt in prompts for _ in range(repeats)]
         if prefix is not None:
             prefix = prefix.repeat_interleave(repeats, dim=0)
-
         self._load(self.text_encoder)
         generator = _ObservableTextToVideo(config, self.transformer, EmbeddingCache(encoder, capacity=None), vae)
         generator.encode_prompts(prompts)
         self._load(self.transformer)
+        self.transformer.prepare_inference()
         blocks = [] if prefix is None else [prefix.to(self.transformer.device)]
         with self.progress_bar(total=generator.num_ops(prefix_frames)) as bar:
 

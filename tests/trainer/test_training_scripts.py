@@ -33,6 +33,7 @@ from utils.process_group import process_group
 
 CPU = torch.device("cpu")
 LEVELS = [1.0, 0.9375, 0.8333, 0.625, 0.0]
+ROUNDING = dict(atol=1e-4, rtol=1e-4)  # loaded networks run their layers in a faster form
 
 
 @pytest.fixture(scope="module")
@@ -108,17 +109,18 @@ def latents_from(world: Path, weights: Path, *overrides: str) -> torch.Tensor:
 
 
 def test_an_exported_generator_makes_the_same_samples_as_the_run_in_every_format(world, run, tmp_path, call):
-    assert not torch.equal(run.samples[False], run.samples[True])
+    assert not torch.allclose(run.samples[False], run.samples[True], atol=1e-2)
     for name in ("g.safetensors", "folder"):
         for ema in (False, True):
             target = tmp_path / f"{ema}-{name}"
             flags = ["--use_ema"] if ema else []
             assert call(export_generator, "--logdir", run.logdir, "--output", target, *flags)[0] == 0
-            assert torch.equal(latents_from(world, target), run.samples[ema])
+            torch.testing.assert_close(latents_from(world, target), run.samples[ema], **ROUNDING)
     target = tmp_path / "g.pt"
     assert call(export_generator, "--logdir", run.logdir, "--output", target)[0] == 0
     for ema in (False, True):
-        assert torch.equal(latents_from(world, target, f"model.use_ema={ema}"), run.samples[ema])
+        latents = latents_from(world, target, f"model.use_ema={ema}")
+        torch.testing.assert_close(latents, run.samples[ema], **ROUNDING)
     keys = torch.load(target, weights_only=True)
     assert keys.keys() == {"generator", "generator_ema"}
     assert "model.blocks.0.self_attn.q.weight" in keys["generator"]
@@ -145,7 +147,7 @@ def test_a_causal_initialisation_can_be_exported(world, tmp_path, call):
     for name in ("g.pt", "g.safetensors", "folder"):
         assert call(export_generator, "--logdir", run.logdir, "--output", tmp_path / name, "--use_ema")[0] == 0
         of_ema = ["model.use_ema=true"] if name == "g.pt" else []
-        assert torch.equal(latents_from(world, tmp_path / name, *of_ema), run.samples[True])
+        torch.testing.assert_close(latents_from(world, tmp_path / name, *of_ema), run.samples[True], **ROUNDING)
     # The finished weights are in bfloat16.
     torch.testing.assert_close(latents_from(world, output), run.samples[True], atol=0.05, rtol=0.05)
     for file in run.logdir.glob("checkpoints/*/config.yaml"):  # the checkpoint's configuration decides
