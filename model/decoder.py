@@ -11,7 +11,13 @@ LATENTS_PER_CALL = 20_000
 
 
 class Decoder(ABC):
-    """Decodes normalised latents [B, F, C, h, w] to pixels [B, T, 3, H, W] in [-1, 1], piece by piece."""
+    """Decodes normalised latents [B, F, C, h, w] to pixels [B, T, 3, H, W] in [-1, 1], piece by piece.
+
+    Attributes:
+        max_frames: most latent frames of a piece; 0: as many as `LATENTS_PER_CALL` allows.
+    """
+
+    max_frames = 0
 
     @property
     @abstractmethod
@@ -86,7 +92,7 @@ class StreamingDecoder:
         The video's first latent frame decodes to one pixel frame, each later one to `temporal_stride` pixel frames.
         """
         pieces = []
-        for piece in latents.split(_frames_per_call(latents), dim=1):
+        for piece in latents.split(_frames_per_call(latents, self._decoder.max_frames), dim=1):
             pixels, self._state = self._decoder.decode_piece(piece, self._state)
             pieces.append(pixels)
         decoded = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
@@ -96,7 +102,8 @@ class StreamingDecoder:
         return decoded
 
 
-def _frames_per_call(latents: Tensor) -> int:
+def _frames_per_call(latents: Tensor, limit: int) -> int:
     """Return how many frames of latents [B, F, C, h, w] to decode at once, so that memory is bounded."""
     batch, _, _, height, width = latents.shape
-    return max(1, LATENTS_PER_CALL // (batch * height * width))
+    frames = max(1, LATENTS_PER_CALL // (batch * height * width))
+    return min(frames, limit or frames)

@@ -27,12 +27,13 @@ class WanVAE(Decoder):
         decoder: another decoder of the same latents, which `stream` and `decode` then use instead of Wan's.
     """
 
-    def __init__(self, vae: AutoencoderKLWan, decoder: Decoder | None = None):
+    def __init__(self, vae: AutoencoderKLWan, decoder: Decoder | None = None, max_frames: int = 0):
         self.net = vae.eval().requires_grad_(False)
         use_fast_cpu_kernels_(self.net)
         use_channels_last_(self.net.decoder)
         self._decode_piece = decode_piece
         self.decoder = decoder
+        self.max_frames = max_frames
 
     @property
     def channels(self) -> int:

@@ -198,7 +198,7 @@ def load_vae(config: Config, device: torch.device) -> WanVAE:
         UserError: for missing or broken files, or a tiny decoder for other latents.
     """
     model = config.model
-    vae = WanVAE(ModelDirectory.open(model.base).load_vae(DTYPES[model.dtype]))
+    vae = WanVAE(ModelDirectory.open(model.base).load_vae(DTYPES[model.dtype]), max_frames=model.decode_frames)
     if model.decoder == "tiny":
         vae.decoder = load_tiny_decoder(model.tiny_decoder, vae, DTYPES[model.dtype])
     if device.type == "cuda" and compiles(model.compile, device):

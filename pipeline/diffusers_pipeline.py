@@ -351,7 +351,7 @@ class HiARPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         if output_type == "latent":
             return latents.transpose(1, 2)
         self._load(self.vae)
-        pixels = WanVAE(self.vae).decode(latents)
+        pixels = WanVAE(self.vae, max_frames=self._settings.model.decode_frames).decode(latents)
         if not is_finite(pixels):
             raise ValueError(not_finite(frame_range(0, latents.shape[1]), decoded=True))
         return self.video_processor.postprocess_video(pixels.transpose(1, 2), output_type=output_type)

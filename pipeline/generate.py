@@ -33,6 +33,7 @@ KEYS_WITHOUT_EFFECT = {  # (section, key) that does not change the video
     ("rollout", "order"),
     ("model", "text_cache"),
     ("model", "offload"),
+    ("model", "decode_frames"),
     ("model", "compile"),
     ("model", "cuda_graphs"),
     ("runtime", "device"),

@@ -12,7 +12,7 @@ from utils.errors import UserError
 _NUM_SHOWN = 4
 # Costs of options, from those that only take time to those that change the video more.
 _OFFLOAD = {"none": 0, "text": 1, "all": 4}
-_STEP_MAJOR, _HALF_BATCH, _FLOAT8_CACHE, _INT8_WEIGHTS, _SMALLER_WINDOW, _FRAME = 2, 2, 3, 4, 6, 0.1
+_DECODE_FRAMES, _STEP_MAJOR, _HALF_BATCH, _FLOAT8_CACHE, _INT8_WEIGHTS, _SMALLER_WINDOW, _FRAME = 1, 2, 2, 3, 4, 6, 0.1
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,7 @@ def _changes(config: Config, batch_size: int) -> Iterator[Change]:
     cached = rollout.schedule != "bidirectional"
     offload = [(f"model.offload={key}", cost - _OFFLOAD[model.offload]) for key, cost in _OFFLOAD.items()]
     axes: list[list[tuple[str, float]]] = [[pair for pair in offload if pair[1] > 0]]
+    axes.append([("model.decode_frames=1", _DECODE_FRAMES)] if model.decode_frames != 1 else [])
     axes.append([("rollout.order=step_major", _STEP_MAJOR)] if cached and rollout.order != "step_major" else [])
     axes.append(
         [("rollout.cache_dtype=float8_e4m3fn", _FLOAT8_CACHE)] if cached and rollout.cache_dtype == "auto" else []

@@ -93,7 +93,7 @@ def memory_plan(config: Config, batch_size: int = 1) -> MemoryPlan:
     height, width = latent_size(config.video)
     text_bytes = 2 * len(net.layers) * config.model.text_length * _width(net) * item * batch_size * guided
     block = frames_per_block(config.rollout, config.video.num_output_frames)
-    state, working = _decoder_bytes(_key(vae), (batch_size, block, height, width), dtype)
+    state, working = _decoder_bytes(_key(vae), (batch_size, block, height, width), dtype, config.model.decode_frames)
     parts = [
         Part(f"text encoder: weights ({dtype})", encoding, generating),
         Part("text encoder: activations (estimate)", _ENCODING_BYTES, 0),
@@ -216,10 +216,10 @@ def _pass_bytes(sizes: str, key: tuple[Any, ...]) -> int:
 
 @functools.cache
 @torch.no_grad()
-def _decoder_bytes(sizes: str, shape: Sequence[int], dtype: str) -> tuple[float, float]:
+def _decoder_bytes(sizes: str, shape: Sequence[int], dtype: str, max_frames: int) -> tuple[float, float]:
     """Return the bytes that a decoder keeps between blocks, and its further bytes while it decodes a block."""
     batch_size, frames, height, width = shape
-    vae = WanVAE(nn.Module.to(_vae(sizes), DTYPES[dtype]))
+    vae = WanVAE(nn.Module.to(_vae(sizes), DTYPES[dtype]), max_frames=max_frames)
     with torch.device("meta"):
         latents = torch.empty(batch_size, frames, vae.channels, height, width)
     with PeakMemory() as memory, FusedAttention():

@@ -57,6 +57,8 @@ class ModelConfig:
     """Decoder of the latents: the one of the VAE, or a tiny one, which is faster and less exact. The VAE encodes."""
     tiny_decoder: str = ""
     """Weights of the tiny decoder: a .pth or .safetensors file in TAEHV's layout (taew2_1 for Wan2.1), or a folder."""
+    decode_frames: int = 0
+    """Latent frames that the decoder decodes at once. 0: a whole block, which is fastest. 1 needs the least memory."""
     offload: Offload = "text"
     """Weights that stay in CPU memory to free the GPU's. text: those of the text encoder, except while it encodes. all:
     also those of the DiT's layers; every pass copies them. Older files may have true (text) or false (none)."""

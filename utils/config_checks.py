@@ -23,7 +23,7 @@ _NOT_NEGATIVE = (
     *("rollout.num_steps", "rollout.write_window"),
     *("train.learning_rate", "train.muon_learning_rate", "train.weight_decay", "train.grad_clip", "train.warmup"),
     *("train.ema_start", "train.total_batch_size", "train.first_frame_weight", "train.kl_weight"),
-    *("train.sample_every", "train.snapshot_every", "runtime.threads"),
+    *("train.sample_every", "train.snapshot_every", "runtime.threads", "model.decode_frames"),
     *("distill.critic_learning_rate", "distill.critic_warmup", "distill.forward_kl_weight"),
 )
 MAX_VIDEOS = 1_000_000

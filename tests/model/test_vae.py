@@ -176,6 +176,8 @@ def test_a_call_decodes_few_latents_at_once(plain, monkeypatch):
     plain.decode_piece = counted
     monkeypatch.setattr(decoder_module, "LATENTS_PER_CALL", 24)  # two frames of two videos
     assert torch.equal(plain.decode(latents), whole) and counts == [2, 2, 1]
+    monkeypatch.setattr(plain, "max_frames", 1)
+    assert torch.equal(plain.decode(latents), whole) and counts[3:] == [1] * 5
 
 
 def test_decoding_in_bfloat16_equals_diffusers_decode_within_1_of_255():
