@@ -21,7 +21,7 @@ def compare_videos(old: Path, words: Sequence[str], turns: int) -> dict[str, Mea
     """Return how many times as fast videos and decoding are as in an older version.
 
     Args:
-        old: another checkout, whose benchmark runs in turns with this one; or a JSON file of an earlier run.
+        old: another checkout, or a JSON file of an earlier run. Benchmarks of two checkouts run in turns.
         words: arguments of scripts/benchmark.py, which both versions accept.
         turns: runs of each version.
 

@@ -66,12 +66,12 @@ class KernelCounter(TorchDispatchMode):
     def __init__(self, device_type: str = "cuda"):
         """
         Args:
-            device_type: type of the device whose kernels are counted.
+            device_type: only the kernels of devices of this type count.
         """
         super().__init__()
         self.device_type, self.count = device_type, KernelCount()
         self.problems: list[str] = []  # names of the operations that sync or mix devices
-        self._compiled = False  # a compiled graph runs, whose kernels are not its operations
+        self._compiled = False  # a compiled graph runs: its operations are not its kernels
 
     @classmethod
     def is_infra_mode(cls) -> bool:

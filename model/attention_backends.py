@@ -77,7 +77,7 @@ def backend_works(name: str, device: torch.device, dtype: torch.dtype, head_dim:
             if autograd:
                 output.float().sum().backward()
         except (RuntimeError, ValueError, ImportError, AttributeError, TypeError, AssertionError, NameError):
-            return False  # a backend whose package is missing calls an object that does not exist
+            return False  # without its package, a backend calls an object that does not exist
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         wide_q, wide_k, wide_v = (x.float().transpose(1, 2) for x in (q, k, v))
         expected = F.scaled_dot_product_attention(wide_q, wide_k, wide_v).transpose(1, 2)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class BlockPass:
-    """One block in a forward pass: its latents, its place, and what the pass does with it.
+    """One block in a forward pass: its latents, its place, and the work on it.
 
     A pass may hold a block that is written and the next block, which is denoised against it, on the same cache.
     """

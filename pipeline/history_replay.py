@@ -49,7 +49,7 @@ def plan_replay(
 
     Args:
         ops: the rollout's ops, in the order of execution; see `Schedule.ops_until`.
-        exit_blocks: the blocks whose x0 the pass predicts.
+        exit_blocks: the pass predicts the x0 of these blocks.
         context_frames: most frames of context that a block attends to, the sink included.
         sink_frames: frames at the start of the video that stay in the context.
         released: the keys and values of a context have the gradient of those of the block's exit input. So they have
