@@ -174,6 +174,7 @@ def test_a_saved_folder_gives_the_same_bits_here_in_inference_and_as_custom_pipe
     assert torch.equal(latents_of(custom), latents)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch_dtype:FutureWarning")
 def test_configurations_and_checkpoints_are_loaded(tmp_path, world, latents):
     assert torch.equal(latents_of(HiARPipeline.from_yaml(str(world.config))), latents)
     weights = load_file(world.model / "generator/diffusion_pytorch_model.safetensors")
@@ -184,6 +185,10 @@ def test_configurations_and_checkpoints_are_loaded(tmp_path, world, latents):
     assert torch.equal(latents_of(from_file), latents)
     other = HiARPipeline.from_pretrained(world.model, settings=SETTINGS, dtype=torch.float32)
     assert not torch.equal(latents_of(other), latents)  # the folder's own transformer
+    assert weights["proj_out.weight"].dtype == torch.bfloat16  # a network without a dtype would have that of the file
+    for dtype in (torch.float32, {"transformer": torch.float32, "default": torch.bfloat16}, {"default": torch.float32}):
+        pipe = HiARPipeline.from_pretrained(world.model, transformer=tmp_path / "model.pt", torch_dtype=dtype)
+        assert pipe.transformer.dtype == torch.float32
 
 
 def test_the_shipped_model_index_is_read(monkeypatch):
