@@ -374,6 +374,7 @@ def test_a_server_is_killed_starts_again_and_ends_with_ctrl_c(start_process):
         with pytest.raises(ConnectionClosed):
             while True:
                 client.recv(timeout=5)
+    process.wait()  # the port is free again
     assert list(folder.glob("live-*.mp4"))
     (folder / "hiar-recording-x").mkdir()  # as a session of the pipeline leaves it
     (folder / "cat.mp4").touch()  # not a file of the server
