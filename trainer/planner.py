@@ -10,7 +10,7 @@ from model import presets
 from model.causal_wan import CausalWanModel
 from model.sizes import base_config, component_config, num_parameters, on_meta, text_encoder_preset, width
 from pipeline.build import block_layout, context_frames, rollout_sigmas, tokens_per_frame
-from trainer.objectives.self_rollout import history_plan, replay_history, trained_blocks
+from trainer.objectives.self_rollout import backward_by_blocks, history_plan, replay_history, trained_blocks
 from utils.config import Config
 from utils.device import DTYPES
 
@@ -144,11 +144,6 @@ def rollout_rows(config: Config, trained_dit: dict) -> Rows:
     label = f"activations of {in_graph} frames of the generator"
     rows.append((label, activation_bytes(config, trained_dit, in_graph)))
     return rows
-
-
-def backward_by_blocks(config: Config) -> bool:
-    """Return whether a rollout's backward pass runs block by block."""
-    return config.distill.block_backward and config.distill.history_gradient == "none"
 
 
 def replay_rows(config: Config, trained_dit: dict, frame_bytes: float) -> Rows:

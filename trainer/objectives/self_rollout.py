@@ -46,6 +46,11 @@ def trained_blocks(config: Config, num_frames: int) -> range:
     return range(num_blocks - block_layout(config.rollout, window).num_blocks + masked, num_blocks)
 
 
+def backward_by_blocks(config: Config) -> bool:
+    """Return whether a rollout's backward pass runs block by block."""
+    return config.distill.block_backward and config.distill.history_gradient == "none"
+
+
 def replay_history(config: Config, num_frames: int) -> int:
     """Return the evicted frames that a cache must keep, so that every trained block can be denoised again."""
     layout, first = block_layout(config.rollout, num_frames), trained_blocks(config, num_frames).start
@@ -94,14 +99,13 @@ class SelfRollout(ClipSource[GeneratedClip]):
         keep_graph = trained and not config.distill.block_backward and not through_history
         exit_step, num_frames = self._draw_exit(batch.role, batch.iteration)
         blocks_in_loss = trained_blocks(config, num_frames) if trained else range(0)
-        replays_blocks = trained and not keep_graph and not through_history
         rollout = build_rollout(
             config,
             self._denoiser(batch.embeddings, keep_graph),
             [len(ROLES) * position + ROLES.index(batch.role) for position in batch.positions],
             num_frames=num_frames,
             dtype=DTYPES[config.train.dtype],
-            history_frames=replay_history(config, num_frames) if replays_blocks else 0,
+            history_frames=replay_history(config, num_frames) if blocks_in_loss and backward_by_blocks(config) else 0,
             rollout_class=TrainingRollout,
             exit_step=exit_step,
             with_grad=lambda block: keep_graph and block in blocks_in_loss,
@@ -183,7 +187,7 @@ class SelfRollout(ClipSource[GeneratedClip]):
         if self.config.distill.history_gradient != "none" and gradients:
             sync_gradients(self.generator, last)
             with mixed_precision(self.config, self.device):
-                plan = history_plan(self.config, clip.frames.shape[1], clip.exit_step)
+                plan = history_plan(self.config, layout.start(len(clip.blocks)), clip.exit_step)
                 replayed = replay_exit_step(clip.rollout, plan, self._denoiser(embeddings, graph=True))
             torch.autograd.backward([replayed[block] for block in gradients], list(gradients.values()))
             return
